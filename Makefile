@@ -1,0 +1,27 @@
+# make demo   installs, fine-tunes the shipped model on real reviews, scores it before and after
+# make test   installs what the tests need and runs them
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test lint
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python generate.py configs/finetune_mini_config.py
+	$(BIN)/python train.py configs/finetune_mini_config.py
+	$(BIN)/python generate.py --init_from=resume --out_dir=out-mini
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint
+	$(BIN)/python -m pytest

@@ -1,0 +1,186 @@
+"""Scores a model by the labels it writes, or writes text.
+
+    python generate.py --init_from=gpt2-mini                      the untuned model's accuracy
+    python generate.py --init_from=resume --out_dir=out           the tuned one's, with the run's own config
+    python generate.py --init_from=resume --out_dir=out --start="Review: A joy.\\nSentiment:"
+
+Scoring writes accuracy.json and predictions.jsonl into out_dir (for an untuned model, into out_dir/untuned).
+"""
+
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections import Counter
+
+import torch
+from tqdm import tqdm
+
+from configurator import MODEL_KEYS, configure, one_line_errors
+from dataloader import end_of_text, gpt2_encoding, instruction_loader
+from lora import load_adapter, whole_file, write_json
+from model import GPT, KVCache, pick_device, pick_dtype
+
+ANSWER_CHARS = 40  # a label counts within these first characters of the generated text
+
+
+def find_label(text, label_names):
+    """The index of the label that comes first in the text's first characters, as a word of its own in upper or
+    lower case; None if there is none."""
+    words = sorted(label_names, key=len, reverse=True)  # "very good" before "very"
+    pattern = rf"(?<!\w)({'|'.join(map(re.escape, words))})(?!\w)"
+    for match in re.finditer(pattern, text, re.IGNORECASE):
+        if match.end() <= ANSWER_CHARS:
+            return [name.lower() for name in label_names].index(match.group(1).lower())
+    return None
+
+
+def get_accuracy(generated, labels, label_names):
+    """Accuracy of generated texts (list of str) against labels (list of int).
+
+    A text without a label is wrong and counted as garbage. Returns n, accuracy and garbage as shares, the
+    accuracy's 95 % interval (Wilson 1927) and the confusion table: rows the true labels, columns the
+    generated ones and then garbage.
+    """
+    if len(generated) != len(labels) or not labels:
+        raise ValueError(f"{len(generated)} texts for {len(labels)} labels")
+    table = [[0] * (len(label_names) + 1) for _ in label_names]
+    for text, label in zip(generated, labels):
+        found = find_label(text, label_names)
+        table[label][len(label_names) if found is None else found] += 1
+    n, correct = len(labels), sum(table[i][i] for i in range(len(label_names)))
+    p, z = correct / n, 1.959964
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return {
+        "n": n,
+        "accuracy": p,
+        "interval": [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)],
+        "garbage": sum(row[-1] for row in table) / n,
+        "confusion": table,
+        "label_names": list(label_names),
+    }
+
+
+def load_model(config, device, dtype):
+    """The model of a config, ready to generate: a base, or the best weights of the run in out_dir."""
+    if not config.resume:
+        model = GPT.from_pretrained(config.init_from)
+    elif config.rank:
+        model = GPT.from_pretrained(config.init_from)
+        load_adapter(model, config.out_dir)
+    else:
+        model = GPT.from_pretrained(config.out_dir)
+    model.requires_grad_(False)
+    return model.to(device).set_dtype(dtype).eval()
+
+
+def generate_labels(config, model, loader, split, max_new_tokens):
+    """What the model writes after each prompt of a split, in the split's order: list of str."""
+    device, encoding = next(model.parameters()).device, gpt2_encoding()
+    examples, prefix = loader.splits[split], loader.prefixes[split]
+    past = None
+    if prefix:  # the same for every prompt: once is enough
+        past = KVCache()
+        with torch.no_grad():
+            model.hidden(torch.tensor([prefix], device=device), past)
+    texts = [None] * len(examples)
+    with tqdm(total=len(examples), disable=None, unit="example") as bar:
+        for indices in loader.order(split, config.batch_size):
+            prompts = [examples[i].tokens[len(prefix) : examples[i].n_prompt] for i in indices]
+            lengths = torch.tensor([len(p) for p in prompts])
+            idx = torch.full((len(prompts), int(lengths.max())), end_of_text())
+            for row, prompt in zip(idx, prompts):
+                row[: len(prompt)] = torch.tensor(prompt)
+            out = model.generate(
+                idx.to(device),
+                max_new_tokens,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                stop=end_of_text(),
+                past=past,
+                lengths=lengths.to(device),
+            )
+            for i, row in zip(indices, out[:, idx.size(1) :].tolist()):
+                written = row[: row.index(end_of_text())] if end_of_text() in row else row
+                texts[i] = encoding.decode(written)
+            bar.update(len(indices))
+    return texts
+
+
+def show(result, examples, generated):
+    """Prints accuracy, the confusion table and a few examples of each kind of error."""
+    names, (low, high) = result["label_names"], result["interval"]
+    print(
+        f"accuracy {100 * result['accuracy']:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f}) of "
+        f"{result['n']} examples, garbage {100 * result['garbage']:.2f} %"
+    )
+    width = max(len(name) for name in [*names, "garbage"]) + 2
+    print("\n" + "true \\ written".ljust(width + 6) + "".join(name.rjust(width) for name in [*names, "garbage"]))
+    for name, row in zip(names, result["confusion"]):
+        print(name.ljust(width + 6) + "".join(str(n).rjust(width) for n in row))
+    shown = Counter()
+    for ex, text in zip(examples, generated):
+        found = find_label(text, names)
+        kind = (names[ex.label], "garbage" if found is None else names[found])
+        if found != ex.label and shown[kind] < 2:
+            if not shown:
+                print("\nsome errors:")
+            shown[kind] += 1
+            print(f"  {kind[0]} taken for {kind[1]}: wrote {text[:30]!r} after {' '.join(ex.text.split())[:90]!r}")
+
+
+def score(config, model, loader, max_new_tokens):
+    """Scores config.split, prints the result and writes accuracy.json and predictions.jsonl. Returns the result."""
+    began, examples = time.time(), loader.splits[config.split]
+    generated = generate_labels(config, model, loader, config.split, max_new_tokens)
+    seconds, names = time.time() - began, loader.label_names
+    result = get_accuracy(generated, [ex.label for ex in examples], names)
+    show(result, examples, generated)
+    result |= {
+        "split": config.split,
+        "dataset": config.dataset,
+        "init_from": config.init_from,
+        "tuned": config.resume,
+    }
+    result["seconds"] = round(seconds, 2)
+    folder = config.out_dir if config.resume else os.path.join(config.out_dir, "untuned")
+    os.makedirs(folder, exist_ok=True)
+    with whole_file(os.path.join(folder, "predictions.jsonl")) as f:
+        for ex, text in zip(examples, generated):
+            found = find_label(text, names)
+            row = {"text": ex.text, "label": names[ex.label], "generated": text}
+            row["predicted"] = None if found is None else names[found]
+            f.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    write_json(os.path.join(folder, "accuracy.json"), result)
+    print(f"\n{len(examples) / seconds:.1f} examples/s; written: {folder}/accuracy.json, {folder}/predictions.jsonl")
+    return result
+
+
+def main(config):
+    with one_line_errors():
+        device = pick_device(config.device)
+        model = load_model(config, device, pick_dtype(device, config.dtype))
+        size, loader = model.config.block_size, None
+        if config.start is None:
+            if config.task != "instruct":
+                raise ValueError("this run was pre-trained on plain text and has no labels: type --start=TEXT")
+            new = config.max_new_tokens or 5
+            if new > size // 2:
+                raise ValueError(f"max_new_tokens={new}: type at most {size // 2}, half the context")
+            loader = instruction_loader(config, size - new, wanted=(config.split,))
+    torch.manual_seed(config.seed)
+    if loader:
+        longest = max(len(gpt2_encoding().encode_ordinary(" " + name)) for name in loader.label_names)
+        score(config, model, loader, config.max_new_tokens or max(5, longest))
+        return
+    start = config.start.replace("\\n", "\n")
+    idx = torch.tensor([gpt2_encoding().encode_ordinary(start) or [end_of_text()]], device=device)
+    new = config.max_new_tokens or 200
+    out = model.generate(idx, new, temperature=config.temperature, top_k=config.top_k, stop=end_of_text())
+    print(start + gpt2_encoding().decode([t for t in out[0, idx.size(1) :].tolist() if t != end_of_text()]))
+
+
+if __name__ == "__main__":
+    main(configure(sys.argv[1:], fixed=MODEL_KEYS))

@@ -1,0 +1,387 @@
+"""Fine-tunes GPT-2 with LoRA (or, with rank=0, all of its weights), evaluates, saves, logs.
+
+    python train.py configs/finetune_params_config.py --rank=16
+    python train.py --init_from=resume --out_dir=out
+    torchrun --standalone --nproc_per_node=2 train.py configs/finetune_params_config.py
+
+In out_dir: adapter_model.safetensors and adapter_config.json (the best adapter, PEFT's format) or, without
+LoRA, model.safetensors and config.json; checkpoint.pt (to resume from), train_config.json, metrics.jsonl,
+loss.png.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from configurator import RESUMED, configure, one_line_errors
+from dataloader import make_loader
+from lora import mark_only_lora_as_trainable, parameter_report, save_adapter, whole_file, write_json
+from model import GPT, GPTConfig, KVCache, pick_device, pick_dtype
+
+CHECKPOINT = "checkpoint.pt"
+
+
+def keep_memory():
+    """Freed tensors stay with the process: glibc would give large ones back and fault them in again at each
+    step, a third of a CPU step's time."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large tensor
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap is not shrunk
+
+
+class Processes:
+    """This process among those that torchrun started; alone without torchrun."""
+
+    def __init__(self, config):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = config.device
+        if self.world > 1:
+            if config.batch_size < self.world:
+                raise ValueError(
+                    f"batch_size={config.batch_size}: type at least one example for each of {self.world} processes"
+                )
+            on_cuda = config.device in ("auto", "cuda") and torch.cuda.is_available()
+            if on_cuda:
+                self.device = f"cuda:{os.environ['LOCAL_RANK']}"
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if on_cuda else "gloo")
+        self.device = pick_device(self.device)
+        self.first = self.rank == 0
+
+    def sum(self, values):
+        """Sum over the processes of a list of floats."""
+        if self.world == 1:
+            return values
+        t = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(t)
+        return t.tolist()
+
+    def sum_gradients(self, params):
+        """One reduction for all of them: the gradient of the global batch, on every process."""
+        if self.world == 1:
+            return
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in params]
+        flat = torch.cat([g.reshape(-1) for g in grads])
+        dist.all_reduce(flat)
+        for p, part in zip(params, flat.split([p.numel() for p in params])):
+            p.grad = part.view_as(p)
+
+
+def build_model(config, device, dtype):
+    """The base model of a config on its device, with fresh adapters, the right parameters trainable."""
+    lora = {"lora_rank": config.rank, "lora_alpha": config.alpha, "lora_targets": config.lora_targets}
+    lora |= {"lora_dropout": config.dropout} if config.rank else {"dropout": config.dropout}
+    if config.init_from == "scratch":
+        if config.rank:
+            raise ValueError("init_from=scratch trains every weight: type --rank=0")
+        sizes = {k: getattr(config, k) for k in ("n_layer", "n_head", "n_embd", "block_size")}
+        model = GPT(GPTConfig(**sizes, **lora))
+    else:
+        model = GPT.from_pretrained(config.init_from, **lora)
+    if config.rank:
+        mark_only_lora_as_trainable(model)
+    return model.to(device).set_dtype(dtype)
+
+
+def build_optimizers(config, model):
+    """AdamW, with Muon for the blocks' matrices if the config asks for it. Each group knows its peak rate."""
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    muon = [p for n, p in trained if config.muon_lr and p.ndim == 2 and ".h." in n]
+    rest = [p for _, p in trained if all(p is not m for m in muon)]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = rest[0].device.type in ("cpu", "cuda")
+    betas = (config.beta1, config.beta2)
+    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=betas, fused=fused)]
+    if muon:
+        if not hasattr(torch.optim, "Muon"):
+            raise ValueError(
+                f"muon_lr={config.muon_lr}: torch {torch.__version__} has no Muon (2.9 has); type --muon_lr=0"
+            )
+        optimizers.append(torch.optim.Muon(muon, lr=config.muon_lr, weight_decay=config.weight_decay))
+    for group in (g for o in optimizers for g in o.param_groups):
+        group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def schedule(config, it):
+    """The learning rate at update `it` as a share of its peak: a linear rise, a plateau, a linear fall to 0."""
+    rise = (it + 1) / max(1, config.warmup_iters)
+    fall = (config.max_iters - it) / max(1.0, config.decay_share * config.max_iters)
+    return min(1.0, rise, fall)
+
+
+def batch_loss(model, batch, n_sampled=0):
+    """Mean loss over a batch's targets. The prompts' shared prefix goes through the model once, with its
+    gradient, and every row continues from it."""
+    past = None
+    if batch.prefix.size(1):
+        past = KVCache()
+        model.hidden(batch.prefix, past)
+    return model(batch.idx, batch.targets, past=past, n_sampled=n_sampled)[1]
+
+
+@torch.no_grad()
+def evaluate(config, model, loader, processes, split="validation"):
+    """Mean loss over the split's targets (or over about eval_iters batches of it, evenly spread)."""
+    model.eval()
+    batches = loader.order(split, loader.eval_batch_size)
+    if config.eval_iters:
+        batches = batches[:: max(1, len(batches) // config.eval_iters)][: config.eval_iters]
+    total, count = 0.0, 0
+    for indices in batches[processes.rank :: processes.world]:
+        n = loader.n_scored(split, indices)
+        total += batch_loss(model, loader.batch(split, indices).to(processes.device)).item() * n
+        count += n
+    model.train()
+    total, count = processes.sum([total, count])
+    return total / count
+
+
+def train_update(config, model, loader, processes, indices, it, scaler):
+    """Gradients of the global batch `indices` into .grad; returns its mean loss."""
+    torch.manual_seed(config.seed * 1_000_003 + it * 1009 + processes.rank)  # a resumed run draws the same
+    n_global, loss = loader.n_scored("train", indices), 0.0
+    for start in range(0, len(indices), config.batch_size):
+        mine = indices[start : start + config.batch_size][processes.rank :: processes.world]
+        if len(mine):
+            share = loader.n_scored("train", mine) / n_global  # so every scored token weighs the same
+            part = batch_loss(model, loader.batch("train", mine).to(processes.device), config.n_sampled) * share
+            scaler.scale(part).backward()
+            loss += part.detach()
+    return loss
+
+
+def save_checkpoint(config, model, optimizers, scaler, it, best):
+    """All that a resumed run needs, in one file, so that no instant leaves half of it."""
+    state = {
+        "iter": it,
+        "best": best,
+        "trained": {n: p.detach() for n, p in model.named_parameters() if p.requires_grad},
+        "optimizers": [o.state_dict() for o in optimizers],
+        "scaler": scaler.state_dict(),
+    }
+    with whole_file(os.path.join(config.out_dir, CHECKPOINT)) as f:
+        torch.save(state, f)
+
+
+def load_checkpoint(config, model, optimizers, scaler):
+    """(iter, best) of out_dir's checkpoint, whose state goes into the arguments; (0, None) if there is none."""
+    path = os.path.join(config.out_dir, CHECKPOINT)
+    if not os.path.exists(path):
+        return 0, None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        trained = state["trained"]
+    except Exception as e:  # zip, pickle and torch each raise their own
+        raise ValueError(
+            f"{path} is damaged ({str(e).splitlines()[0][:120]}); start again with another --out_dir"
+        ) from e
+    ours = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    different = ours.keys() ^ trained.keys() or [n for n in ours if ours[n].shape != trained[n].shape]
+    if different:
+        raise ValueError(f"{path} was made for another model: {sorted(different)[0]} differs")
+    with torch.no_grad():
+        for name, param in ours.items():
+            param.copy_(trained[name])
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
+    scaler.load_state_dict(state["scaler"])
+    return state["iter"], state["best"]
+
+
+def save_best(config, model, dtype):
+    """The adapter in PEFT's format or, without LoRA, the model in Hugging Face's."""
+    if config.rank:
+        save_adapter(model, config.out_dir, base_model=config.init_from)
+    else:
+        model.save_pretrained(config.out_dir, dtype=dtype)
+
+
+def read_metrics(path, until):
+    """The evaluations that were done before update `until`; later ones will be done again."""
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as f:
+        return [m for m in map(json.loads, f) if m["iter"] <= until]
+
+
+def plot_losses(metrics, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    for key, color, name in (("train_loss", "#0072B2", "training"), ("val_loss", "#D55E00", "validation")):
+        points = [(m["iter"], m[key]) for m in metrics if m.get(key) is not None]
+        ax.plot(*zip(*points), color=color, marker="o", markersize=3)
+        ax.annotate(name, points[-1], xytext=(6, 0), textcoords="offset points", color=color, va="center")
+    best = min(metrics, key=lambda m: m["val_loss"])
+    ax.plot(best["iter"], best["val_loss"], "o", color="#D55E00", markersize=9, fillstyle="none")
+    ax.annotate(f"best {best['val_loss']:.4f}", (best["iter"], best["val_loss"]), xytext=(0, 10),
+                textcoords="offset points", ha="center", color="#D55E00")  # fmt: skip
+    ax.set(xlabel="update", ylabel="loss (nats per scored token)")
+    ax.margins(x=0.12, y=0.15)
+    ax.spines[["top", "right"]].set_visible(False)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+def start_wandb(config):
+    """A wandb run, or None if it is not asked for or cannot be had: training goes on without it."""
+    if not config.wandb_log:
+        return None
+    try:
+        import wandb
+
+        name = config.wandb_run_name or os.path.basename(os.path.normpath(config.out_dir))
+        return wandb.init(project=config.wandb_project, name=name, dir=config.out_dir, config=vars(config))
+    except Exception as e:  # no key, no network, a full disk: never worth a run
+        print(
+            f"note: wandb is off ({(str(e) or type(e).__name__).splitlines()[0]}); "
+            "WANDB_MODE=offline needs no account"
+        )
+        return None
+
+
+def train(config):
+    """Runs the training of a config. Returns the metrics of its evaluations; exits on signals."""
+    keep_memory()
+    with one_line_errors():
+        processes = Processes(config)
+        dtype = pick_dtype(processes.device, config.dtype)
+        torch.manual_seed(config.seed)
+        model = build_model(config, processes.device, dtype)
+        loader = make_loader(config, model.config.block_size)
+        optimizers = build_optimizers(config, model)
+        scaler = torch.amp.GradScaler(processes.device.split(":")[0], enabled=dtype == torch.float16)
+        it, best = load_checkpoint(config, model, optimizers, scaler) if config.resume else (0, None)
+        if processes.first:
+            os.makedirs(config.out_dir, exist_ok=True)
+            if not config.resume:
+                write_json(os.path.join(config.out_dir, RESUMED), dataclasses.asdict(config))
+    say = tqdm.write if processes.first else lambda text: None
+    metrics_path = os.path.join(config.out_dir, "metrics.jsonl")
+    metrics = read_metrics(metrics_path, it) if config.resume else []
+    run = start_wandb(config) if processes.first else None
+    params = [p for p in model.parameters() if p.requires_grad]
+    say(parameter_report(model))
+    global_batch = config.batch_size * config.gradient_accumulation_steps
+    n_batches = loader.n_batches("train", global_batch)
+    name = str(dtype).removeprefix("torch.")
+    say(f"{processes.device} {name}, {n_batches} updates an epoch, from update {it} to {config.max_iters}")
+    if config.compile:
+        model.compile(dynamic=True)
+
+    asked_to_stop = []
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sig, lambda number, frame: asked_to_stop.append(number))
+
+    bar = tqdm(total=config.max_iters, initial=it, disable=None if processes.first else True, unit="update")
+    epoch, order, losses, began, first_it = None, None, [], time.time(), it
+    while True:
+        # --- evaluation, the best weights, a checkpoint
+        last = it >= config.max_iters
+        if (it % config.eval_interval == 0 or last) and not (metrics and metrics[-1]["iter"] == it):
+            seconds = time.time() - began
+            val_loss = evaluate(config, model, loader, processes)
+            m = {"iter": it, "epoch": round(it / n_batches, 4), "val_loss": val_loss}
+            m["train_loss"] = sum(losses) / len(losses) if losses else None
+            if config.task == "pretrain":
+                m["bits_per_byte"] = loader.bits_per_byte("validation", val_loss)
+                m["tokens"] = it * global_batch * loader.context
+            m["examples_per_s"] = round((it - first_it) * global_batch / seconds, 2)
+            losses, first_it, began = [], it, time.time()
+            metrics.append(m)
+            shown = {k: f"{v:.4f}" for k, v in m.items() if isinstance(v, float)}
+            say(f"update {it}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
+            if processes.first:
+                if best is None or val_loss < best:
+                    best = val_loss
+                    save_best(config, model, dtype)
+                save_checkpoint(config, model, optimizers, scaler, it, best)
+                with whole_file(metrics_path) as f:
+                    f.writelines((json.dumps(m) + "\n").encode() for m in metrics)
+                if run:
+                    run.log({k: v for k, v in m.items() if v is not None}, step=it)
+        elif config.save_interval and it % config.save_interval == 0 and processes.first:
+            save_checkpoint(config, model, optimizers, scaler, it, best)
+        if last:
+            break
+
+        # --- one update
+        if epoch != it // n_batches:
+            epoch = it // n_batches
+            order = loader.order("train", global_batch, epoch)
+        for group in (g for o in optimizers for g in o.param_groups):
+            group["lr"] = group["peak_lr"] * schedule(config, it)
+        loss = train_update(config, model, loader, processes, order[it % n_batches], it, scaler)
+        processes.sum_gradients(params)
+        loss, stop = processes.sum([float(loss), float(bool(asked_to_stop))])
+        if not math.isfinite(loss):
+            say(
+                f"error: the loss is {loss} at update {it}; the last good checkpoint is in {config.out_dir}; "
+                "try a lower --lr"
+            )
+            sys.exit(3)
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        if config.grad_clip:
+            torch.nn.utils.clip_grad_norm_(params, config.grad_clip)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        scaler.update()
+        losses.append(loss)
+        it += 1
+        bar.update()
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        if stop:
+            if processes.first:
+                save_checkpoint(config, model, optimizers, scaler, it, best)
+            say(
+                f"stopped at update {it}, saved; to go on: "
+                f"python train.py --init_from=resume --out_dir={config.out_dir}"
+            )
+            sys.exit(128 + (asked_to_stop or [signal.SIGTERM])[0])
+    bar.close()
+    if processes.first:
+        plot_losses(metrics, os.path.join(config.out_dir, "loss.png"))
+        file = "adapter_model.safetensors" if config.rank else "model.safetensors"
+        path = os.path.join(config.out_dir, file)
+        say(f"best validation loss {best:.4f}; {path} ({os.path.getsize(path) / 1e6:.2f} MB), loss.png beside it")
+    if run:
+        run.finish()
+    if processes.world > 1:
+        dist.destroy_process_group()
+    return metrics
+
+
+if __name__ == "__main__":
+    config = configure(sys.argv[1:])
+    try:
+        train(config)
+    except (torch.OutOfMemoryError, RuntimeError) as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+            raise
+        half, double = max(1, config.batch_size // 2), config.gradient_accumulation_steps * 2
+        print(
+            f"error: out of memory; the same training in smaller pieces: --batch_size={half} "
+            f"--gradient_accumulation_steps={double}",
+            file=sys.stderr,
+        )
+        sys.exit(2)
