@@ -9,8 +9,6 @@ LoRA, model.safetensors and config.json; checkpoint.pt (to resume from), train_c
 loss.png.
 """
 
-import contextlib
-import ctypes
 import dataclasses
 import json
 import math
@@ -26,18 +24,9 @@ from tqdm import tqdm
 from configurator import RESUMED, configure, one_line_errors
 from dataloader import make_loader
 from lora import mark_only_lora_as_trainable, parameter_report, save_adapter, whole_file, write_json
-from model import GPT, GPTConfig, KVCache, pick_device, pick_dtype
+from model import GPT, GPTConfig, KVCache, keep_memory, pick_device, pick_dtype
 
 CHECKPOINT = "checkpoint.pt"
-
-
-def keep_memory():
-    """Freed tensors stay with the process: glibc would give large ones back and fault them in again at each
-    step, a third of a CPU step's time."""
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large tensor
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap is not shrunk
 
 
 class Processes:
@@ -165,11 +154,10 @@ def train_update(config, model, loader, processes, indices, it, scaler):
     return loss
 
 
-def save_checkpoint(config, model, optimizers, scaler, it, best):
+def save_checkpoint(config, model, optimizers, scaler, progress):
     """All that a resumed run needs, in one file, so that no instant leaves half of it."""
     state = {
-        "iter": it,
-        "best": best,
+        "progress": progress,
         "trained": {n: p.detach() for n, p in model.named_parameters() if p.requires_grad},
         "optimizers": [o.state_dict() for o in optimizers],
         "scaler": scaler.state_dict(),
@@ -179,10 +167,11 @@ def save_checkpoint(config, model, optimizers, scaler, it, best):
 
 
 def load_checkpoint(config, model, optimizers, scaler):
-    """(iter, best) of out_dir's checkpoint, whose state goes into the arguments; (0, None) if there is none."""
+    """The progress of out_dir's checkpoint, whose state goes into the arguments; that of a new run if there is
+    none."""
     path = os.path.join(config.out_dir, CHECKPOINT)
-    if not os.path.exists(path):
-        return 0, None
+    if not config.resume or not os.path.exists(path):
+        return {"iter": 0, "best": None, "losses": [], "metrics": []}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         trained = state["trained"]
@@ -200,7 +189,7 @@ def load_checkpoint(config, model, optimizers, scaler):
     for optimizer, saved in zip(optimizers, state["optimizers"]):
         optimizer.load_state_dict(saved)
     scaler.load_state_dict(state["scaler"])
-    return state["iter"], state["best"]
+    return state["progress"]
 
 
 def save_best(config, model, dtype):
@@ -209,14 +198,6 @@ def save_best(config, model, dtype):
         save_adapter(model, config.out_dir, base_model=config.init_from)
     else:
         model.save_pretrained(config.out_dir, dtype=dtype)
-
-
-def read_metrics(path, until):
-    """The evaluations that were done before update `until`; later ones will be done again."""
-    if not os.path.exists(path):
-        return []
-    with open(path, encoding="utf-8") as f:
-        return [m for m in map(json.loads, f) if m["iter"] <= until]
 
 
 def plot_losses(metrics, path):
@@ -269,14 +250,13 @@ def train(config):
         loader = make_loader(config, model.config.block_size)
         optimizers = build_optimizers(config, model)
         scaler = torch.amp.GradScaler(processes.device.split(":")[0], enabled=dtype == torch.float16)
-        it, best = load_checkpoint(config, model, optimizers, scaler) if config.resume else (0, None)
+        progress = load_checkpoint(config, model, optimizers, scaler)
         if processes.first:
             os.makedirs(config.out_dir, exist_ok=True)
             if not config.resume:
                 write_json(os.path.join(config.out_dir, RESUMED), dataclasses.asdict(config))
     say = tqdm.write if processes.first else lambda text: None
-    metrics_path = os.path.join(config.out_dir, "metrics.jsonl")
-    metrics = read_metrics(metrics_path, it) if config.resume else []
+    it, metrics = progress["iter"], progress["metrics"]
     run = start_wandb(config) if processes.first else None
     params = [p for p in model.parameters() if p.requires_grad]
     say(parameter_report(model))
@@ -288,38 +268,49 @@ def train(config):
         model.compile(dynamic=True)
 
     asked_to_stop = []
+
+    def remember(number, frame):
+        asked_to_stop.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one does not wait for the update to end
+
+    def save():
+        if processes.first:
+            progress["iter"] = it
+            save_checkpoint(config, model, optimizers, scaler, progress)
+
     for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, lambda number, frame: asked_to_stop.append(number))
+        signal.signal(sig, remember)
 
     bar = tqdm(total=config.max_iters, initial=it, disable=None if processes.first else True, unit="update")
-    epoch, order, losses, began, first_it = None, None, [], time.time(), it
+    epoch, order, began, first_it = None, None, time.time(), it
     while True:
         # --- evaluation, the best weights, a checkpoint
         last = it >= config.max_iters
         if (it % config.eval_interval == 0 or last) and not (metrics and metrics[-1]["iter"] == it):
-            seconds = time.time() - began
+            seconds, losses = time.time() - began, progress["losses"]
             val_loss = evaluate(config, model, loader, processes)
-            m = {"iter": it, "epoch": round(it / n_batches, 4), "val_loss": val_loss}
-            m["train_loss"] = sum(losses) / len(losses) if losses else None
+            m = {"iter": it, "epoch": it / n_batches, "val_loss": val_loss}
+            if losses:
+                m["train_loss"] = sum(losses) / len(losses)
+                m["examples_per_s"] = (it - first_it) * global_batch / seconds
             if config.task == "pretrain":
                 m["bits_per_byte"] = loader.bits_per_byte("validation", val_loss)
                 m["tokens"] = it * global_batch * loader.context
-            m["examples_per_s"] = round((it - first_it) * global_batch / seconds, 2)
-            losses, first_it, began = [], it, time.time()
             metrics.append(m)
-            shown = {k: f"{v:.4f}" for k, v in m.items() if isinstance(v, float)}
-            say(f"update {it}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
+            say(f"update {it}: " + ", ".join(f"{k} {v:.4f}" for k, v in m.items() if isinstance(v, float)))
+            if processes.first and (progress["best"] is None or val_loss < progress["best"]):
+                progress["best"] = val_loss
+                save_best(config, model, dtype)
             if processes.first:
-                if best is None or val_loss < best:
-                    best = val_loss
-                    save_best(config, model, dtype)
-                save_checkpoint(config, model, optimizers, scaler, it, best)
-                with whole_file(metrics_path) as f:
+                with whole_file(os.path.join(config.out_dir, "metrics.jsonl")) as f:
                     f.writelines((json.dumps(m) + "\n").encode() for m in metrics)
-                if run:
-                    run.log({k: v for k, v in m.items() if v is not None}, step=it)
-        elif config.save_interval and it % config.save_interval == 0 and processes.first:
-            save_checkpoint(config, model, optimizers, scaler, it, best)
+            progress["losses"] = []
+            save()
+            if run:
+                run.log(m, step=it)
+            began, first_it = time.time(), it
+        elif config.save_interval and it % config.save_interval == 0:
+            save()
         if last:
             break
 
@@ -332,27 +323,26 @@ def train(config):
         loss = train_update(config, model, loader, processes, order[it % n_batches], it, scaler)
         processes.sum_gradients(params)
         loss, stop = processes.sum([float(loss), float(bool(asked_to_stop))])
-        if not math.isfinite(loss):
-            say(
-                f"error: the loss is {loss} at update {it}; the last good checkpoint is in {config.out_dir}; "
-                "try a lower --lr"
-            )
-            sys.exit(3)
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-        if config.grad_clip:
-            torch.nn.utils.clip_grad_norm_(params, config.grad_clip)
+        norm = float(torch.nn.utils.clip_grad_norm_(params, config.grad_clip or math.inf))
+        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+            print(
+                f"error: loss {loss}, gradient norm {norm} at update {it}; the last good checkpoint is in "
+                f"{config.out_dir}; try a lower --lr than {config.lr:g}",
+                file=sys.stderr,
+            )
+            sys.exit(3)
         for optimizer in optimizers:
             scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         scaler.update()
-        losses.append(loss)
+        progress["losses"].append(loss)
         it += 1
         bar.update()
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         if stop:
-            if processes.first:
-                save_checkpoint(config, model, optimizers, scaler, it, best)
+            save()
             say(
                 f"stopped at update {it}, saved; to go on: "
                 f"python train.py --init_from=resume --out_dir={config.out_dir}"
@@ -361,9 +351,9 @@ def train(config):
     bar.close()
     if processes.first:
         plot_losses(metrics, os.path.join(config.out_dir, "loss.png"))
-        file = "adapter_model.safetensors" if config.rank else "model.safetensors"
-        path = os.path.join(config.out_dir, file)
-        say(f"best validation loss {best:.4f}; {path} ({os.path.getsize(path) / 1e6:.2f} MB), loss.png beside it")
+        path = os.path.join(config.out_dir, "adapter_model.safetensors" if config.rank else "model.safetensors")
+        say(f"best validation loss {progress['best']:.4f}, plotted in {config.out_dir}/loss.png")
+        say(f"saved: {path} ({os.path.getsize(path) / 1e6:.2f} MB)")
     if run:
         run.finish()
     if processes.world > 1:
