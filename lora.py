@@ -91,7 +91,7 @@ class LoRALinear(nn.Linear):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         out = F.linear(x, weight.to(x.dtype), bias)
         if self._merged is None and self.is_lora():
-            out = out + low_rank(self.lora_dropout(x), self.lora_A, self.lora_B, self.lora_scaling)
+            add_low_rank(out, self.lora_dropout(x), self.lora_A, self.lora_B, self.lora_scaling)
         return out
 
     def train(self, mode=True):
@@ -124,9 +124,11 @@ class LoRALinear(nn.Linear):
         return super().extra_repr() + lora
 
 
-def low_rank(x, lora_A, lora_B, scaling):  # (..., in) -> (..., out)
-    """scaling * B A x, in x's dtype: the whole of LoRA's arithmetic."""
-    return F.linear(F.linear(x, lora_A.to(x.dtype)), lora_B.to(x.dtype)) * scaling
+def add_low_rank(out, x, lora_A, lora_B, scaling):  # (..., out), (..., in) -> (..., out)
+    """out += scaling * B A x, in place and in x's dtype: the whole of LoRA's arithmetic."""
+    z = F.linear(x, lora_A.to(x.dtype)).flatten(0, -2)  # (N, r)
+    out.view(-1, out.size(-1)).addmm_(z, lora_B.to(x.dtype).t(), alpha=scaling)
+    return out
 
 
 def lora_layers(model):

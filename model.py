@@ -99,6 +99,19 @@ def linear(config, name, n_in, n_out):
     return LoRALinear(n_in, n_out, lora_rank=rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout)
 
 
+def attention(q, k, v, mask, dropout):  # (B, n_head, T, head_dim), k and v (B, n_head, P + T, head_dim)
+    """Scaled dot-product attention ("Attention Is All You Need", Vaswani et al. 2017, section 3.2.1); mask is
+    True where a query may look, None for causal."""
+    T, K = q.size(2), k.size(2)
+    if q.device.type == "cpu" and q.requires_grad and K <= 512:
+        # Two products and a softmax: torch's fused kernel is five times slower backward on a CPU.
+        mask = torch.ones(T, K, dtype=torch.bool).tril(K - T) if mask is None else mask
+        bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+        scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, n_head, T, K)
+        return F.dropout(scores.add_(bias).softmax(-1), dropout) @ v
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and T == K > 1)
+
+
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -114,14 +127,7 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_dim)
         if past is not None:
             k, v = past.extend(self.layer, k, v)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None and T == k.size(2) > 1,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -243,10 +249,10 @@ class GPT(nn.Module):
         others = (~own).nonzero()[:, 0]
         sampled = others[torch.randperm(len(others), device=x.device)[:n_sampled]]
         words = torch.cat([own.nonzero()[:, 0], sampled])
-        logits = F.linear(x, self.lm_head.weight[words].to(x.dtype)).float()
-        bias = logits.new_zeros(len(words))
+        bias = x.new_zeros(len(words))
         bias[len(words) - len(sampled) :] = math.log(len(others) / max(1, len(sampled)))
-        return logits + bias, own.cumsum(0)[targets] - 1
+        logits = F.linear(x, self.lm_head.weight[words].to(x.dtype), bias)
+        return logits, own.cumsum(0)[targets] - 1
 
     # --- generation ------------------------------------------------------------------------------
 
