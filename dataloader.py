@@ -14,6 +14,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -479,7 +480,7 @@ class TextLoader:
 
     def bits_per_byte(self, split, loss):
         """A loss in nats per token as bits per byte of text, which no tokeniser can flatter."""
-        return loss / np.log(2) * self.meta[f"{split}_tokens"] / max(1, self.meta[f"{split}_bytes"])
+        return loss / math.log(2) * self.meta[f"{split}_tokens"] / max(1, self.meta[f"{split}_bytes"])
 
     def _rows(self, split, epoch):
         """Where the rows of an epoch begin; the first token moves with the epoch, so cuts fall elsewhere."""

@@ -7,6 +7,7 @@
 Scoring writes accuracy.json and predictions.jsonl into out_dir (for an untuned model, into out_dir/untuned).
 """
 
+import contextlib
 import json
 import math
 import os
@@ -20,8 +21,8 @@ from tqdm import tqdm
 
 from configurator import MODEL_KEYS, configure, one_line_errors
 from dataloader import end_of_text, gpt2_encoding, instruction_loader
-from lora import load_adapter, whole_file, write_json
-from model import GPT, KVCache, pick_device, pick_dtype
+from lora import ADAPTER_WEIGHTS, load_adapter, whole_file, write_json
+from model import GPT, KVCache, keep_memory, pick_device, pick_dtype
 
 ANSWER_CHARS = 40  # a label counts within these first characters of the generated text
 
@@ -155,10 +156,28 @@ def score(config, model, loader, max_new_tokens):
             f.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
     write_json(os.path.join(folder, "accuracy.json"), result)
     print(f"\n{len(examples) / seconds:.1f} examples/s; written: {folder}/accuracy.json, {folder}/predictions.jsonl")
+    if config.resume:
+        compare(config, result)
     return result
 
 
+def compare(config, result):
+    """Prints the accuracy beside the untuned model's, if that was scored here, and where the weights lie."""
+    with (
+        contextlib.suppress(OSError, ValueError),
+        open(os.path.join(config.out_dir, "untuned", "accuracy.json")) as f,
+    ):
+        before = json.load(f)
+        if all(before[key] == result[key] for key in ("dataset", "split", "init_from")):
+            print(f"untuned {100 * before['accuracy']:.2f} %, tuned {100 * result['accuracy']:.2f} %")
+    for name in (ADAPTER_WEIGHTS, "model.safetensors", "loss.png"):
+        path = os.path.join(config.out_dir, name)
+        if os.path.exists(path):
+            print(f"{path} ({os.path.getsize(path) / 1e6:.2f} MB)")
+
+
 def main(config):
+    keep_memory()
     with one_line_errors():
         device = pick_device(config.device)
         model = load_model(config, device, pick_dtype(device, config.dtype))

@@ -81,6 +81,7 @@ class LoRALinear(nn.Linear):
         super().reset_parameters()
         if self.is_lora():
             self.reset_lora_parameters()
+            self.train(self.training)  # a merge of the old weights would be stale
 
     def reset_lora_parameters(self):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as nn.Linear's own weight
@@ -126,7 +127,7 @@ class LoRALinear(nn.Linear):
 
 def add_low_rank(out, x, lora_A, lora_B, scaling):  # (..., out), (..., in) -> (..., out)
     """out += scaling * B A x, in place and in x's dtype: the whole of LoRA's arithmetic."""
-    z = F.linear(x, lora_A.to(x.dtype)).flatten(0, -2)  # (N, r)
+    z = F.linear(x, lora_A.to(x.dtype)).view(-1, lora_A.size(0))  # (N, r)
     out.view(-1, out.size(-1)).addmm_(z, lora_B.to(x.dtype).t(), alpha=scaling)
     return out
 
@@ -254,7 +255,8 @@ def read_adapter(directory):
     try:
         with open(path, encoding="utf-8") as f:
             config = json.load(f)
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        if not (isinstance(config["r"], int) and isinstance(config["lora_alpha"], (int, float))):
+            raise ValueError("r and lora_alpha must be numbers")
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{path} is damaged or no adapter config: {e}") from e
     if config.get("peft_type") != "LORA":
@@ -262,7 +264,6 @@ def read_adapter(directory):
     for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication"):
         if config.get(key):
             raise ValueError(f"{path}: {key} is set, which is not read here")
-    config["scaling"] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     path = os.path.join(directory, ADAPTER_WEIGHTS)
     try:
         tensors = load_file(path)
@@ -302,8 +303,9 @@ def load_adapter(model, directory):
     ]
     if missing or not adapted:
         raise ValueError(f"{where} is not whole: {missing[0] if missing else 'any lora_A'} is missing")
+    # alpha / sqrt(r), the rank-stabilised scale, is alpha sqrt(r) / r
+    alpha = config["lora_alpha"] * (math.sqrt(config["r"]) if config.get("use_rslora") else 1)
     for name in adapted | lora_layers(model).keys():
-        modules[name].add_lora(config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0))
-        modules[name].lora_scaling = config["scaling"]
+        modules[name].add_lora(config["r"], alpha, config.get("lora_dropout", 0.0))
     model.load_state_dict(tensors, strict=False)
     return config

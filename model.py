@@ -235,7 +235,7 @@ class GPT(nn.Module):
             logits, targets = self.sampled_softmax(x, targets, n_sampled)
         else:
             logits = self.head(x)
-        return logits, F.cross_entropy(logits.float(), targets)
+        return logits, F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
 
     def sampled_softmax(self, x, targets, n_sampled):
         """Logits over the batch's own targets and n_sampled other words instead of all V, and the targets'
@@ -250,7 +250,7 @@ class GPT(nn.Module):
         sampled = others[torch.randperm(len(others), device=x.device)[:n_sampled]]
         words = torch.cat([own.nonzero()[:, 0], sampled])
         bias = x.new_zeros(len(words))
-        bias[len(words) - len(sampled) :] = math.log(len(others) / max(1, len(sampled)))
+        bias[len(words) - len(sampled) :] = math.log(max(1, len(others)) / max(1, len(sampled)))
         logits = F.linear(x, self.lm_head.weight[words].to(x.dtype), bias)
         return logits, own.cumsum(0)[targets] - 1
 
@@ -401,17 +401,16 @@ def find_checkpoint(name):
     """(config.json, [safetensors files]) of a model's name or directory; from the hub's cache if it is there."""
     if name in HUB_MODELS:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         wanted = {"repo_id": HUB_MODELS[name], "allow_patterns": ["config.json", "model.safetensors"]}
         try:
-            try:
-                directory = snapshot_download(local_files_only=True, **wanted)
-                if not os.path.exists(os.path.join(directory, "model.safetensors")):
-                    raise LocalEntryNotFoundError("an earlier download was cut short")
-            except LocalEntryNotFoundError:
-                directory = snapshot_download(**wanted)
-        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
+            directory = snapshot_download(local_files_only=True, **wanted)
+            cached = os.path.exists(os.path.join(directory, "model.safetensors"))
+        except OSError:  # not in the cache
+            cached = False
+        try:
+            directory = directory if cached else snapshot_download(**wanted)
+        except Exception as e:  # the client's own, and those of the HTTP library that its version uses
             reason = str(e).strip().splitlines()[0][:120] if str(e).strip() else type(e).__name__
             raise FileNotFoundError(
                 f"init_from={name}: cannot reach the hub for {HUB_MODELS[name]} ({reason}). Offline, the same runs "
@@ -426,8 +425,11 @@ def find_checkpoint(name):
         raise FileNotFoundError(f"init_from={name}: no such directory; type one that exists, or one of {known}")
     index = os.path.join(directory, "model.safetensors.index.json")
     if os.path.exists(index):
-        with open(index, encoding="utf-8") as f:
-            files = sorted(set(json.load(f)["weight_map"].values()))
+        try:
+            with open(index, encoding="utf-8") as f:
+                files = sorted(set(json.load(f)["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{index} is damaged: {e!r}") from e
     else:
         files = ["model.safetensors"]
     paths = [os.path.join(directory, os.path.basename(f)) for f in ["config.json", *files]]

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from configurator import RESUMED, configure, one_line_errors
 from dataloader import make_loader
-from lora import mark_only_lora_as_trainable, parameter_report, save_adapter, whole_file, write_json
+from lora import ADAPTER_WEIGHTS, mark_only_lora_as_trainable, parameter_report, save_adapter, whole_file, write_json
 from model import GPT, GPTConfig, KVCache, keep_memory, pick_device, pick_dtype
 
 CHECKPOINT = "checkpoint.pt"
@@ -351,7 +351,7 @@ def train(config):
     bar.close()
     if processes.first:
         plot_losses(metrics, os.path.join(config.out_dir, "loss.png"))
-        path = os.path.join(config.out_dir, "adapter_model.safetensors" if config.rank else "model.safetensors")
+        path = os.path.join(config.out_dir, ADAPTER_WEIGHTS if config.rank else "model.safetensors")
         say(f"best validation loss {progress['best']:.4f}, plotted in {config.out_dir}/loss.png")
         say(f"saved: {path} ({os.path.getsize(path) / 1e6:.2f} MB)")
     if run:
