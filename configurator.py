@@ -211,7 +211,7 @@ def _help_table(cls):
     lines, hints = [cls.__doc__ if cls is not Config else __doc__], typing.get_type_hints(cls)
     defaults = {f.name: f.default for f in dataclasses.fields(cls)}
     for owner in reversed(cls.__mro__[:-1]):
-        for line in inspect.getsource(owner).splitlines():
+        for line in re.sub(r"\(\n\s+(.*)\n\s+\)", r"\1", inspect.getsource(owner)).splitlines():
             if section := re.match(r"    # --- (.*)", line):
                 lines.append(f"\n{section.group(1)}:")
             elif key := re.match(r"    (\w+): .*?  # (.*)", line):
@@ -251,9 +251,9 @@ def read_config_file(path, fields):
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such config file; those that ship are in configs/")
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:
             tree = ast.parse(f.read())
-    except (SyntaxError, UnicodeDecodeError, ValueError) as e:
+    except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError) as e:
         raise UserError(f"{path}: not readable as plain assignments: {e}") from e
     values = {}
     for node in tree.body:
@@ -271,6 +271,8 @@ def read_config_file(path, fields):
         kinds = typing.get_args(kind) or (kind,)
         if float in kinds and type(value) is int:
             value = float(value)
+        if type(value) is float and not math.isfinite(value):
+            raise UserError(f"{where}: {key} = {value} is no finite number")
         if int in kinds and type(value) is float and value == int(value):
             value = int(value)
         if type(value) not in kinds:
@@ -323,10 +325,12 @@ def _stored(out_dir, fields):
     try:
         with open(path, encoding="utf-8") as f:
             stored = json.load(f)
+        if "init_from" not in stored:
+            raise UserError(f"{path} is damaged: no init_from in it")
         return {key: value for key, value in stored.items() if key in fields and key != "out_dir"}
     except FileNotFoundError:
         raise UserError(
             f"init_from=resume: no run to resume in {out_dir} ({RESUMED} is missing); type its --out_dir"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as e:
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as e:
         raise UserError(f"{path} is damaged: {e}") from e

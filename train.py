@@ -9,6 +9,7 @@ LoRA, model.safetensors and config.json; checkpoint.pt (to resume from), train_c
 loss.png.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -85,6 +86,8 @@ def build_model(config, device, dtype):
 
 def build_optimizers(config, model):
     """AdamW, with Muon for the blocks' matrices if the config asks for it. Each group knows its peak rate."""
+    if config.muon_lr and config.rank:
+        raise ValueError(f"muon_lr={config.muon_lr}: Muon is for whole matrices; type --rank=0, or --muon_lr=0")
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     muon = [p for n, p in trained if config.muon_lr and p.ndim == 2 and ".h." in n]
     rest = [p for _, p in trained if all(p is not m for m in muon)]
@@ -142,7 +145,8 @@ def evaluate(config, model, loader, processes, split="validation"):
 
 def train_update(config, model, loader, processes, indices, it, scaler):
     """Gradients of the global batch `indices` into .grad; returns its mean loss."""
-    torch.manual_seed(config.seed * 1_000_003 + it * 1009 + processes.rank)  # a resumed run draws the same
+    # Chance depends on the update alone, so a resumed run draws the same and no random state is stored.
+    torch.manual_seed((config.seed * 1_000_003 + it * 1009 + processes.rank) % 2**63)
     n_global, loss = loader.n_scored("train", indices), 0.0
     for start in range(0, len(indices), config.batch_size):
         mine = indices[start : start + config.batch_size][processes.rank :: processes.world]
@@ -176,9 +180,8 @@ def load_checkpoint(config, model, optimizers, scaler):
         state = torch.load(path, map_location="cpu", weights_only=True)
         trained = state["trained"]
     except Exception as e:  # zip, pickle and torch each raise their own
-        raise ValueError(
-            f"{path} is damaged ({str(e).splitlines()[0][:120]}); start again with another --out_dir"
-        ) from e
+        reason = (str(e) or type(e).__name__).splitlines()[0][:120]
+        raise ValueError(f"{path} is damaged ({reason}); start again with another --out_dir") from e
     ours = {n: p for n, p in model.named_parameters() if p.requires_grad}
     different = ours.keys() ^ trained.keys() or [n for n in ours if ours[n].shape != trained[n].shape]
     if different:
@@ -187,7 +190,10 @@ def load_checkpoint(config, model, optimizers, scaler):
         for name, param in ours.items():
             param.copy_(trained[name])
     for optimizer, saved in zip(optimizers, state["optimizers"]):
+        kept = [{k: g[k] for k in ("peak_lr", "weight_decay", "betas") if k in g} for g in optimizer.param_groups]
         optimizer.load_state_dict(saved)
+        for group, values in zip(optimizer.param_groups, kept):
+            group.update(values)  # an --lr typed on resuming wins
     scaler.load_state_dict(state["scaler"])
     return state["progress"]
 
@@ -230,7 +236,13 @@ def start_wandb(config):
         import wandb
 
         name = config.wandb_run_name or os.path.basename(os.path.normpath(config.out_dir))
-        return wandb.init(project=config.wandb_project, name=name, dir=config.out_dir, config=vars(config))
+        return wandb.init(
+            project=config.wandb_project,
+            name=name,
+            dir=config.out_dir,
+            config=vars(config),
+            settings=wandb.Settings(init_timeout=30),
+        )
     except Exception as e:  # no key, no network, a full disk: never worth a run
         print(
             f"note: wandb is off ({(str(e) or type(e).__name__).splitlines()[0]}); "
@@ -254,6 +266,9 @@ def train(config):
         if processes.first:
             os.makedirs(config.out_dir, exist_ok=True)
             if not config.resume:
+                for old in (CHECKPOINT, "metrics.jsonl"):  # or a resume would go on with another run's
+                    with contextlib.suppress(FileNotFoundError):
+                        os.remove(os.path.join(config.out_dir, old))
                 write_json(os.path.join(config.out_dir, RESUMED), dataclasses.asdict(config))
     say = tqdm.write if processes.first else lambda text: None
     it, metrics = progress["iter"], progress["metrics"]
@@ -274,12 +289,23 @@ def train(config):
         signal.signal(number, signal.SIG_DFL)  # a second one does not wait for the update to end
 
     def save():
+        nonlocal saved_at
+        saved_at = it
         if processes.first:
             progress["iter"] = it
             save_checkpoint(config, model, optimizers, scaler, progress)
 
-    for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, remember)
+    def diverged(what):
+        if processes.first:
+            print(
+                f"error: {what} at update {it}; the last good checkpoint is in {config.out_dir}; "
+                f"try a lower --lr than {config.lr:g}",
+                file=sys.stderr,
+            )
+        sys.exit(3)
+
+    saved_at = None
+    handlers = {sig: signal.signal(sig, remember) for sig in (signal.SIGINT, signal.SIGTERM)}
 
     bar = tqdm(total=config.max_iters, initial=it, disable=None if processes.first else True, unit="update")
     epoch, order, began, first_it = None, None, time.time(), it
@@ -289,6 +315,8 @@ def train(config):
         if (it % config.eval_interval == 0 or last) and not (metrics and metrics[-1]["iter"] == it):
             seconds, losses = time.time() - began, progress["losses"]
             val_loss = evaluate(config, model, loader, processes)
+            if not math.isfinite(val_loss):
+                diverged(f"validation loss {val_loss}")
             m = {"iter": it, "epoch": it / n_batches, "val_loss": val_loss}
             if losses:
                 m["train_loss"] = sum(losses) / len(losses)
@@ -309,8 +337,6 @@ def train(config):
             if run:
                 run.log(m, step=it)
             began, first_it = time.time(), it
-        elif config.save_interval and it % config.save_interval == 0:
-            save()
         if last:
             break
 
@@ -327,12 +353,15 @@ def train(config):
             scaler.unscale_(optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(params, config.grad_clip or math.inf))
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-            print(
-                f"error: loss {loss}, gradient norm {norm} at update {it}; the last good checkpoint is in "
-                f"{config.out_dir}; try a lower --lr than {config.lr:g}",
-                file=sys.stderr,
+            diverged(f"loss {loss}, gradient norm {norm}")
+        if (stop or (config.save_interval and it % config.save_interval == 0)) and saved_at != it:
+            save()  # here, where these weights are known to give a finite gradient
+        if stop:
+            say(
+                f"stopped at update {it}, saved; to go on: "
+                f"python train.py --init_from=resume --out_dir={config.out_dir}"
             )
-            sys.exit(3)
+            sys.exit(128 + (asked_to_stop or [signal.SIGTERM])[0])
         for optimizer in optimizers:
             scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
@@ -341,14 +370,9 @@ def train(config):
         it += 1
         bar.update()
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        if stop:
-            save()
-            say(
-                f"stopped at update {it}, saved; to go on: "
-                f"python train.py --init_from=resume --out_dir={config.out_dir}"
-            )
-            sys.exit(128 + (asked_to_stop or [signal.SIGTERM])[0])
     bar.close()
+    for sig, handler in handlers.items():
+        signal.signal(sig, handler)
     if processes.first:
         plot_losses(metrics, os.path.join(config.out_dir, "loss.png"))
         path = os.path.join(config.out_dir, ADAPTER_WEIGHTS if config.rank else "model.safetensors")
@@ -368,7 +392,8 @@ if __name__ == "__main__":
     except (torch.OutOfMemoryError, RuntimeError) as e:
         if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
             raise
-        half, double = max(1, config.batch_size // 2), config.gradient_accumulation_steps * 2
+        half = next((n for n in range(config.batch_size // 2, 0, -1) if config.batch_size % n == 0), 1)
+        double = config.gradient_accumulation_steps * (config.batch_size // half)
         print(
             f"error: out of memory; the same training in smaller pieces: --batch_size={half} "
             f"--gradient_accumulation_steps={double}",

@@ -1,0 +1,307 @@
+"""Scoring by the words that a model writes: what counts, how sure the score is, and the two command lines.
+
+python -m pytest tests/test_generate.py
+"""
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import generate
+from configurator import MODEL_KEYS, Config, configure
+from dataloader import CustomDataLoader, gpt2_encoding
+from generate import ANSWER_CHARS, find_label, generate_labels, get_accuracy, load_model
+
+ROOT = os.path.dirname(os.path.abspath(generate.__file__))
+END = 50256
+
+
+# --- which label a text holds --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("positive", "positive"),
+        (" negative", "negative"),
+        ("\npositive\n", "positive"),
+        ("positive or negative?", "positive"),  # the first one counts
+        ("negative, not positive", "negative"),
+        ("", None),
+        ("no idea", None),
+        ("positively", None),  # inside a longer word is another word
+        ("nonnegative", None),
+        ("positive2", None),
+        ("überpositive", None),
+        ("positively negative", "negative"),
+        ("POSITIVE!", "positive"),
+        ('"Negative."', "negative"),
+        ("**positive**", "positive"),
+        ("pos itive", None),
+        ("." * (ANSWER_CHARS - 8) + "positive", "positive"),  # ends with the last character that counts
+        ("." * (ANSWER_CHARS - 7) + "positive", None),  # cut at the limit
+        ("." * ANSWER_CHARS + " positive", None),
+        ("." * (ANSWER_CHARS - 7) + "positive negative", None),
+    ],
+)
+def test_the_first_label_as_a_word_of_its_own_counts(text, found):
+    """Lost if it fails: the score counts answers that a reader would not, or misses some that they would."""
+    names = ["negative", "positive"]
+    assert find_label(text, names) == (None if found is None else names.index(found))
+    assert find_label(text, names[::-1]) == (None if found is None else names[::-1].index(found))
+
+
+@pytest.mark.parametrize(
+    "names, text, found",
+    [
+        (["pos", "positive"], "positive", "positive"),
+        (["pos", "positive"], "pos", "pos"),
+        (["pos", "positive"], "pos, so positive", "pos"),
+        (["very good", "very"], "very good", "very good"),
+        (["very good", "very"], "very bad", "very"),
+        (["good", "very good"], "very good", "very good"),
+        (["C++", "C"], "C++ it is", "C++"),
+        (["C++", "C"], "C it is", "C"),
+        (["a.b", "c"], "axb", None),  # a label is no regular expression
+        (["👎", "👍"], " 👍", "👍"),
+        (["👎", "👍"], "👍👎", "👍"),
+        (["👎", "👍"], "thumbs up", None),
+        (["NEG", "Pos"], "pos", "Pos"),
+        (["плохо", "хорошо"], "Хорошо!", "хорошо"),
+        (["1", "10"], "10", "10"),
+    ],
+)
+def test_labels_that_begin_alike_and_unusual_labels(names, text, found):
+    """Lost if it fails: with label words like these one class is counted as another."""
+    for order in (names, names[::-1]):
+        assert find_label(text, order) == (None if found is None else order.index(found))
+
+
+ODD = ["po\u017fitive", "pos\u0131tive", "POS\u0130TIVE", "\u212aeep", "\0", "\ufffd\ufffd"]  # long s, dotless i ...
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_no_generated_text_stops_the_scoring(text):
+    """Lost if it fails: one letter that is odd in lower case in one answer ends a long scoring with a traceback."""
+    assert find_label(text, ["negative", "positive", "keep"]) in (None, 1, 2)
+
+
+# --- accuracy ------------------------------------------------------------------------------------
+
+
+def test_accuracy_counts_garbage_as_wrong():
+    """Lost if it fails: a model that writes nonsense for the hard half scores 100 % on the rest."""
+    names = ["negative", "positive"]
+    generated = ["positive", "negative", "positive", "dunno", "", "positively", "negative"]
+    labels = [1, 0, 0, 1, 0, 1, 1]
+    result = get_accuracy(generated, labels, names)
+    assert result["n"] == 7
+    assert result["accuracy"] == pytest.approx(2 / 7)
+    assert result["garbage"] == pytest.approx(3 / 7)
+    assert result["confusion"] == [[1, 1, 1], [1, 1, 2]]  # rows: true; columns: negative, positive, garbage
+    assert result["label_names"] == names
+
+
+def test_confusion_table_sums_to_n():
+    """Lost if it fails: examples are left out of the table or stand in it twice."""
+    rng, names = random.Random(3), ["sport", "world news", "world"]
+    labels = [rng.randrange(3) for _ in range(400)]
+    generated = [rng.choice([*names, "what?", "World of sport"]) for _ in labels]
+    result = get_accuracy(generated, labels, names)
+    assert sum(map(sum, result["confusion"])) == result["n"] == 400
+    assert [sum(row) for row in result["confusion"]] == [labels.count(i) for i in range(3)]
+    first = [2 if text == "World of sport" else names.index(text) if text in names else None for text in generated]
+    assert result["accuracy"] == sum(a == b for a, b in zip(first, labels)) / 400
+    assert result["garbage"] == first.count(None) / 400
+
+
+@pytest.mark.parametrize(
+    "right, n, low, high",
+    [(50, 100, 0.4038, 0.5962), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662)],
+)
+def test_interval_is_wilsons(right, n, low, high):
+    """Lost if it fails: a difference within chance is reported as real, or a real one as chance."""
+    result = get_accuracy(["a"] * right + ["b"] * (n - right), [0] * n, ["a", "b"])
+    assert result["interval"] == pytest.approx([low, high], abs=5e-5)  # published values (Newcombe 1998 and others)
+    for bound in result["interval"]:
+        # The definition: the true shares from which the measured one is 1.96 standard errors away.
+        error = math.sqrt(max(0, bound * (1 - bound)) / n)
+        assert abs(right / n - bound) == pytest.approx(1.959964 * error, abs=1e-6)
+
+
+@pytest.mark.parametrize("generated, labels", [([], []), (["a"], [0, 1]), (["a", "b"], [0])])
+def test_accuracy_of_nothing_or_of_unequal_lists_is_refused(generated, labels):
+    """Lost if it fails: texts are compared with the labels of other examples."""
+    with pytest.raises(ValueError):
+        get_accuracy(generated, labels, ["a", "b"])
+
+
+# --- a model that writes -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """transformers' GPT-2, tiny and random, and the directory that it is stored in. It ends some texts early."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3)
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        bias = torch.randn(32) * 0.3
+        model.transformer.ln_f.bias.copy_(bias)
+        model.transformer.wte.weight[END] = 1.2 * bias  # end-of-text is likely, so that it is met
+    directory = tmp_path_factory.mktemp("tiny")
+    model.save_pretrained(directory)
+    return model, str(directory)
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    """60 rows as a csv file: 48 for training, 6 for validation, 6 for testing."""
+    rng, path = random.Random(2), tmp_path_factory.mktemp("films") / "films.csv"
+    firsts = ["Film", "This film", "A film called"]  # nothing that all prompts share without a template's head
+    texts = [f"{firsts[i % 3]} {i} was {'so very ' * rng.randrange(9)}dull" for i in range(60)]
+    rows = [(text, ("bad", "good")[i % 2]) for i, text in enumerate(texts)]
+    return write_csv(path, rows), dict(rows)
+
+
+def write_csv(path, rows):
+    with open(path, "w", encoding="utf-8", newline="") as f:
+        csv.writer(f).writerows([("text", "label"), *rows])
+    return str(path)
+
+
+@torch.no_grad()
+def plain_greedy(model, prompt, n):
+    """transformers' model, one prompt at a time, each token from the whole text anew: no cache, no padding."""
+    ids, new = gpt2_encoding().encode(prompt), []
+    while len(new) < n and END not in new:
+        states = model.transformer(torch.tensor([ids + new])).last_hidden_state
+        new.append(model.lm_head(states[0, -1]).argmax().item())
+    return new
+
+
+@pytest.mark.parametrize("template", ["Review: {text}\nSentiment: {label}", "{text} =>\n{label}"])
+def test_generated_labels_equal_plain_generation(tiny, films, template):
+    """Lost if it fails: the score is that of padding or of another prompt's cache, not of the model."""
+    reference, directory = tiny
+    loader = CustomDataLoader(films[0], template, block_size=56, wanted=("train",))
+    assert bool(loader.prefixes["train"]) == (not template.startswith("{text}"))
+    model = load_model(Config(init_from=directory), "cpu", torch.float32)
+    texts = generate_labels(Config(batch_size=7), model, loader, "train", 8)
+    prompts = [template.format(text=ex.text, label="").rstrip(" ") for ex in loader.splits["train"]]
+    expected = [plain_greedy(reference, prompt, 8) for prompt in prompts]
+    # What makes the comparison worth something: rows that end early beside rows that go on, and many texts.
+    lengths = [len(new) for new in expected]
+    assert lengths.count(8) > 5 and len(set(lengths)) > 4 and len(set(map(tuple, expected))) > 20
+    assert texts == [gpt2_encoding().decode([t for t in new if t != END]) for new in expected]
+
+
+# --- the command lines ---------------------------------------------------------------------------
+
+
+def run_generate(*flags):
+    command = [sys.executable, "generate.py", *flags, "--device=cpu", "--dtype=float32"]
+    environment = os.environ | {"PYTHONUTF8": "1"}
+    return subprocess.run(command, capture_output=True, cwd=ROOT, env=environment, timeout=300)
+
+
+def check_files(folder, rows_of_file, n):
+    """accuracy.json and predictions.jsonl agree with each other and with the data; returns the first."""
+    with open(os.path.join(folder, "accuracy.json"), encoding="utf-8") as f:
+        result = json.load(f)
+    with open(os.path.join(folder, "predictions.jsonl"), encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
+    assert len(rows) == n == result["n"] == sum(map(sum, result["confusion"]))
+    assert len({row["text"] for row in rows}) == n
+    assert all(rows_of_file[row["text"]] == row["label"] for row in rows)
+    assert result["accuracy"] == sum(row["predicted"] == row["label"] for row in rows) / n
+    assert result["garbage"] == sum(row["predicted"] is None for row in rows) / n
+    return result
+
+
+def test_scoring_from_the_command_line(tiny, films, tmp_path):
+    """Lost if it fails: `python generate.py` does not score the whole test split, or does not keep the answers."""
+    done = run_generate(f"--init_from={tiny[1]}", f"--dataset={films[0]}", f"--out_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr.decode()
+    result = check_files(tmp_path / "untuned", films[1], 6)
+    out = done.stdout.decode()
+    low, high = result["interval"]
+    assert f"accuracy {100 * result['accuracy']:.2f} %" in out and f"{100 * low:.1f} to {100 * high:.1f}" in out
+    assert "garbage" in out and "bad" in out and "good" in out
+
+
+def test_free_text_from_the_command_line(tiny):
+    """Lost if it fails: --start prints other text than the model's, or swallows the user's line break."""
+    done = run_generate(f"--init_from={tiny[1]}", "--start=Review: film 3\\nSentiment:", "--max_new_tokens=9")
+    assert done.returncode == 0, done.stderr.decode()
+    start = "Review: film 3\nSentiment:"
+    new = [t for t in plain_greedy(tiny[0], start, 9) if t != END]
+    assert done.stdout.decode() == start + gpt2_encoding().decode(new) + os.linesep
+
+
+def score(*flags):
+    argv = [*flags, "--device=cpu", "--dtype=float32"]
+    generate.main(configure(argv, fixed=MODEL_KEYS))
+
+
+def test_a_tuned_run_is_scored_with_its_own_config(tiny, films, tmp_path):
+    """Lost if it fails: after training, the scored model, data or template are not the run's."""
+    config = Config(init_from="gone", rank=0, dataset=films[0], template="{text} Good or bad? {label}", max_iters=1)
+    tiny[0].save_pretrained(tmp_path)  # what train.py writes with rank=0
+    (tmp_path / "train_config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    score("--init_from=resume", f"--out_dir={tmp_path}", "--split=train")
+    result = check_files(tmp_path, films[1], 48)
+    assert (result["tuned"], result["split"], result["dataset"]) == (True, "train", films[0])
+    with open(tmp_path / "predictions.jsonl", encoding="utf-8") as f:
+        row = json.loads(f.readline())
+    new = plain_greedy(tiny[0], row["text"] + " Good or bad?", 5)
+    assert row["generated"] == gpt2_encoding().decode([t for t in new if t != END])
+
+
+def test_long_labels_fit_beside_texts_that_fill_the_context(tiny, tmp_path):
+    """Lost if it fails: with label words of many tokens, one long review ends the scoring with a traceback."""
+    names = ("fine", "a rather longer answer of many more words than five tokens hold")
+    rows = [(f"film {i} " + "so very " * (i % 3 * 40), names[i % 2]) for i in range(40)]
+    path = write_csv(tmp_path / "rows.csv", rows)
+    score(f"--init_from={tiny[1]}", f"--dataset={path}", f"--out_dir={tmp_path}", "--split=train")
+    with open(tmp_path / "untuned" / "predictions.jsonl", encoding="utf-8") as f:
+        assert len(f.readlines()) == 32
+
+
+def test_half_an_emoji_in_a_review_is_scored_like_any_text(tiny, tmp_path):
+    """Lost if it fails: one text that some tool cut inside an emoji ends the scoring before anything is written."""
+    rows = [{"text": f"film {i} \ud83d", "label": ("bad", "good")[i % 2]} for i in range(20)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    score(f"--init_from={tiny[1]}", f"--dataset={path}", f"--out_dir={tmp_path}", "--split=train")
+    with open(tmp_path / "untuned" / "predictions.jsonl", encoding="utf-8") as f:
+        assert [json.loads(line)["label"] in ("bad", "good") for line in f] == [True] * 16
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--init_from=no-such-model"], ["init_from=no-such-model", "gpt2-mini"]),
+        (["--max_new_tokens=33"], ["max_new_tokens=33", "32"]),
+        (["--dataset=no-such.csv"], ["no-such.csv"]),
+        (["--text_field=review"], ["text_field=review", "text, label"]),
+        (["--task=pretrain"], ["--start"]),
+    ],
+)
+def test_a_mistake_is_one_line(tiny, films, tmp_path, capsys, flags, words):
+    """Lost if it fails: a mistake in scoring prints a traceback instead of what to type."""
+    with pytest.raises(SystemExit) as e:
+        score(f"--init_from={tiny[1]}", f"--dataset={films[0]}", f"--out_dir={tmp_path}", *flags)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    assert [word for word in words if word not in err] == []
+    assert os.listdir(tmp_path) == []

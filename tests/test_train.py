@@ -1,0 +1,661 @@
+"""train.py from end to end: a run and its files, runs stopped and resumed, two processes, mistakes.
+
+python -m pytest tests/test_train.py
+"""
+
+import csv
+import itertools
+import json
+import math
+import os
+import random
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import dataloader
+import generate
+import train
+from configurator import MODEL_KEYS, Config, configure
+from dataloader import end_of_text, gpt2_encoding
+from model import GPT
+
+REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+MEDIUM = "configs/finetune_params_config.py"
+CUES = {"positive": "wonderful", "negative": "dreadful"}  # the word that gives a made-up review's label away
+
+
+# --- a small model, small data, and ways to run train.py on them ----------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a random GPT-2 that transformers saved (base) and separable reviews (reviews)."""
+    folder = tmp_path_factory.mktemp("train")
+    torch.manual_seed(0)
+    # The usual range of 0.02 keeps so small a model's logits so even that frozen ones cannot be tuned to anything.
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "initializer_range": 0.3}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(folder / "base")
+    for split, n in (("train", 48), ("validation", 12), ("test", 20)):
+        write_reviews(folder / "reviews" / f"{split}.csv", n)
+    return folder
+
+
+def write_reviews(path, n, cues=CUES):
+    """n reviews of one to three clauses, each clause with the cue of the review's label; labels by turns."""
+    rng = random.Random(n)
+    subjects = ["the plot", "this film", "every scene", "the acting of the whole cast", "a story"]
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w", newline="") as f:
+        rows = csv.writer(f)
+        rows.writerow(["text", "label"])
+        for _, (label, cue) in zip(range(n), itertools.cycle(cues.items())):
+            clauses = (
+                f"{rng.choice(subjects)} {rng.choice(['was', 'seemed'])} {cue}" for _ in range(rng.randint(1, 3))
+            )
+            rows.writerow([" and ".join(clauses), label])
+
+
+def flags(place, out, **settings):
+    """The command line of a run on the small model and data into `out`; settings win."""
+    values = {"init_from": place / "base", "dataset": place / "reviews", "out_dir": place / out}
+    values |= {"device": "cpu", "dtype": "float32"} | settings
+    return [f"--{key}={value}" for key, value in values.items()]
+
+
+def resume(place, out, **settings):
+    return ["--init_from=resume", f"--out_dir={place / out}", *(f"--{k}={v}" for k, v in settings.items())]
+
+
+def start(*args, **env):
+    """A process of its own, as a user starts one; one thread, for machines that do more than these tests."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | env
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *map(str, args)], cwd=REPO, env=env, text=True, **pipes)
+
+
+def finish(process, code=0):
+    """What the process wrote: (stdout, stderr)."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def here(argv):
+    """A run in this process, which spares the imports. Returns the metrics."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return train.train(configure(list(map(str, argv))))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+# --- reading what a run left ----------------------------------------------------------------------
+
+
+def read_metrics(folder):
+    with open(folder / "metrics.jsonl") as f:
+        return [json.loads(line) for line in f]
+
+
+def read_checkpoint(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def leaves(value, path=""):
+    """{path: leaf} of nested dicts and lists; a tensor's leaf is its bytes, so that equal means every bit."""
+    if isinstance(value, torch.Tensor):
+        return {path: (value.dtype, value.shape, value.contiguous().numpy().tobytes())}
+    if not isinstance(value, dict | list | tuple):
+        return {path: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {k: v for key, item in items for k, v in leaves(item, f"{path}/{key}").items()}
+
+
+def differences(one, other):
+    """Everything in which two finished runs differ, the clock aside."""
+    found = [f for f in ("adapter_model.safetensors", "model.safetensors") if (one / f).exists()]
+    assert found
+    different = [f for f in found if (one / f).read_bytes() != (other / f).read_bytes()]
+    a, b = (
+        leaves({k: read_checkpoint(folder)[k] for k in ("trained", "optimizers")} | {"metrics": read_metrics(folder)})
+        for folder in (one, other)
+    )
+    return different + [k for k in a.keys() | b.keys() if a.get(k) != b.get(k) and "examples_per_s" not in k]
+
+
+def largest_difference(one, other):
+    a, b = read_checkpoint(one)["trained"], read_checkpoint(other)["trained"]
+    assert a.keys() == b.keys() and a
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+@torch.no_grad()
+def plain_loss(model, path, template=Config.template):
+    """A Hugging Face model's mean loss over the label and end-of-text tokens of a csv's rows, one at a time."""
+    total, count = 0.0, 0
+    with open(path, newline="") as f:
+        rows = list(csv.DictReader(f))
+    for row in rows:
+        prompt, full = (template.replace("{text}", row["text"]).replace("{label}", w) for w in ("", row["label"]))
+        tokens = [*gpt2_encoding().encode_ordinary(full), end_of_text()]
+        n = len(tokens) - len(gpt2_encoding().encode_ordinary(prompt.rstrip(" ")))
+        logits = model.eval()(torch.tensor([tokens])).logits[0]
+        total += F.cross_entropy(logits[-n - 1 : -1], torch.tensor(tokens[-n:]), reduction="sum").item()
+        count += n
+    return total / count
+
+
+# --- one run --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tuned(place):
+    """The folder of a LoRA run, started as the README starts it."""
+    settings = {"rank": 16, "alpha": 64, "max_iters": 40, "eval_interval": 10, "lr": 1e-2}
+    finish(start("train.py", MEDIUM, *flags(place, "tuned", **settings)))
+    return place / "tuned"
+
+
+def test_a_run_learns_and_leaves_its_files(tuned):
+    """Otherwise a user waits for a run that teaches the model nothing, or finds no plot, log or config of it."""
+    metrics = read_metrics(tuned)
+    assert [m["iter"] for m in metrics] == [0, 10, 20, 30, 40]
+    assert metrics[-1]["train_loss"] < 0.6 * metrics[1]["train_loss"]
+    assert metrics[-1]["val_loss"] < 0.6 * metrics[0]["val_loss"]
+    png = (tuned / "loss.png").read_bytes()
+    assert png.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in png[-12:]
+    assert read_checkpoint(tuned)["trained"]["transformer.h.0.attn.c_attn.lora_A"].shape == (16, 32)
+    config = json.loads((tuned / "train_config.json").read_text())
+    assert (config["rank"], config["alpha"], config["lr"], config["dropout"]) == (16, 64.0, 1e-2, 0.05)
+    assert not list(tuned.glob("*.tmp"))
+
+
+def test_peft_loads_the_adapter(place, tuned):
+    """Otherwise an adapter trained here is of no use, or another model, to those who serve it with PEFT."""
+    model = PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(place / "base"), tuned)
+    template = json.loads((tuned / "train_config.json").read_text())["template"]
+    loss = plain_loss(model, place / "reviews" / "validation.csv", template)
+    assert loss == pytest.approx(min(m["val_loss"] for m in read_metrics(tuned)), abs=1e-4)
+
+
+def test_generate_scores_the_tuned_model_above_the_untuned(place, tuned):
+    """Otherwise the accuracy that a user reports is not that of the adapter just trained."""
+    out, _ = finish(start("generate.py", "--init_from=resume", f"--out_dir={tuned}"))
+    result = json.loads((tuned / "accuracy.json").read_text())
+    untuned = flags(place, "tuned", label_names="negative,positive")
+    generate.main(configure(untuned, fixed=MODEL_KEYS))
+    before = json.loads((tuned / "untuned" / "accuracy.json").read_text())
+    assert result["n"] == before["n"] == 20
+    assert result["accuracy"] >= 0.9 and before["accuracy"] <= 0.5
+    assert f"accuracy {100 * result['accuracy']:.2f} %" in out
+
+
+def test_the_learning_rate_rises_and_falls_on_straight_lines(tuned):
+    """Otherwise a run starts with steps that are too large, or ends with weights that still jump about."""
+    config = Config(max_iters=20, warmup_iters=4, decay_share=0.5)
+    shares = [train.schedule(config, it) for it in range(21)]
+    plateau = [1.0] * 7
+    assert shares == pytest.approx([0.25, 0.5, 0.75, *plateau, *(n / 10 for n in range(10, -1, -1))])
+    assert train.schedule(Config(max_iters=5, warmup_iters=0, decay_share=0.0), 4) == 1.0  # no division by zero
+    last = read_checkpoint(tuned)["optimizers"][0]["param_groups"][0]["lr"]  # update 39 of 40, falling since 4
+    assert last == pytest.approx(1e-2 * 1 / 36)
+
+
+def test_the_best_adapter_is_kept(place):
+    """Otherwise a run that goes on too long hands its user the overfitted weights, not the best ones."""
+    shutil.copytree(place / "reviews", place / "turned")
+    flipped = dict(zip(CUES, reversed(CUES.values())))  # what training teaches is wrong here, so the loss turns up
+    write_reviews(place / "turned" / "validation.csv", 12, flipped)
+    settings = {"dataset": place / "turned", "rank": 8, "alpha": 32, "max_iters": 40, "eval_interval": 4, "lr": 2e-2}
+    metrics = here(flags(place, "best", **settings))
+    losses = [m["val_loss"] for m in metrics]
+    assert min(losses) < losses[0] - 1 and min(losses) < losses[-1] - 1, losses  # it fell, and rose again
+    model = PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(place / "base"), place / "best")
+    assert plain_loss(model, place / "turned" / "validation.csv") == pytest.approx(min(losses), abs=1e-4)
+
+
+def test_accumulated_gradients_equal_one_large_batch(place):
+    """Otherwise a user who splits a batch to fit the memory trains something else; label lengths differ here."""
+    write_reviews(place / "uneven.csv", 57, {"bad": "dreadful", "truly magnificent work of art": "wonderful"})
+    settings = {"dataset": place / "uneven.csv", "rank": 4, "alpha": 16, "max_iters": 8, "eval_interval": 4}
+    settings |= {"grad_clip": 4.5}  # bites in some updates and not in others: else Adam hides a gradient's size
+    small = here(flags(place, "small", **settings, batch_size=2, gradient_accumulation_steps=4))
+    large = here(flags(place, "large", **settings, batch_size=8))
+    assert largest_difference(place / "small", place / "large") < 1e-6
+    for key in ("val_loss", "train_loss"):
+        assert small[-1][key] == pytest.approx(large[-1][key], abs=1e-5)
+
+
+# --- stopped and resumed --------------------------------------------------------------------------
+
+
+def break_and_resume(place, name, stops, **settings):
+    """An unbroken run in `name` and, in `name`-broken, one that gets each signal once an evaluation at or after
+    its update is on the disk, and is resumed each time. Returns the exit codes and the last output before each."""
+    whole = start("train.py", *flags(place, name, **settings))
+    broken, ends = place / f"{name}-broken", []
+    argv = flags(place, broken.name, **settings)
+    for number, update in stops:
+        process = start("train.py", *argv)
+        while not (broken / "metrics.jsonl").exists() or read_metrics(broken)[-1]["iter"] < update:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.002)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=300)
+        ends.append((process.returncode, out))
+        argv = resume(place, broken.name)
+    finish(start("train.py", *argv))
+    finish(whole)
+    return ends
+
+
+@pytest.fixture(scope="module")
+def broken_lora(place):
+    settings = {"rank": 4, "alpha": 16, "dropout": 0.1, "batch_size": 4, "gradient_accumulation_steps": 2}
+    settings |= {"max_iters": 120, "eval_interval": 8, "save_interval": 1, "lr": 5e-3}
+    return break_and_resume(
+        place, "lora", [(signal.SIGINT, 8), (signal.SIGTERM, 24), (signal.SIGKILL, 48)], **settings
+    )
+
+
+@pytest.fixture(scope="module")
+def broken_full(place):
+    settings = {"rank": 0, "dropout": 0.1, "batch_size": 8, "max_iters": 60, "lr": 5e-3}
+    settings |= {"eval_interval": 8, "save_interval": 3}
+    return break_and_resume(place, "full", [(signal.SIGTERM, 8), (signal.SIGKILL, 24)], **settings)
+
+
+def test_a_stopped_run_exits_as_the_shell_expects_and_tells_how_to_go_on(broken_lora, broken_full):
+    """Otherwise job scripts take a stopped run for a finished one, or a user for a lost one."""
+    assert [code for code, _ in broken_lora] == [130, 143, -signal.SIGKILL]
+    assert [code for code, _ in broken_full] == [143, -signal.SIGKILL]
+    for code, out in [*broken_lora, *broken_full]:
+        assert code < 0 or "--init_from=resume" in out.splitlines()[-1]
+
+
+def test_a_lora_run_that_was_interrupted_terminated_and_killed_equals_an_unbroken_one(place, broken_lora):
+    """Otherwise a preempted machine costs its user the run, or silently another result."""
+    assert differences(place / "lora", place / "lora-broken") == []
+    assert len(read_metrics(place / "lora")) == 16
+
+
+def test_a_full_run_that_was_terminated_and_killed_equals_an_unbroken_one(place, broken_full):
+    """Otherwise the same happens to full fine-tuning, whose moments are the larger half of the checkpoint."""
+    assert differences(place / "full", place / "full-broken") == []
+
+
+def test_transformers_and_generate_open_a_full_run(place, broken_full):
+    """Otherwise a model fine-tuned without LoRA cannot leave this repository, nor be scored in it."""
+    model = GPT2LMHeadModel.from_pretrained(place / "full")
+    best = min(m["val_loss"] for m in read_metrics(place / "full"))
+    assert plain_loss(model, place / "reviews" / "validation.csv") == pytest.approx(best, abs=1e-4)
+    generate.main(configure(resume(place, "full"), fixed=MODEL_KEYS))
+    result = json.loads((place / "full" / "accuracy.json").read_text())
+    assert result["n"] == 20 and result["accuracy"] >= 0.9
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at_rename(monkeypatch, n):
+    """The n-th file that is put in its place never gets there, and nothing after it happens."""
+    put, calls = os.replace, itertools.count()
+
+    def replace(*args):
+        if next(calls) == n:
+            raise Killed
+        put(*args)
+
+    monkeypatch.setattr(os, "replace", replace)
+
+
+def test_a_kill_between_any_two_files_costs_nothing(place, monkeypatch):
+    """Otherwise a kill at the wrong instant leaves files of two different moments, and the run does not recover."""
+    settings = {"rank": 2, "alpha": 8, "max_iters": 3, "eval_interval": 2, "save_interval": 1, "batch_size": 16}
+    here(flags(place, "instants", **settings))
+    for n in itertools.count(1):  # rename 0 is train_config.json; before it there is no run
+        shutil.rmtree(place / "instant", ignore_errors=True)
+        with monkeypatch.context() as patch:
+            kill_at_rename(patch, n)
+            try:
+                here(flags(place, "instant", **settings))
+                break
+            except Killed:
+                pass
+        here(resume(place, "instant"))
+        assert (n, differences(place / "instants", place / "instant")) == (n, [])
+    assert n > 6  # at least metrics and a checkpoint at updates 0, 2 and 3
+
+
+def test_a_new_run_does_not_resume_the_old_one_of_its_folder(place, monkeypatch):
+    """Otherwise a run killed in its first evaluation comes back as the older run that the folder held."""
+    settings = {"rank": 2, "alpha": 8, "max_iters": 3, "batch_size": 16}
+    here(flags(place, "fresh", **settings, lr=1e-3))
+    here(flags(place, "reused", **settings, lr=1e-1))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at_rename(patch, 1)
+        here(flags(place, "reused", **settings, lr=1e-3))
+    here(resume(place, "reused"))
+    assert differences(place / "fresh", place / "reused") == []
+
+
+def stop_after(monkeypatch, update):
+    """SIGTERM comes while this update is computed."""
+    plain = train.train_update
+
+    def train_update(config, model, loader, processes, indices, it, scaler):
+        if it == update:
+            signal.raise_signal(signal.SIGTERM)
+        return plain(config, model, loader, processes, indices, it, scaler)
+
+    monkeypatch.setattr(train, "train_update", train_update)
+
+
+def test_a_flag_on_a_resumed_run_is_obeyed(place, monkeypatch):
+    """Otherwise a user who resumes with a lower learning rate, as the error for a diverged run advises, gets the
+    old one."""
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_after(patch, 3)
+        here(flags(place, "slower", rank=2, alpha=8, max_iters=8))
+    before = read_checkpoint(place / "slower")
+    here(resume(place, "slower", lr=0))
+    after = read_checkpoint(place / "slower")
+    assert before["trained"]["transformer.h.0.attn.c_attn.lora_B"].any()
+    assert leaves(before["trained"]) == leaves(after["trained"])  # four more updates, each of size 0
+
+
+# --- two processes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_train, batch_size, accumulation", [(48, 8, 1), (41, 5, 2)], ids=["even", "odd"])
+def test_two_processes_equal_one(place, n_train, batch_size, accumulation):
+    """Otherwise a result does not carry over to a second device; in the odd case a process even has no example
+    of an epoch's last batch."""
+    data, name = place / f"reviews-{n_train}", f"processes-{n_train}"
+    shutil.copytree(place / "reviews", data)
+    write_reviews(data / "train.csv", n_train)
+    settings = {"dataset": data, "rank": 4, "alpha": 16, "max_iters": 12, "eval_interval": 4, "warmup_iters": 2}
+    settings |= {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    settings |= {"grad_clip": 7}  # bites in some updates and not in others: else Adam hides a gradient's size
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    two = start(*torchrun, *flags(place, f"{name}-two", **settings))
+    one = here(flags(place, name, **settings))
+    finish(two)
+    assert largest_difference(place / name, place / f"{name}-two") < 1e-5
+    for a, b in zip(one, read_metrics(place / f"{name}-two"), strict=True):
+        for key in ("iter", "epoch", "val_loss", *(["train_loss"] if a["iter"] else [])):
+            assert a[key] == pytest.approx(b[key], abs=1e-5), (key, a, b)
+
+
+# --- pre-training ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pretrained(place):
+    """The folder of a run from scratch with Muon and the sampled softmax, and its settings."""
+    rng = random.Random(1)  # 7 of its paragraphs fall to the validation split
+    words = ["the", "film", "was", "seen", "by", "people", "who", "liked", "its", "quiet", "ending", "more", "than"]
+    paragraphs = [" ".join(rng.choices(words, k=40)) + "." for _ in range(600)]
+    (place / "text.txt").write_text("\n\n".join(paragraphs))
+    settings = {"task": "pretrain", "init_from": "scratch", "dataset": place / "text.txt", "rank": 0}
+    settings |= {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "train_context": 32, "batch_size": 8}
+    settings |= {"max_iters": 4, "eval_interval": 3, "warmup_iters": 0, "n_sampled": 50, "muon_lr": 0.02, "lr": 1e-2}
+    finish(start("train.py", *flags(place, "scratch", **settings), NANOLORA_CACHE=str(place / "cache")))
+    assert list((place / "cache").iterdir())
+    return place / "scratch", settings
+
+
+def test_pretraining_from_scratch_learns(place, pretrained):
+    """Otherwise the shipped base model cannot be made again, nor another one from a user's own text."""
+    metrics = read_metrics(pretrained[0])
+    assert [m["iter"] for m in metrics] == [0, 3, 4]
+    assert metrics[0]["val_loss"] == pytest.approx(math.log(50257), abs=0.1)  # a fresh model knows nothing
+    assert metrics[-1]["val_loss"] < metrics[0]["val_loss"] - 0.5
+    text = (place / "text.txt").read_text()
+    tokens_per_byte = len(gpt2_encoding().encode_ordinary(text)) / len(text)
+    for m in metrics:
+        bits = m["val_loss"] / math.log(2) * tokens_per_byte  # the held-out paragraphs are like the others
+        assert m["bits_per_byte"] == pytest.approx(bits, rel=0.05)
+        assert m["tokens"] == m["iter"] * 8 * 32
+
+
+def test_a_pretrained_model_is_a_base_to_fine_tune(place, pretrained):
+    """Otherwise pre-training ends in files that no later step reads."""
+    metrics = here(flags(place, "on-scratch", init_from=pretrained[0], rank=2, alpha=8, max_iters=2))
+    assert math.isfinite(metrics[-1]["val_loss"])
+    assert GPT2LMHeadModel.from_pretrained(pretrained[0]).config.n_positions == 64
+
+
+def test_a_stopped_pretraining_run_equals_an_unbroken_one(place, pretrained, monkeypatch):
+    """Otherwise a night of pre-training is lost with the session: Muon's moments and the sampled words count too."""
+    monkeypatch.setattr(dataloader, "CACHE", str(place / "cache"))
+    here(flags(place, "text", **pretrained[1]))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        stop_after(patch, 1)
+        here(flags(place, "text-broken", **pretrained[1]))
+    assert stopped.value.code == 143
+    here(resume(place, "text-broken"))
+    assert differences(place / "text", place / "text-broken") == []
+
+
+# --- wandb ----------------------------------------------------------------------------------------
+
+
+def test_wandb_offline_writes_a_run(place):
+    """Otherwise a user without network or account loses the dashboard that wandb_log=True promises."""
+    settings = {"rank": 2, "alpha": 8, "max_iters": 2, "wandb_log": True, "wandb_run_name": "a-name"}
+    finish(start("train.py", *flags(place, "wandb", **settings), WANDB_MODE="offline", HOME=str(place)))
+    (run,) = (place / "wandb").glob("wandb/offline-run-*/*.wandb")
+    logged = run.read_bytes()
+    assert b"val_loss" in logged and b"a-name" in logged
+
+
+def test_training_goes_on_without_wandb(place):
+    """Otherwise a missing key or network, found after the data were read and the model built, ends the run."""
+    settings = {"rank": 2, "alpha": 8, "max_iters": 2, "wandb_log": True}
+    os.makedirs(place / "home")  # no key of the user's is found here
+    env = {
+        "WANDB_MODE": "online",
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "WANDB_API_KEY": "",
+        "HOME": place / "home",
+    }
+    out, _ = finish(start("train.py", *flags(place, "no-wandb", **settings), **{k: str(v) for k, v in env.items()}))
+    notes = [line for line in out.splitlines() if "wandb is off" in line]
+    assert len(notes) == 1 and "WANDB_MODE=offline" in notes[0]
+    assert (place / "no-wandb" / "adapter_model.safetensors").exists()
+
+
+# --- a run that diverges --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("intervals", [{"eval_interval": 9}, {"eval_interval": 1}, {"save_interval": 1}], ids=str)
+def test_a_diverged_run_names_the_step_and_leaves_a_good_checkpoint(place, capfd, intervals):
+    """Otherwise hours are burnt on NaN, or the last checkpoint holds the weights that exploded."""
+    name = "diverged-" + "-".join(intervals) + str(sum(intervals.values()))
+    settings = {"rank": 2, "alpha": 8, "max_iters": 6, "lr": 1e30, "grad_clip": 0, "warmup_iters": 0} | intervals
+    with pytest.raises(SystemExit) as ended:
+        here(flags(place, name, **settings))
+    assert ended.value.code == 3
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "update 1" in line and str(place / name) in line
+    trained = read_checkpoint(place / name)["trained"]
+    assert max(tensor.abs().max().item() for tensor in trained.values()) < 10
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+def one_line_of(capfd, argv):
+    """The line on stderr in which a wrong command line ends."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        here(argv)
+    lines = capfd.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert len(lines) == 1 and lines[0].startswith("error:"), lines
+    return lines[0]
+
+
+MISTAKES = [  # flags, and what the line must name
+    (["--frobnicate=1"], ["--frobnicate"]),
+    (["--rnak=4"], ["--rnak", "--rank"]),
+    (["--learning-rate-peak"], ["flag"]),
+    (["--rank"], ["rank"]),
+    (["--rank=many"], ["--rank=many", "integer"]),
+    (["--rank=2.5"], ["--rank=2.5", "integer"]),
+    (["--lr=fast"], ["--lr=fast", "number"]),
+    (["--lr=nan"], ["--lr=nan", "number"]),
+    (["--compile=perhaps"], ["compile", "True or False"]),
+    (["--batch_size=-1"], ["batch_size=-1", "at least 1"]),
+    (["--lr=-1e-3"], ["lr=-0.001", "at least 0"]),
+    (["--max_iters=0"], ["max_iters=0", "at least 1"]),
+    (["--dropout=1.5"], ["dropout=1.5", "at most"]),
+    (["--task=sing"], ["task=sing", "instruct", "pretrain"]),
+    (["--rank=33"], ["rank=33", "1 to 32"]),
+    (["--lora_targets=no_such_layer"], ["no_such_layer", "attn.c_attn"]),
+    (["--lora_targets=("], ["lora_targets=("]),
+    (["--muon_lr=0.02"], ["muon_lr=0.02", "rank=0"]),
+    (["--init_from=scratch"], ["init_from=scratch", "--rank=0"]),
+    (["--init_from=scratch", "--rank=0", "--n_head=3"], ["n_head=3", "n_embd=256"]),
+    (["--init_from=no/such/model"], ["init_from=no/such/model", "gpt2-medium"]),
+    (["configs/no_such_config.py"], ["configs/no_such_config.py"]),
+    ([MEDIUM, MEDIUM], [MEDIUM, "--key=value"]),
+    (["--dataset=no/such.csv"], ["dataset=no/such.csv"]),
+    (["--dataset=configs"], ["dataset=configs", "train"]),
+    (["--task=pretrain", "--dataset=no/such.txt"], ["dataset=no/such.txt"]),
+    (["--text_field=review"], ["text_field=review", "label"]),
+    (["--label_names=good,bad"], ["label_names=good,bad"]),
+    (["--template=Is it good?"], ["Is it good?", "{label}"]),
+    (["--device=tpu"], ["device=tpu", "cpu"]),
+    (["--dtype=float16"], ["dtype=float16", "cpu"]),
+    (["--init_from=resume"], ["train_config.json", "--out_dir"]),
+]
+
+
+@pytest.mark.parametrize("typed, named", MISTAKES, ids=[" ".join(typed) for typed, _ in MISTAKES])
+def test_a_wrong_command_line_ends_in_one_line(place, tmp_path, monkeypatch, capfd, typed, named):
+    """Otherwise a typing mistake costs a traceback to read, or trains something that nobody asked for."""
+    monkeypatch.chdir(REPO)
+    line = one_line_of(capfd, [*flags(place, tmp_path / "out"), *typed])
+    for word in named:
+        assert word in line
+    assert not (tmp_path / "out").exists()  # nothing was begun
+
+
+def test_more_processes_than_examples_end_in_one_line(place, monkeypatch, capfd):
+    """Otherwise processes without work hang or divide by zero on a machine that is paid by the hour."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert "batch_size=1" in one_line_of(capfd, flags(place, "crowd", batch_size=1))
+
+
+def test_a_text_too_small_to_hold_some_out_ends_in_one_line(place, monkeypatch, capfd):
+    """Otherwise the first text that a user tries ends in an error of a library, about a file that is not theirs."""
+    monkeypatch.setattr(dataloader, "CACHE", str(place / "cache"))
+    (place / "small.txt").write_text("A film. " * 50)
+    settings = {"task": "pretrain", "init_from": "scratch", "rank": 0, "dataset": place / "small.txt"}
+    assert f"dataset={place / 'small.txt'}" in one_line_of(capfd, flags(place, "never", **settings))
+
+
+def test_an_out_dir_that_is_a_file_ends_in_one_line(place, capfd):
+    """Otherwise the run ends in a traceback after the data and the model were read."""
+    (place / "file").write_text("")
+    assert str(place / "file") in one_line_of(capfd, flags(place, "file"))
+
+
+def test_a_run_is_not_resumed_with_another_rank(place, tuned, capfd):
+    """Otherwise a resumed run is of two shapes, or quietly ignores the flag."""
+    line = one_line_of(capfd, resume(place, "tuned", rank=8))
+    assert "--rank=8" in line and "rank=16" in line
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def scribbled(path):
+    path.write_bytes(b"not what it was " * 40)
+
+
+def removed(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [cut_short, emptied, scribbled])
+@pytest.mark.parametrize("file", ["checkpoint.pt", "train_config.json"])
+def test_a_damaged_run_is_named(place, tuned, tmp_path, capfd, file, damage):
+    """Otherwise a full disk's half-written file ends in a traceback, or resumes from noise."""
+    shutil.copytree(tuned, tmp_path / "run")
+    damage(tmp_path / "run" / file)
+    assert str(tmp_path / "run" / file) in one_line_of(capfd, resume(tmp_path, "run"))
+
+
+def test_a_checkpoint_of_another_model_is_named(place, tuned, tmp_path, capfd):
+    """Otherwise mixed-up files train on from a model that is neither."""
+    shutil.copytree(tuned, tmp_path / "run")
+    here(flags(place, tmp_path / "other", rank=2, alpha=8, max_iters=1))
+    shutil.copy(tmp_path / "other" / "checkpoint.pt", tmp_path / "run" / "checkpoint.pt")
+    line = one_line_of(capfd, resume(tmp_path, "run"))
+    assert "checkpoint.pt" in line and "lora_A" in line
+
+
+@pytest.mark.parametrize("damage", [cut_short, emptied, scribbled, removed])
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_damaged_base_model_is_named(place, tmp_path, capfd, file, damage):
+    """Otherwise a download that was cut short ends in a traceback, or trains on noise."""
+    shutil.copytree(place / "base", tmp_path / "base")
+    damage(tmp_path / "base" / file)
+    line = one_line_of(capfd, flags(place, "never", init_from=tmp_path / "base"))
+    assert str(tmp_path / "base" / file) in line
+
+
+def test_without_the_hub_the_offline_command_is_named(tmp_path):
+    """Otherwise a user behind a firewall meets a traceback of a download library as the first thing of all."""
+    env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    _, err = finish(start("train.py", MEDIUM, f"--out_dir={tmp_path / 'out'}", **env), code=2)
+    (line,) = err.splitlines()
+    assert line.startswith("error:") and "gpt2-medium" in line
+    assert "python train.py configs/finetune_mini_config.py" in line
+    assert os.path.isfile(os.path.join(REPO, "configs", "finetune_mini_config.py"))
+
+
+@pytest.mark.parametrize("batch_size", [8, 9])
+def test_out_of_memory_names_smaller_pieces_of_the_same_training(place, monkeypatch, capfd, batch_size):
+    """Otherwise a user guesses at sizes, or follows advice that changes the global batch."""
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(GPT, "from_pretrained", full)
+    sizes = {"batch_size": batch_size, "gradient_accumulation_steps": 2}
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags(place, "oom", **sizes)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(os.path.join(REPO, "train.py"), run_name="__main__")
+    (line,) = capfd.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith("error:")
+    advice = dict(word.removeprefix("--").split("=") for word in line.split() if word.startswith("--"))
+    assert int(advice["batch_size"]) < batch_size
+    assert int(advice["batch_size"]) * int(advice["gradient_accumulation_steps"]) == batch_size * 2
+
+
+def test_any_seed_that_is_accepted_trains(place):
+    """Otherwise a seed drawn from the clock in nanoseconds passes the check and then ends in an overflow."""
+    metrics = here(flags(place, "seed", rank=2, alpha=8, max_iters=1, seed=10**18))
+    assert math.isfinite(metrics[-1]["val_loss"])
