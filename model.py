@@ -124,7 +124,7 @@ class Attention(nn.Module):
         self.c_proj = linear(config, f"{name}.c_proj", C, C)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, past=None, mask=None):
+    def forward(self, x, past=None, mask=None, rows=None):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, n_head, head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_dim)
@@ -132,6 +132,7 @@ class Attention(nn.Module):
             k, v = past.extend(self.layer, k, v)
         y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)
+        y = y if rows is None else y.flatten(0, 1)[rows]  # (N, C)
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -155,8 +156,9 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, eps=1e-5)
         self.mlp = MLP(config, layer)
 
-    def forward(self, x, past=None, mask=None):
-        x = x + self.attn(self.ln_1(x), past, mask)
+    def forward(self, x, past=None, mask=None, rows=None):  # (B, T, C) -> the same, or (N, C) with rows
+        y = self.attn(self.ln_1(x), past, mask, rows)
+        x = y + (x if rows is None else x.flatten(0, 1)[rows])
         return x + self.mlp(self.ln_2(x))
 
 
@@ -197,8 +199,9 @@ class GPT(nn.Module):
 
     # --- forward ---------------------------------------------------------------------------------
 
-    def hidden(self, idx, past=None):
-        """The last layer's normalised states: idx (B, T) of token ids -> (B, T, C)."""
+    def hidden(self, idx, past=None, rows=None):
+        """The last layer's normalised states: idx (B, T) of token ids -> (B, T, C). With rows (N,), places in
+        the flattened idx: of those alone, (N, C); the last layer then computes little more than they need."""
         B, T = idx.shape
         P = past.length if past is not None else 0
         if self.config.block_size < P + T:
@@ -214,8 +217,9 @@ class GPT(nn.Module):
         t = self.transformer
         x = F.embedding(idx, t.wte.weight) + F.embedding(pos, t.wpe.weight)  # (B, T, C)
         x = t.drop(x.to(self.compute_dtype or x.dtype))
-        for block in t.h:
+        for block in t.h[:-1]:
             x = block(x, past, mask)
+        x = t.h[-1](x, past, mask, rows)
         return t.ln_f(x)
 
     def head(self, x):  # (..., C) -> (..., V)
@@ -229,11 +233,12 @@ class GPT(nn.Module):
         alone, in reading order, and their mean cross-entropy. past: a KVCache to continue from; gradient
         flows into it. n_sampled > 0: see `sampled_softmax`.
         """
-        x = self.hidden(idx, past)
+        B, T = idx.shape
         if targets is None:
-            return self.head(x[:, -1])[:, None], None
-        scored = targets >= 0
-        x, targets = x[scored], targets[scored]  # (N, C), (N,)
+            last = torch.arange(T - 1, B * T, T, device=idx.device)
+            return self.head(self.hidden(idx, past, last))[:, None], None
+        rows = (targets.flatten() >= 0).nonzero()[:, 0]
+        x, targets = self.hidden(idx, past, rows), targets.flatten()[rows]  # (N, C), (N,)
         if n_sampled:
             logits, targets = self.sampled_softmax(x, targets, n_sampled)
         else:
@@ -274,11 +279,10 @@ class GPT(nn.Module):
         if not slides and (past.length if past else 0) + T + max_new_tokens - 1 > size:
             raise ValueError(f"{T} prompt tokens and {max_new_tokens} new ones exceed the context of {size}")
         cache = past.fork() if past is not None else KVCache()
-        x = self.hidden(idx[:, -size:] if slides else idx, cache)
-        if lengths is None:
-            x = x[:, -1]
-        else:
-            x = x[torch.arange(B, device=idx.device), lengths - 1]
+        prompt = idx[:, -size:] if slides else idx
+        last = (prompt.size(1) if lengths is None else lengths) - 1
+        x = self.hidden(prompt, cache, torch.arange(B, device=idx.device) * prompt.size(1) + last)  # (B, C)
+        if lengths is not None:
             columns = torch.arange(cache.length, device=idx.device)
             cache.real = columns < (cache.length - T + lengths)[:, None]
         out = idx.new_full((B, max_new_tokens), stop if stop is not None else 0)
