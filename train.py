@@ -213,16 +213,25 @@ def plot_losses(metrics, path):
     import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    last, seen, ends = metrics[-1]["iter"], [], {}
     for key, color, name in (("train_loss", "#0072B2", "training"), ("val_loss", "#D55E00", "validation")):
         points = [(m["iter"], m[key]) for m in metrics if m.get(key) is not None]
         ax.plot(*zip(*points), color=color, marker="o", markersize=3)
-        ax.annotate(name, points[-1], xytext=(6, 0), textcoords="offset points", color=color, va="center")
+        seen += [loss for it, loss in points if it >= 0.2 * last]  # the fall at the start would flatten the rest
+        ends[key] = (points[-1], name, color)
     best = min(metrics, key=lambda m: m["val_loss"])
+    low, high = min(seen), max(seen)
+    margin = 0.15 * (high - low or high)
+    ax.set(xlabel="update", ylabel="loss (nats per scored token)", ylim=(low - margin, high + margin))
+    higher = max(ends, key=lambda key: ends[key][0][1])
+    for key, (point, name, color) in ends.items():
+        shift = {"xytext": (6, 6 if key == higher else -6), "textcoords": "offset points", "va": "center"}
+        ax.annotate(name, point, color=color, annotation_clip=False, **shift)
     ax.plot(best["iter"], best["val_loss"], "o", color="#D55E00", markersize=9, fillstyle="none")
-    ax.annotate(f"best {best['val_loss']:.4f}", (best["iter"], best["val_loss"]), xytext=(0, 10),
-                textcoords="offset points", ha="center", color="#D55E00")  # fmt: skip
-    ax.set(xlabel="update", ylabel="loss (nats per scored token)")
-    ax.margins(x=0.12, y=0.15)
+    title = f"best validation loss {best['val_loss']:.4f} at update {best['iter']}"
+    if metrics[0]["val_loss"] > high + margin:
+        title += f"; {metrics[0]['val_loss']:.2f} at update {metrics[0]['iter']}, above this plot"
+    ax.set_title(title, loc="left", fontsize=10)
     ax.spines[["top", "right"]].set_visible(False)
     fig.savefig(path, dpi=150)
     plt.close(fig)
