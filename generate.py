@@ -66,13 +66,10 @@ def get_accuracy(generated, labels, label_names):
 
 def load_model(config, device, dtype):
     """The model of a config, ready to generate: a base, or the best weights of the run in out_dir."""
-    if not config.resume:
-        model = GPT.from_pretrained(config.init_from)
-    elif config.rank:
-        model = GPT.from_pretrained(config.init_from)
+    tuned_whole = config.resume and config.rank == 0
+    model = GPT.from_pretrained(config.out_dir if tuned_whole else config.init_from, dtype=dtype)
+    if config.resume and config.rank:
         load_adapter(model, config.out_dir)
-    else:
-        model = GPT.from_pretrained(config.out_dir)
     model.requires_grad_(False)
     return model.to(device).set_dtype(dtype).eval()
 

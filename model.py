@@ -79,12 +79,12 @@ class KVCache:
             self.layers.append((k, v))
         else:
             pk, pv = self.layers[layer]
-            shape = (k.size(0), -1, -1, -1)
-            self.layers[layer] = (
-                torch.cat([pk.expand(shape), k], dim=2),
-                torch.cat([pv.expand(shape), v], dim=2),
-            )
+            self.layers[layer] = (before(pk, k), before(pv, v))
         return self.layers[layer]
+
+
+def before(past, new):  # (B or 1, n_head, P, head_dim), (B, n_head, T, head_dim) -> (B, n_head, P + T, head_dim)
+    return torch.cat([past.expand(new.size(0), -1, -1, -1), new], dim=2)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -124,15 +124,21 @@ class Attention(nn.Module):
         self.c_proj = linear(config, f"{name}.c_proj", C, C)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, past=None, mask=None, rows=None):
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, n_head, head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_dim)
+    def forward(self, x, shape, past=None, mask=None, rows=None):
+        (B, T), C, dropout = shape, x.size(1), self.dropout if self.training else 0.0
+        P = len(x) - B * T
+        qkv = self.c_attn(x).view(-1, 3, self.n_head, C // self.n_head)  # (P + B T, 3, n_head, head_dim)
+        q, k, v = qkv[P:].unflatten(0, shape).permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_dim)
         if past is not None:
             k, v = past.extend(self.layer, k, v)
-        y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C)
-        y = y if rows is None else y.flatten(0, 1)[rows]  # (N, C)
+        if P:
+            pq, pk, pv = qkv[None, :P].permute(2, 0, 3, 1, 4)  # each (1, n_head, P, head_dim)
+            k, v = before(pk, k), before(pv, v)
+        y = attention(q, k, v, mask, dropout).transpose(1, 2).reshape(B * T, C)
+        if rows is not None:
+            y = y[rows]  # (N, C)
+        elif P:
+            y = torch.cat([attention(pq, pk, pv, None, dropout).transpose(1, 2).reshape(P, C), y])
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -156,9 +162,9 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, eps=1e-5)
         self.mlp = MLP(config, layer)
 
-    def forward(self, x, past=None, mask=None, rows=None):  # (B, T, C) -> the same, or (N, C) with rows
-        y = self.attn(self.ln_1(x), past, mask, rows)
-        x = y + (x if rows is None else x.flatten(0, 1)[rows])
+    def forward(self, x, shape, past=None, mask=None, rows=None):  # (P + B T, C) -> the same; with rows (N, C)
+        y = self.attn(self.ln_1(x), shape, past, mask, rows)
+        x = y + (x if rows is None else x[len(x) - shape[0] * shape[1] :][rows])
         return x + self.mlp(self.ln_2(x))
 
 
@@ -199,46 +205,55 @@ class GPT(nn.Module):
 
     # --- forward ---------------------------------------------------------------------------------
 
-    def hidden(self, idx, past=None, rows=None):
+    def hidden(self, idx, past=None, rows=None, prefix=None):
         """The last layer's normalised states: idx (B, T) of token ids -> (B, T, C). With rows (N,), places in
-        the flattened idx: of those alone, (N, C); the last layer then computes little more than they need."""
+        the flattened idx: of those alone, (N, C); the last layer then computes little more than they need.
+
+        prefix (1, P): tokens before every row, in place of past. They go through the layers once, in the same
+        products as the rows: x is (P + B T, C), the prefix first.
+        """
         B, T = idx.shape
-        P = past.length if past is not None else 0
+        P = past.length if past is not None else 0 if prefix is None else prefix.size(1)
         if self.config.block_size < P + T:
             raise ValueError(f"{P + T} tokens exceed the context of {self.config.block_size}")
-        pos, mask = torch.arange(P, P + T, device=idx.device), None
-        if past is not None and past.real is not None:
-            pos = pos - P + past.real.sum(1, keepdim=True)  # (B, T): padding takes no position
-            past.real = torch.cat([past.real, past.real.new_ones(B, T)], dim=1)
-        if P and (T > 1 or past.real is not None):
+        pos, mask, real = torch.arange(P, P + T, device=idx.device), None, past.real if past is not None else None
+        if real is not None:
+            pos = pos - P + real.sum(1, keepdim=True)  # (B, T): padding takes no position
+            past.real = real = torch.cat([real, real.new_ones(B, T)], dim=1)
+        if P and (T > 1 or real is not None):
             mask = torch.ones(T, P + T, dtype=torch.bool, device=idx.device).tril(P)
-            if past.real is not None:
-                mask = mask & past.real[:, None, None, :]  # (B, 1, T, P + T)
+            mask = mask if real is None else mask & real[:, None, None, :]  # (B, 1, T, P + T)
+        pos = pos.expand(B, T).flatten()
+        if prefix is not None:
+            idx, pos = (
+                torch.cat([prefix.flatten(), idx.flatten()]),
+                torch.cat([torch.arange(P, device=pos.device), pos]),
+            )
         t = self.transformer
-        x = F.embedding(idx, t.wte.weight) + F.embedding(pos, t.wpe.weight)  # (B, T, C)
+        x = F.embedding(idx.flatten(), t.wte.weight) + F.embedding(pos, t.wpe.weight)  # (P + B T, C)
         x = t.drop(x.to(self.compute_dtype or x.dtype))
         for block in t.h[:-1]:
-            x = block(x, past, mask)
-        x = t.h[-1](x, past, mask, rows)
-        return t.ln_f(x)
+            x = block(x, (B, T), past, mask)
+        x = t.ln_f(t.h[-1](x, (B, T), past, mask, rows))
+        return x if rows is not None else x[len(x) - B * T :].unflatten(0, (B, T))
 
     def head(self, x):  # (..., C) -> (..., V)
         return F.linear(x, self.lm_head.weight.to(x.dtype))
 
-    def forward(self, idx, targets=None, past=None, n_sampled=0):
+    def forward(self, idx, targets=None, past=None, prefix=None, n_sampled=0):
         """idx (B, T) token ids -> (logits, loss), as nanoGPT's.
 
         Without targets: logits (B, 1, V) of the last position, loss None. With targets (B, T), each the
         id that should follow or negative where nothing is scored: logits (N, V) of the scored positions
-        alone, in reading order, and their mean cross-entropy. past: a KVCache to continue from; gradient
-        flows into it. n_sampled > 0: see `sampled_softmax`.
+        alone, in reading order, and their mean cross-entropy. past: a KVCache to continue from, or
+        prefix (1, P): token ids before every row; gradient flows into both. n_sampled > 0: see `sampled_softmax`.
         """
         B, T = idx.shape
         if targets is None:
             last = torch.arange(T - 1, B * T, T, device=idx.device)
-            return self.head(self.hidden(idx, past, last))[:, None], None
+            return self.head(self.hidden(idx, past, last, prefix))[:, None], None
         rows = (targets.flatten() >= 0).nonzero()[:, 0]
-        x, targets = self.hidden(idx, past, rows), targets.flatten()[rows]  # (N, C), (N,)
+        x, targets = self.hidden(idx, past, rows, prefix), targets.flatten()[rows]  # (N, C), (N,)
         if n_sampled:
             logits, targets = self.sampled_softmax(x, targets, n_sampled)
         else:
@@ -487,8 +502,11 @@ def read_tensors(path):
     """(name, tensor) pairs of a safetensors file; ValueError, naming the file, if it is damaged."""
     try:
         with safe_open(path, framework="pt") as f:
-            for key in f.keys():  # noqa: SIM118 (no dict)
-                yield key, f.get_tensor(key)
+            keys = list(f.keys())
+        for key in keys:
+            with safe_open(path, framework="pt") as f:  # anew: the mapped pages of those already copied are freed
+                tensor = f.get_tensor(key)
+            yield key, tensor
     except SafetensorError as e:
         raise ValueError(f"{path} is damaged or cut short: {e}") from e
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from configurator import RESUMED, configure, one_line_errors
 from dataloader import make_loader
 from lora import ADAPTER_WEIGHTS, mark_only_lora_as_trainable, parameter_report, save_adapter, whole_file, write_json
-from model import GPT, GPTConfig, KVCache, keep_memory, pick_device, pick_dtype
+from model import GPT, GPTConfig, keep_memory, pick_device, pick_dtype
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -78,7 +78,8 @@ def build_model(config, device, dtype):
         sizes = {k: getattr(config, k) for k in ("n_layer", "n_head", "n_embd", "block_size")}
         model = GPT(GPTConfig(**sizes, **lora))
     else:
-        model = GPT.from_pretrained(config.init_from, **lora)
+        # What is frozen is stored in the compute dtype from the start; what trains stays float32.
+        model = GPT.from_pretrained(config.init_from, dtype=dtype if config.rank else torch.float32, **lora)
     if config.rank:
         mark_only_lora_as_trainable(model)
     return model.to(device).set_dtype(dtype)
@@ -119,11 +120,7 @@ def schedule(config, it):
 def batch_loss(model, batch, n_sampled=0):
     """Mean loss over a batch's targets. The prompts' shared prefix goes through the model once, with its
     gradient, and every row continues from it."""
-    past = None
-    if batch.prefix.size(1):
-        past = KVCache()
-        model.hidden(batch.prefix, past)
-    return model(batch.idx, batch.targets, past=past, n_sampled=n_sampled)[1]
+    return model(batch.idx, batch.targets, prefix=batch.prefix, n_sampled=n_sampled)[1]
 
 
 @torch.no_grad()
