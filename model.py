@@ -115,6 +115,11 @@ def attention(q, k, v, mask, dropout):  # (B, n_head, T, head_dim), k and v (B, 
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and T == K > 1)
 
 
+def embedding(n, n_embd):
+    """Without nn.Embedding's own random numbers: on the meta device they cost a second of imports."""
+    return nn.Embedding.from_pretrained(torch.empty(n, n_embd), freeze=False)
+
+
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -177,8 +182,8 @@ class GPT(nn.Module):
         self.compute_dtype = None  # None: that of the word embedding
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "wte": embedding(config.vocab_size, config.n_embd),
+                "wpe": embedding(config.block_size, config.n_embd),
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList([Block(config, i) for i in range(config.n_layer)]),
                 "ln_f": LayerNorm(config.n_embd, eps=1e-5),
