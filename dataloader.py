@@ -258,7 +258,7 @@ class CustomDataLoader:
             raise ValueError(f"dataset={dataset}: no row in it, it is empty")
         self.label_names = self._name_labels(rows, given or names.get(label_field))
         self._check_labels()
-        self.splits, self.n_cut = {}, 0
+        self.splits, self.n_cut = {}, 0  # cut texts of `_check_labels` are none of the data's
         for name in wanted:
             records = [r for r in map(self._record, rows.get(name, [])) if r]
             if not records:
@@ -281,8 +281,8 @@ class CustomDataLoader:
                     raise ValueError(f"{key}={field}: no such column in {self.dataset}; it has {have}")
             seen[str(row[self.label_field])] = None
         words = sorted(seen.keys() - {"None", "", "nan"})
-        self.numbers = numbers = all(re.fullmatch(r"-?\d+(\.0)?", word) for word in words)
-        if not numbers:
+        self.numbers = all(re.fullmatch(r"-?\d+(\.0)?", word) for word in words)
+        if not self.numbers:
             if names and set(words) - set(names):
                 bad = sorted(set(words) - set(names))[0]
                 raise ValueError(f"label_names={','.join(names)}: {self.dataset} has the label {bad!r} too")
@@ -355,11 +355,12 @@ class CustomDataLoader:
                 text = self.encoding.decode(text_tokens, errors="ignore")
                 full = self._fill(text, self.label_names[rec["label"]])
                 tokens = encode(full)
-        # The prompt is what the text before the label has in common with the whole, token by token: a space
-        # before the label belongs to the label's own first token.
-        ends = list(itertools.accumulate(len(self.encoding.decode_single_token_bytes(t)) for t in tokens))
-        label_begins = ends[-1] - len(self.label_names[rec["label"]].encode())
-        n_prompt = sum(end <= label_begins for end in ends)
+        # The label is the tokens that hold its bytes, counted from the end: a space before it is often part of its
+        # first token.
+        n_prompt, label_bytes = len(tokens), len(self.label_names[rec["label"]].encode())
+        while label_bytes > 0:
+            n_prompt -= 1
+            label_bytes -= len(self.encoding.decode_single_token_bytes(tokens[n_prompt]))
         return Example([*tokens, end_of_text()], n_prompt, rec["label"], text)
 
     def _shared_prefix(self, examples):

@@ -137,29 +137,31 @@ def lora_layers(model):
     return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear) and m.is_lora()}
 
 
-def mark_only_lora_as_trainable(model, bias="none"):
-    """Freezes all but the adapters. bias: "none", "all" (every bias is trained) or "lora_only" (those
-    of the adapted layers), as in loralib and PEFT. Raises ValueError for another word."""
+def _belongs(model, bias):
+    """Whether a parameter's name is the adapters', or that of a bias that `bias` names."""
     if bias not in ("none", "all", "lora_only"):
         raise ValueError(f'bias={bias!r}: type "none", "all" or "lora_only"')
     adapted = {f"{name}.bias" for name in lora_layers(model)}
+
+    def belongs(name):
+        is_bias = name.rpartition(".")[2] == "bias"
+        return "lora_" in name or (bias == "all" and is_bias) or (bias == "lora_only" and name in adapted)
+
+    return belongs
+
+
+def mark_only_lora_as_trainable(model, bias="none"):
+    """Freezes all but the adapters. bias: "none", "all" (every bias is trained) or "lora_only" (those
+    of the adapted layers), as in loralib and PEFT. Raises ValueError for another word."""
+    belongs = _belongs(model, bias)
     for name, param in model.named_parameters():
-        is_bias = name.rsplit(".", 1)[-1] == "bias"
-        param.requires_grad = (
-            "lora_" in name or (bias == "all" and is_bias) or (bias == "lora_only" and name in adapted)
-        )
+        param.requires_grad = belongs(name)
 
 
 def lora_state_dict(model, bias="none"):
     """The adapters' tensors by their names in `model.state_dict()`, with the biases that `bias` names."""
-    adapted = {f"{name}.bias" for name in lora_layers(model)}
-    return {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if "lora_" in name
-        or (bias == "all" and name.rsplit(".", 1)[-1] == "bias")
-        or (bias == "lora_only" and name in adapted)
-    }
+    belongs = _belongs(model, bias)
+    return {name: tensor for name, tensor in model.state_dict().items() if belongs(name)}
 
 
 def parameter_report(model):

@@ -1,10 +1,26 @@
-"""What several test files share: a small GPT-2 that transformers made, and the directory it was saved in."""
+"""What several test files share: a small GPT-2 that transformers made, the directory it was saved in, tokens for it,
+and adapters that say something."""
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from lora import lora_layers
+
 SIZES = {"n_layer": 3, "n_head": 4, "n_embd": 64, "vocab_size": 301, "n_positions": 64}
+
+
+def tokens(*shape, seed=1):
+    return torch.randint(0, 300, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def randomize(model, seed=2):
+    """Adapters as after some training: B is no longer zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.1)
+    return model.train(model.training)  # merged copies follow
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from conftest import randomize, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -58,19 +59,6 @@ def layer_pair(dtype=torch.float64, dropout=0.0):
 def mode(training, *layers):  # loralib's train() returns None
     for layer in layers:
         layer.train(training)
-
-
-def tokens(*shape, seed=1):
-    return torch.randint(0, 300, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def randomize(model, seed=2):
-    """Adapters as after some training: B is no longer zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in lora_layers(model).values():
-            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.1)
-    return model.train(model.training)  # merged copies follow
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import randomize, tokens
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -23,18 +24,6 @@ from train import batch_loss
 
 TINY = {"n_layer": 3, "n_head": 4, "n_embd": 64, "vocab_size": 301, "block_size": 64}
 CONV1D = ("attn.c_attn.weight", "c_proj.weight", "mlp.c_fc.weight")  # transformers keeps them as (in, out)
-
-
-def tokens(*shape, seed=1):
-    return torch.randint(0, 300, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def randomize_adapters(model, seed=2):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in lora_layers(model).values():
-            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.1)
-    return model.train(model.training)  # merged copies follow
 
 
 @torch.no_grad()
@@ -248,7 +237,7 @@ def test_sampling_follows_temperature_and_top_k(hf, checkpoint):
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_saved_model_opens_in_transformers(checkpoint, tmp_path, dtype):
     """Otherwise what was fine-tuned here cannot leave here, or leaves without its adapters."""
-    model = randomize_adapters(GPT.from_pretrained(checkpoint, lora_rank=4, lora_alpha=8))
+    model = randomize(GPT.from_pretrained(checkpoint, lora_rank=4, lora_alpha=8))
     model.save_pretrained(str(tmp_path), dtype=dtype)
     saved = load_file(tmp_path / "model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {dtype or torch.float32}
@@ -358,7 +347,7 @@ def plain_loss(hf, case):
 @pytest.mark.parametrize("case", CASES)
 def test_shared_prefix_gives_the_plain_gradient_of_adapters(hf, checkpoint, case):
     """Otherwise the speed of the shared prefix is paid for with another training."""
-    model = randomize_adapters(GPT.from_pretrained(checkpoint, lora_rank=4, lora_alpha=8).double())
+    model = randomize(GPT.from_pretrained(checkpoint, lora_rank=4, lora_alpha=8).double())
     mark_only_lora_as_trainable(model)
     targets = ["c_attn", "attn.c_proj"]
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, fan_in_fan_out=True, task_type="CAUSAL_LM")
@@ -379,17 +368,21 @@ def test_shared_prefix_gives_the_plain_gradient_of_adapters(hf, checkpoint, case
     assert all(p.grad is None for n, p in model.named_parameters() if "lora_" not in n)  # the base is frozen
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_shared_prefix_gives_the_plain_gradient_of_all_weights(hf, checkpoint, case):
-    """Otherwise --rank=0 is not the fine-tuning of all weights that it is compared with."""
-    model, theirs = GPT.from_pretrained(checkpoint).double(), copy.deepcopy(hf).double()
-    loss, reference = batch_loss(model, make_batch(case)[0]), plain_loss(theirs, case)
+def same_loss_and_gradients(model, loss, theirs, reference):
     loss.backward()
     reference.backward()
     close(loss.double(), reference, atol=1e-10)
     for name, param in theirs.named_parameters():
         grad = param.grad.t() if name.endswith(CONV1D) else param.grad
         close(model.get_parameter(name).grad, grad, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shared_prefix_gives_the_plain_gradient_of_all_weights(hf, checkpoint, case):
+    """Otherwise --rank=0 is not the fine-tuning of all weights that it is compared with."""
+    model, theirs = GPT.from_pretrained(checkpoint).double(), copy.deepcopy(hf).double()
+    loss, reference = batch_loss(model, make_batch(case)[0]), plain_loss(theirs, case)
+    same_loss_and_gradients(model, loss, theirs, reference)
 
 
 def test_a_long_text_gives_the_plain_gradient():
@@ -407,12 +400,7 @@ def test_a_long_text_gives_the_plain_gradient():
     targets[:, :-2] = -1
     loss = batch_loss(model, Batch(text[:, :10], text[:, 10:-1], targets))
     reference = F.cross_entropy(theirs(text).logits[0, -3:-1], text[0, -2:])
-    loss.backward()
-    reference.backward()
-    close(loss.double(), reference, atol=1e-10)
-    for name, param in theirs.named_parameters():
-        grad = param.grad.t() if name.endswith(CONV1D) else param.grad
-        close(model.get_parameter(name).grad, grad, atol=1e-10)
+    same_loss_and_gradients(model, loss, theirs, reference)
 
 
 # --- the sampled softmax -------------------------------------------------------------------------
