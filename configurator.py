@@ -29,12 +29,14 @@ class Config:
     alpha: float = 64.0  # the adapters' output is scaled by alpha / rank
     dropout: float = 0.0  # on the adapters' input; without LoRA on embeddings, attention and residuals
     lora_targets: str = r"attn\.c_(attn|proj)$"  # regular expression: names of the linear layers that get an adapter
+    lora_bias: str = "none"  # biases trained beside LoRA: none, all, lora_only (those of the adapted layers)
+    trainable: str | None = None  # regular expression: parameters trained beside LoRA or, with rank=0, alone
     n_layer: int = 6  # layers (n_layer to block_size: for init_from=scratch)
     n_head: int = 4  # attention heads
     n_embd: int = 256  # width
     block_size: int = 1024  # context in tokens
     # --- data
-    task: str = "instruct"  # instruct: records through the template; pretrain: next token on plain text
+    task: str = "instruct"  # instruct: labels as text, by template; classify: by a new head; pretrain: plain text
     dataset: str = (
         "rt_reviews"  # rt_reviews, rotten_tomatoes, a file or directory (csv, jsonl, parquet, txt), a hub name
     )
@@ -43,6 +45,7 @@ class Config:
     label_names: str | None = None  # words for the labels 0, 1, ..., with commas; None: as the data names them
     template: str = "Review: {text}\nSentiment: {label}"  # {text} and {label}; {label} comes last
     loss_on: str = "label"  # label: its tokens and end-of-text are scored; all: every token
+    balance_classes: bool = False  # classify: each class weighs the same in the loss, however rare
     lowercase_share: float = 0.0  # pretrain: share of the texts that is lower-cased with spaced punctuation
     train_context: int = 256  # pretrain: tokens in a training row
     # --- training
@@ -95,15 +98,25 @@ AT_MOST = {
     "seed": 2**63 - 1,
 }
 ONE_OF = {
-    "task": ("instruct", "pretrain"),
+    "task": ("instruct", "classify", "pretrain"),
+    "lora_bias": ("none", "all", "lora_only"),
     "loss_on": ("label", "all"),
     "split": ("test", "validation", "train"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
 }
 RESUMED = "train_config.json"  # in out_dir: the config a run was started with
-MODEL_KEYS = ("rank", "alpha", "lora_targets", "task", "n_layer", "n_head", "n_embd", "block_size")
+MODEL_KEYS = ("rank", "alpha", "lora_targets", "lora_bias", "trainable", "task")
+MODEL_KEYS += ("n_layer", "n_head", "n_embd", "block_size")
 RUN_KEYS = ("dropout", "dataset", "text_field", "label_field", "label_names", "template", "loss_on", "seed", "dtype")
-RUN_KEYS += ("lowercase_share", "train_context", "batch_size", "gradient_accumulation_steps", "muon_lr", "n_sampled")
+RUN_KEYS += (
+    "balance_classes",
+    "lowercase_share",
+    "train_context",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "muon_lr",
+    "n_sampled",
+)
 
 
 class UserError(ValueError):

@@ -31,7 +31,7 @@ import torch
 
 ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
 CACHE = os.environ.get("NANOLORA_CACHE", os.path.join(os.path.expanduser("~"), ".cache", "nanolora"))
-HUB_DATASETS = {"rotten_tomatoes": "cornell-movie-review-data/rotten_tomatoes"}
+HUB_DATASETS = {"rotten_tomatoes": "cornell-movie-review-data/rotten_tomatoes", "sst2": "stanfordnlp/sst2"}
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 IGNORE = -1  # a target that is not scored
 csv.field_size_limit(2**31 - 1)
@@ -218,13 +218,15 @@ class Batch:
     prefix: torch.Tensor
     idx: torch.Tensor
     targets: torch.Tensor
+    class_weights: torch.Tensor | None = None
 
     def to(self, device):
-        return Batch(*(t.to(device, non_blocking=True) for t in (self.prefix, self.idx, self.targets)))
+        return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in vars(self).values()))
 
 
 class CustomDataLoader:
-    """A labelled data set as batches of token ids for instruction fine-tuning.
+    """A labelled data set as batches of token ids, for instruction fine-tuning or (classify) for a classifier,
+    whose input is the text alone and whose target is the label's number, at the text's last token.
 
     `splits[name]` is a list of Example. Batches hold examples of like length, so little is padded, and
     come in an order that seed and epoch alone decide, whatever the number of processes. The shared
@@ -245,8 +247,11 @@ class CustomDataLoader:
         loss_on="label",
         seed=1337,
         wanted=("train", "validation"),
+        classify=False,
+        balance_classes=False,
     ):
         self.dataset, self.template, self.batch_size, self.block_size = dataset, template, batch_size, block_size
+        self.classify, self.class_weights = classify, None
         self.text_field, self.label_field, self.loss_on, self.seed = text_field, label_field, loss_on, seed
         self.eval_batch_size = batch_size
         self.encoding, self.n_cut = gpt2_encoding(), 0
@@ -265,6 +270,9 @@ class CustomDataLoader:
                 raise ValueError(f"dataset={dataset}: no labelled row in its {name} split")
             self.splits[name] = [self._example(self._add_instruction_finetuning(rec)) for rec in records]
         self.prefixes = {name: self._shared_prefix(examples) for name, examples in self.splits.items()}
+        if balance_classes and "train" in self.splits:
+            n = [sum(ex.label == i for ex in self.splits["train"]) for i in range(len(self.label_names))]
+            self.class_weights = torch.tensor([sum(n) / (len(n) * max(1, k)) for k in n])
         if self.n_cut:
             print(f"note: {self.n_cut} texts were cut to fit the context of {block_size} tokens")
 
@@ -287,6 +295,8 @@ class CustomDataLoader:
                 bad = sorted(set(words) - set(names))[0]
                 raise ValueError(f"label_names={','.join(names)}: {self.dataset} has the label {bad!r} too")
             return names or words
+        if not names and self.classify:
+            names = [str(i) for i in range(1 + max(int(float(word)) for word in words))]
         if not names:
             raise ValueError(
                 f"{self.dataset} has numbers for labels ({', '.join(words[:8])}): type their words in order, "
@@ -320,6 +330,8 @@ class CustomDataLoader:
         """The words must differ, and the prompt before them must not depend on which one follows."""
         if len(self.label_names) < 2 or len(set(self.label_names)) < len(self.label_names) or "" in self.label_names:
             raise ValueError(f"label_names={','.join(self.label_names)}: at least two different words are needed")
+        if self.classify:
+            return
         if self.template.removesuffix("{label}")[-1].isalnum() or self.template.endswith("{text}{label}"):
             raise ValueError(f"template={self.template!r}: put a space or a line break before {{label}}")
         prompts = set()
@@ -342,6 +354,11 @@ class CustomDataLoader:
         """A record as tokens. A text too long for the context is cut, never the template or the label."""
         encode = self.encoding.encode_ordinary
         text, full = rec["text"], rec["instr_tuned_text"]
+        if self.classify:
+            tokens = encode(text) or [end_of_text()]
+            self.n_cut += len(tokens) > self.block_size
+            tokens = tokens[: self.block_size]
+            return Example(tokens, len(tokens), rec["label"], text)
         tokens = encode(full)
         if len(tokens) + 1 > self.block_size:
             self.n_cut += 1
@@ -366,8 +383,8 @@ class CustomDataLoader:
     def _shared_prefix(self, examples):
         """The first tokens that all prompts share, short of one token, so that every row has a prompt token."""
         shared = examples[0].tokens[: min(ex.n_prompt for ex in examples) - 1]
-        if self.loss_on == "all":
-            return []  # its tokens are scored in each example
+        if self.loss_on == "all" or self.classify:
+            return []  # its tokens are scored in each example; a classifier's texts have no common head
         for ex in examples:
             if ex.tokens[: len(shared)] != shared:
                 shared = [a for a, b in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(shared, ex.tokens))]
@@ -376,8 +393,10 @@ class CustomDataLoader:
     # --- batches
 
     def n_scored(self, split, indices):
-        """Targets that these examples have."""
+        """Targets that these examples have; with class weights the sum of theirs."""
         examples = (self.splits[split][i] for i in indices)
+        if self.classify:
+            return sum(1 if self.class_weights is None else self.class_weights[ex.label].item() for ex in examples)
         return sum(len(ex.tokens) - (1 if self.loss_on == "all" else ex.n_prompt) for ex in examples)
 
     def n_batches(self, split, size):
@@ -404,6 +423,13 @@ class CustomDataLoader:
     def batch(self, split, indices):
         """The Batch of these examples."""
         examples, prefix = [self.splits[split][i] for i in indices], self.prefixes[split]
+        if self.classify:
+            idx = torch.full((len(examples), max(len(ex.tokens) for ex in examples)), end_of_text())
+            targets = torch.full_like(idx, IGNORE)
+            for row, target, ex in zip(idx, targets, examples):
+                row[: len(ex.tokens)] = torch.tensor(ex.tokens)
+                target[len(ex.tokens) - 1] = ex.label
+            return Batch(torch.empty(1, 0, dtype=torch.long), idx, targets, self.class_weights)
         if len(examples) == 1:
             prefix = []  # nothing to share
         P = len(prefix)
@@ -537,7 +563,7 @@ def make_loader(config, block_size):
 
 
 def instruction_loader(config, block_size, wanted=("train", "validation")):
-    """The CustomDataLoader of a config."""
+    """The CustomDataLoader of a config, for labels as text or as classes."""
     return CustomDataLoader(
         dataset=config.dataset,
         template=config.template.replace("\\n", "\n"),  # a shell has no easy way to type a line break
@@ -549,4 +575,6 @@ def instruction_loader(config, block_size, wanted=("train", "validation")):
         loss_on=config.loss_on,
         seed=config.seed,
         wanted=wanted,
+        classify=config.task == "classify",
+        balance_classes=config.balance_classes,
     )

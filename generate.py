@@ -22,7 +22,7 @@ from tqdm import tqdm
 from configurator import MODEL_KEYS, configure, one_line_errors
 from dataloader import end_of_text, gpt2_encoding, instruction_loader
 from lora import ADAPTER_WEIGHTS, load_adapter, whole_file, write_json
-from model import GPT, KVCache, keep_memory, pick_device, pick_dtype
+from model import GPT, KVCache, context_size, find_checkpoint, keep_memory, pick_device, pick_dtype, read_config
 
 ANSWER_CHARS = 40  # a label counts within these first characters of the generated text
 
@@ -39,18 +39,22 @@ def find_label(text, label_names):
 
 
 def get_accuracy(generated, labels, label_names):
-    """Accuracy of generated texts (list of str) against labels (list of int).
+    """Accuracy of generated texts (list of str) against labels (list of int); see `tabulate`."""
+    return tabulate([find_label(text, label_names) for text in generated], labels, label_names)
 
-    A text without a label is wrong and counted as garbage. Returns n, accuracy and garbage as shares, the
-    accuracy's 95 % interval (Wilson 1927) and the confusion table: rows the true labels, columns the
-    generated ones and then garbage.
+
+def tabulate(found, labels, label_names):
+    """Accuracy of the labels found (list of int, or None for a text without any) against the true ones.
+
+    None is wrong and counted as garbage. Returns n, accuracy and garbage as shares, the accuracy's 95 % interval
+    (Wilson 1927), each label's recall (None if it does not occur) and the confusion table: rows the true labels,
+    columns those found and then garbage.
     """
-    if len(generated) != len(labels) or not labels:
-        raise ValueError(f"{len(generated)} texts for {len(labels)} labels")
+    if len(found) != len(labels) or not labels:
+        raise ValueError(f"{len(found)} texts for {len(labels)} labels")
     table = [[0] * (len(label_names) + 1) for _ in label_names]
-    for text, label in zip(generated, labels):
-        found = find_label(text, label_names)
-        table[label][len(label_names) if found is None else found] += 1
+    for i, label in zip(found, labels):
+        table[label][len(label_names) if i is None else i] += 1
     n, correct = len(labels), sum(table[i][i] for i in range(len(label_names)))
     p, z = correct / n, 1.959964
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -59,15 +63,20 @@ def get_accuracy(generated, labels, label_names):
         "accuracy": p,
         "interval": [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)],
         "garbage": sum(row[-1] for row in table) / n,
+        "recall": [row[i] / sum(row) if sum(row) else None for i, row in enumerate(table)],
         "confusion": table,
         "label_names": list(label_names),
     }
 
 
-def load_model(config, device, dtype):
+def checkpoint_of(config):
+    """Where a config's whole weights lie: the base's, or those of a run that trained them all."""
+    return config.out_dir if config.resume and config.rank == 0 else config.init_from
+
+
+def load_model(config, device, dtype, n_classes=0):
     """The model of a config, ready to generate: a base, or the best weights of the run in out_dir."""
-    tuned_whole = config.resume and config.rank == 0
-    model = GPT.from_pretrained(config.out_dir if tuned_whole else config.init_from, dtype=dtype)
+    model = GPT.from_pretrained(checkpoint_of(config), dtype=dtype, n_classes=n_classes)
     if config.resume and config.rank:
         load_adapter(model, config.out_dir)
     model.requires_grad_(False)
@@ -107,7 +116,19 @@ def generate_labels(config, model, loader, split, max_new_tokens):
     return texts
 
 
-def show(result, examples, generated):
+@torch.no_grad()
+def classify(config, model, loader, split):
+    """The class that a classifier finds likeliest for each text of a split, in the split's order: list of int."""
+    device, found = next(model.parameters()).device, [None] * len(loader.splits[split])
+    for indices in tqdm(loader.order(split, config.batch_size), disable=None, unit="batch"):
+        batch = loader.batch(split, indices).to(device)
+        logits, _ = model(batch.idx, batch.targets)  # (B, n_classes)
+        for i, label in zip(indices, logits.argmax(-1).tolist()):
+            found[i] = label
+    return found
+
+
+def show(result, examples, generated, found):
     """Prints accuracy, the confusion table and a few examples of each kind of error."""
     names, (low, high) = result["label_names"], result["interval"]
     print(
@@ -115,14 +136,15 @@ def show(result, examples, generated):
         f"{result['n']} examples, garbage {100 * result['garbage']:.2f} %"
     )
     width = max(len(name) for name in [*names, "garbage"]) + 2
-    print("\n" + "true \\ written".ljust(width + 6) + "".join(name.rjust(width) for name in [*names, "garbage"]))
-    for name, row in zip(names, result["confusion"]):
-        print(name.ljust(width + 6) + "".join(str(n).rjust(width) for n in row))
+    columns = [*names, "garbage", "recall"]
+    print("\n" + "true \\ written".ljust(width + 6) + "".join(name.rjust(width) for name in columns))
+    for name, row, recall in zip(names, result["confusion"], result["recall"]):
+        cells = [*map(str, row), "" if recall is None else f"{100 * recall:.1f} %"]
+        print(name.ljust(width + 6) + "".join(cell.rjust(width) for cell in cells))
     shown = Counter()
-    for ex, text in zip(examples, generated):
-        found = find_label(text, names)
-        kind = (names[ex.label], "garbage" if found is None else names[found])
-        if found != ex.label and shown[kind] < 2:
+    for ex, text, i in zip(examples, generated, found):
+        kind = (names[ex.label], "garbage" if i is None else names[i])
+        if i != ex.label and shown[kind] < 2:
             if not shown:
                 print("\nsome errors:")
             shown[kind] += 1
@@ -132,10 +154,15 @@ def show(result, examples, generated):
 def score(config, model, loader, max_new_tokens):
     """Scores config.split, prints the result and writes accuracy.json and predictions.jsonl. Returns the result."""
     began, examples = time.time(), loader.splits[config.split]
-    generated = generate_labels(config, model, loader, config.split, max_new_tokens)
-    seconds, names = time.time() - began, loader.label_names
-    result = get_accuracy(generated, [ex.label for ex in examples], names)
-    show(result, examples, generated)
+    names, labels = loader.label_names, [ex.label for ex in examples]
+    if loader.classify:
+        found = classify(config, model, loader, config.split)
+        generated = [names[i] for i in found]
+    else:
+        generated = generate_labels(config, model, loader, config.split, max_new_tokens)
+        found = [find_label(text, names) for text in generated]
+    seconds, result = time.time() - began, tabulate(found, labels, names)
+    show(result, examples, generated, found)
     result |= {
         "split": config.split,
         "dataset": config.dataset,
@@ -146,10 +173,9 @@ def score(config, model, loader, max_new_tokens):
     folder = config.out_dir if config.resume else os.path.join(config.out_dir, "untuned")
     os.makedirs(folder, exist_ok=True)
     with whole_file(os.path.join(folder, "predictions.jsonl")) as f:
-        for ex, text in zip(examples, generated):
-            found = find_label(text, names)
+        for ex, text, i in zip(examples, generated, found):
             row = {"text": ex.text, "label": names[ex.label], "generated": text}
-            row["predicted"] = None if found is None else names[found]
+            row["predicted"] = None if i is None else names[i]
             f.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
     write_json(os.path.join(folder, "accuracy.json"), result)
     print(f"\n{len(examples) / seconds:.1f} examples/s; written: {folder}/accuracy.json, {folder}/predictions.jsonl")
@@ -177,10 +203,14 @@ def main(config):
     keep_memory()
     with one_line_errors():
         device = pick_device(config.device)
-        model = load_model(config, device, pick_dtype(device, config.dtype))
-        size, loader = model.config.block_size, None
-        if config.start is None:
-            if config.task != "instruct":
+        size, loader, n_classes = context_size(checkpoint_of(config)), None, 0
+        if config.task == "classify":
+            if not config.resume and not read_config(find_checkpoint(config.init_from)[0]).get("n_classes"):
+                raise ValueError(f"init_from={config.init_from}: a language model has no classes; train.py adds them")
+            loader, new = instruction_loader(config, size, wanted=(config.split,)), 0
+            n_classes = len(loader.label_names)
+        elif config.start is None:
+            if config.task == "pretrain":
                 raise ValueError("this run was pre-trained on plain text and has no labels: type --start=TEXT")
             new = config.max_new_tokens or 5
             if new > size // 2:
@@ -191,12 +221,19 @@ def main(config):
                 if longest > new:  # the cut must leave room for the longest label
                     new = longest
                     loader = instruction_loader(config, size - new, wanted=(config.split,))
+        model = load_model(config, device, pick_dtype(device, config.dtype), n_classes)
     torch.manual_seed(config.seed)
-    if loader:
+    if config.start is None:
         score(config, model, loader, new)
         return
     start = config.start.replace("\\n", "\n")
     idx = torch.tensor([gpt2_encoding().encode_ordinary(start) or [end_of_text()]], device=device)
+    if n_classes:
+        with torch.no_grad():
+            shares = model(idx[:, :size])[0].flatten().softmax(-1).tolist()
+        for share, name in sorted(zip(shares, loader.label_names), reverse=True):
+            print(f"{name}: {100 * share:.1f} %")
+        return
     new = config.max_new_tokens or 200
     out = model.generate(idx, new, temperature=config.temperature, top_k=config.top_k, stop=end_of_text())
     print(start + gpt2_encoding().decode([t for t in out[0, idx.size(1) :].tolist() if t != end_of_text()]))

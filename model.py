@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from lora import LoRALinear, whole_file, write_json
+from lora import LoRALinear, lora_layers, merged_weight, whole_file, write_json
 
 HUB_MODELS = {  # what a user types: the repository on the hub
     "gpt2": "openai-community/gpt2",
@@ -46,6 +46,7 @@ class GPTConfig:
     lora_alpha: float = 0.0
     lora_dropout: float = 0.0
     lora_targets: str = ATTENTION  # regular expression: the linear layers that get an adapter
+    n_classes: int = 0  # > 0: a linear `score` of that many classes in place of the vocabulary's head
 
 
 class KVCache:
@@ -189,13 +190,16 @@ class GPT(nn.Module):
                 "ln_f": LayerNorm(config.n_embd, eps=1e-5),
             }
         )
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight  # tied
-        if config.lora_rank and not any(m.is_lora() for m in self.modules() if isinstance(m, LoRALinear)):
+        if config.n_classes:
+            self.score = nn.Linear(config.n_embd, config.n_classes, bias=False)
+        else:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head.weight = self.transformer.wte.weight  # tied
+        if config.lora_rank and not lora_layers(self):
             raise ValueError(
                 f"lora_targets={config.lora_targets!r} matches no layer, such as transformer.h.0.attn.c_attn"
             )
-        if self.lm_head.weight.device.type != "meta":
+        if self.transformer.wte.weight.device.type != "meta":
             self.apply(self._init_weights)
             for name, param in self.named_parameters():
                 if name.endswith("c_proj.weight"):  # residual projections start smaller (section 2.3)
@@ -242,16 +246,18 @@ class GPT(nn.Module):
         x = t.ln_f(t.h[-1](x, (B, T), past, mask, rows))
         return x if rows is not None else x[len(x) - B * T :].unflatten(0, (B, T))
 
-    def head(self, x):  # (..., C) -> (..., V)
-        return F.linear(x, self.lm_head.weight.to(x.dtype))
+    def head(self, x):  # (..., C) -> (..., V), or (..., n_classes)
+        return F.linear(x, (self.score if self.config.n_classes else self.lm_head).weight.to(x.dtype))
 
-    def forward(self, idx, targets=None, past=None, prefix=None, n_sampled=0):
+    def forward(self, idx, targets=None, past=None, prefix=None, n_sampled=0, class_weights=None):
         """idx (B, T) token ids -> (logits, loss), as nanoGPT's.
 
         Without targets: logits (B, 1, V) of the last position, loss None. With targets (B, T), each the
         id that should follow or negative where nothing is scored: logits (N, V) of the scored positions
         alone, in reading order, and their mean cross-entropy. past: a KVCache to continue from, or
         prefix (1, P): token ids before every row; gradient flows into both. n_sampled > 0: see `sampled_softmax`.
+        A classifier's targets are classes, at each text's last token; class_weights (n_classes,) make the mean
+        a weighted one.
         """
         B, T = idx.shape
         if targets is None:
@@ -263,7 +269,9 @@ class GPT(nn.Module):
             logits, targets = self.sampled_softmax(x, targets, n_sampled)
         else:
             logits = self.head(x)
-        return logits, F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
+        precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        weight = None if class_weights is None else class_weights.to(precise.dtype)
+        return logits, F.cross_entropy(precise, targets, weight)
 
     def sampled_softmax(self, x, targets, n_sampled):
         """Logits over the batch's own targets and n_sampled other words instead of all V, and the targets'
@@ -351,9 +359,11 @@ class GPT(nn.Module):
         state = {}
         for path in files:
             for key, tensor in read_tensors(path):
-                key = key if key.startswith("transformer.") else f"transformer.{key}"
+                key = key if key.startswith(("transformer.", "score.")) else f"transformer.{key}"
                 if key == "transformer.lm_head.weight" or re.search(r"\.attn\.(masked_)?bias$", key):
                     continue  # tied, and the causal mask of old checkpoints
+                if key == "score.weight" and not config.n_classes:
+                    continue  # a classifier's, of which only the body is asked for
                 tensor = tensor.t() if CONV1D.search(key) and tensor.dim() == 2 else tensor
                 expected = tuple(wanted[key].shape) if key in wanted else "nothing"
                 if tuple(tensor.shape) != expected:
@@ -361,24 +371,22 @@ class GPT(nn.Module):
                         f"{path} does not fit its config.json: {key} is {tuple(tensor.shape)}, expected {expected}"
                     )
                 state[key] = tensor.to(dtype).contiguous()
+        if config.n_classes and "score.weight" not in state:  # a new head on a language model
+            state["score.weight"] = torch.randn(config.n_classes, config.n_embd, dtype=dtype) * 0.02
         missing = sorted(wanted.keys() - state.keys())
         if missing:
             raise ValueError(f"{os.path.dirname(config_path)} is not whole: {missing[0]} is missing")
         model.load_state_dict(state, strict=False, assign=True)
-        model.lm_head.weight = model.transformer.wte.weight  # assigning broke the tie
-        for module in model.modules():
-            if isinstance(module, LoRALinear) and module.is_lora():
-                module.add_lora(config.lora_rank, config.lora_alpha, config.lora_dropout)
+        if not config.n_classes:
+            model.lm_head.weight = model.transformer.wte.weight  # assigning broke the tie
+        for layer in lora_layers(model).values():
+            layer.add_lora(config.lora_rank, config.lora_alpha, config.lora_dropout)
         return model
 
     def save_pretrained(self, directory, dtype=None):
         """Writes Hugging Face's GPT-2 layout: config.json and model.safetensors, adapters merged in.
         dtype: that of the file (None: as the parameters are)."""
-        merged = {
-            f"{name}.weight": module.merged_weight()
-            for name, module in self.named_modules()
-            if isinstance(module, LoRALinear) and module.is_lora()
-        }
+        merged = {f"{name}.weight": merged_weight(layer) for name, layer in lora_layers(self).items()}
         tensors = {}
         for name, param in self.named_parameters():
             if "lora_" not in name:
@@ -387,7 +395,7 @@ class GPT(nn.Module):
                 tensors[name] = tensor.to("cpu", dtype or tensor.dtype).contiguous()
         c = self.config
         config = {
-            "architectures": ["GPT2LMHeadModel"],
+            "architectures": ["GPT2ForSequenceClassification" if c.n_classes else "GPT2LMHeadModel"],
             "model_type": "gpt2",
             "activation_function": "gelu_new",
             "n_positions": c.block_size,
@@ -405,6 +413,8 @@ class GPT(nn.Module):
             "tie_word_embeddings": True,
             "torch_dtype": str(tensors["transformer.wte.weight"].dtype).removeprefix("torch."),
         }
+        if c.n_classes:
+            config |= {"id2label": {i: f"LABEL_{i}" for i in range(c.n_classes)}, "pad_token_id": c.vocab_size - 1}
         os.makedirs(directory, exist_ok=True)
         with whole_file(os.path.join(directory, "model.safetensors")) as f:
             f.write(save(tensors, metadata={"format": "pt"}))
@@ -467,6 +477,11 @@ def find_checkpoint(name):
     return paths[0], paths[1:]
 
 
+def context_size(name):
+    """Tokens that a checkpoint's positions reach; None for "scratch"."""
+    return None if name == "scratch" else read_config(find_checkpoint(name)[0])["block_size"]
+
+
 def read_config(path):
     """GPTConfig's fields from a Hugging Face config.json; ValueError for what this GPT-2 does not compute."""
     try:
@@ -483,6 +498,8 @@ def read_config(path):
     for key, value in sizes.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{path}: {SIZES[key]}={value!r} is no size")
+    if config.get("architectures") == ["GPT2ForSequenceClassification"]:
+        sizes["n_classes"] = len(config.get("id2label") or (0, 1))  # transformers leaves two classes out
     return sizes
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from configurator import RESUMED, configure, one_line_errors
 from dataloader import make_loader
 from lora import ADAPTER_WEIGHTS, mark_only_lora_as_trainable, parameter_report, save_adapter, whole_file, write_json
-from model import GPT, GPTConfig, keep_memory, pick_device, pick_dtype
+from model import GPT, GPTConfig, context_size, keep_memory, pick_device, pick_dtype
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -68,9 +68,16 @@ class Processes:
             p.grad = part.view_as(p)
 
 
-def build_model(config, device, dtype):
+def also_trained(config):
+    """The regular expression of the parameters trained beside LoRA's; a classifier's new head is always."""
+    head = [r"^score\."] if config.task == "classify" else []
+    return "|".join(head + ([config.trainable] if config.trainable else [])) or None
+
+
+def build_model(config, device, dtype, n_classes=0):
     """The base model of a config on its device, with fresh adapters, the right parameters trainable."""
     lora = {"lora_rank": config.rank, "lora_alpha": config.alpha, "lora_targets": config.lora_targets}
+    lora["n_classes"] = n_classes
     lora |= {"lora_dropout": config.dropout} if config.rank else {"dropout": config.dropout}
     if config.init_from == "scratch":
         if config.rank:
@@ -79,9 +86,10 @@ def build_model(config, device, dtype):
         model = GPT(GPTConfig(**sizes, **lora))
     else:
         # What is frozen is stored in the compute dtype from the start; what trains stays float32.
-        model = GPT.from_pretrained(config.init_from, dtype=dtype if config.rank else torch.float32, **lora)
-    if config.rank:
-        mark_only_lora_as_trainable(model)
+        frozen = config.rank and config.lora_bias == "none" and not also_trained(config)
+        model = GPT.from_pretrained(config.init_from, dtype=dtype if frozen else torch.float32, **lora)
+    if config.rank or config.trainable:
+        mark_only_lora_as_trainable(model, config.lora_bias, also_trained(config))
     return model.to(device).set_dtype(dtype)
 
 
@@ -120,7 +128,8 @@ def schedule(config, it):
 def batch_loss(model, batch, n_sampled=0):
     """Mean loss over a batch's targets. The prompts' shared prefix goes through the model once, with its
     gradient, and every row continues from it."""
-    return model(batch.idx, batch.targets, prefix=batch.prefix, n_sampled=n_sampled)[1]
+    options = {"n_sampled": n_sampled, "class_weights": batch.class_weights}
+    return model(batch.idx, batch.targets, prefix=batch.prefix, **options)[1]
 
 
 @torch.no_grad()
@@ -198,7 +207,7 @@ def load_checkpoint(config, model, optimizers, scaler):
 def save_best(config, model, dtype):
     """The adapter in PEFT's format or, without LoRA, the model in Hugging Face's."""
     if config.rank:
-        save_adapter(model, config.out_dir, base_model=config.init_from)
+        save_adapter(model, config.out_dir, config.init_from, config.lora_bias, also_trained(config))
     else:
         model.save_pretrained(config.out_dir, dtype=dtype)
 
@@ -264,8 +273,9 @@ def train(config):
         processes = Processes(config)
         dtype = pick_dtype(processes.device, config.dtype)
         torch.manual_seed(config.seed)
-        model = build_model(config, processes.device, dtype)
-        loader = make_loader(config, model.config.block_size)
+        loader = make_loader(config, context_size(config.init_from) or config.block_size)
+        n_classes = len(loader.label_names) if config.task == "classify" else 0
+        model = build_model(config, processes.device, dtype, n_classes)
         optimizers = build_optimizers(config, model)
         scaler = torch.amp.GradScaler(processes.device.split(":")[0], enabled=dtype == torch.float16)
         progress = load_checkpoint(config, model, optimizers, scaler)

@@ -140,7 +140,7 @@ def test_a_switch_needs_no_value():
         (["--temperature=-0.1"], ["temperature=-0.1", "at least 0"]),
         (["--split=tset"], ["split=tset", "test, validation, train"]),
         (["--loss_on=labels"], ["loss_on=labels", "label, all"]),
-        (["--task=finetune"], ["task=finetune", "instruct, pretrain"]),
+        (["--task=finetune"], ["task=finetune", "instruct, classify, pretrain"]),
         (["--dtype=fp16"], ["dtype=fp16", "float16"]),
         (["no_such_file.py"], ["no_such_file.py", "configs/"]),
         (["configs/a.py", "configs/b.py"], ["configs/b.py", "one config file"]),

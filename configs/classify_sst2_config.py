@@ -1,0 +1,17 @@
+# A classification head on GPT-2, LoRA and biases in the last two attention layers, on SST-2 (Socher et al. 2013):
+# 12,288 parameters are trained. --rank=0 --trainable='h\.1[01]\.attn\.c_attn' trains those layers themselves.
+task = "classify"
+init_from = "gpt2"
+out_dir = "out-sst2"
+dataset = "sst2"
+text_field = "sentence"
+split = "validation"  # its test split has no labels
+lora_targets = r"h\.1[01]\.attn\.c_attn$"
+lora_bias = "lora_only"
+rank = 1
+alpha = 4.0
+lr = 1e-3
+batch_size = 32
+max_iters = 4000  # two epochs
+warmup_iters = 200
+eval_interval = 400
