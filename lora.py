@@ -155,7 +155,7 @@ def add_low_rank(out, x, layer):  # (..., out), (..., in) -> (..., out)
     z = F.linear(layer.lora_dropout(x).to(out.dtype), A).view(-1, A.size(0))  # (N, r)
     # Two dimensions as they are: where a view is written in place, autograd copies the gradient.
     flat = out if out.ndim == 2 else out.view(-1, out.size(-1))
-    flat.addmm_(z, B.t(), alpha=layer.lora_scaling)
+    flat.addmm_(z * layer.lora_scaling, B.t())
     return out
 
 

@@ -106,14 +106,66 @@ def linear(config, name, n_in, n_out):
 def attention(q, k, v, mask, dropout):  # (B, n_head, T, head_dim), k and v (B, n_head, P + T, head_dim)
     """Scaled dot-product attention ("Attention Is All You Need", Vaswani et al. 2017, section 3.2.1); mask is
     True where a query may look, None for causal."""
-    T, K = q.size(2), k.size(2)
-    if q.device.type == "cpu" and q.requires_grad and K <= 512:
-        # Two products and a softmax: torch's fused kernel is five times slower backward on a CPU.
-        mask = torch.ones(T, K, dtype=torch.bool).tril(K - T) if mask is None else mask
-        bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -math.inf)
-        scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, n_head, T, K)
-        return F.dropout(scores.add_(bias).softmax(-1), dropout) @ v
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and T == K > 1)
+    causal = mask is None and q.size(2) == k.size(2) > 1
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+
+
+class TrainingAttention(torch.autograd.Function):
+    """The same for training on a CPU, where torch's fused kernel is five times slower backward: qkv (P + B T, 3,
+    H, D) for H heads, a prefix of P tokens first, -> (P + B T, H D).
+
+    The prefix's keys and values are not repeated for each row: all rows meet them in one product, and the sum
+    over the rows in their gradient is part of a product too.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv, B, T):
+        n, _, H, D = qkv.shape
+        P = n - B * T
+        prefix = qkv[:P].permute(1, 2, 0, 3).contiguous()  # (3, H, P, D)
+        rows = qkv[P:].permute(1, 2, 0, 3).contiguous()  # (3, H, B T, D)
+        (pq, pk, pv), (q, k, v) = prefix, rows
+        scores = [q @ pk.mT, (q.view(-1, T, D) @ k.view(-1, T, D).mT).view(H, -1, T)]
+        scores = torch.cat(scores, dim=2).view(-1, T, P + T)  # (H B, T, P + T)
+        probs = torch.add(causal_bias(T, P + T, qkv), scores, alpha=D**-0.5).softmax(-1)
+        prefix_probs = torch.add(causal_bias(P, P, qkv), pq @ pk.mT, alpha=D**-0.5).softmax(-1)  # (H, P, P)
+        y = probs[..., :P].reshape(H, B * T, P) @ pv  # (H, B T, D)
+        y.view(-1, T, D).baddbmm_(probs[..., P:], v.view(-1, T, D))
+        ctx.save_for_backward(prefix, rows, probs, prefix_probs)
+        return torch.cat([prefix_probs @ pv, y], dim=1).transpose(0, 1).reshape(n, H * D)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        prefix, rows, probs, prefix_probs = ctx.saved_tensors
+        (_, H, P, D), T, N = prefix.shape, probs.size(1), rows.size(2)
+        (pq, pk, pv), (q, k, v) = prefix, rows
+        dy = dy.view(-1, H, D).transpose(0, 1)  # (H, P + B T, D)
+        dpy, dy = dy[:, :P].contiguous(), dy[:, P:].contiguous()
+        d_prefix, d_rows = torch.empty_like(prefix), torch.empty_like(rows)
+
+        def by_row(t):  # (H, B T, D) -> (H B, T, D)
+            return t.view(-1, T, D)
+
+        dscores = torch.cat([dy @ pv.mT, (by_row(dy) @ by_row(v).mT).view(H, N, T)], dim=2).view_as(probs)
+        dscores = torch._softmax_backward_data(dscores, probs, -1, probs.dtype).mul_(D**-0.5)
+        dp_far, near = dscores[..., :P].reshape(H, N, P), dscores[..., P:].contiguous()  # (H, B T, P), (H B, T, T)
+        torch.bmm(dp_far, pk, out=d_rows[0])
+        by_row(d_rows[0]).baddbmm_(near, by_row(k))
+        torch.bmm(near.mT, by_row(q), out=by_row(d_rows[1]))
+        torch.bmm(probs[..., P:].mT, by_row(dy), out=by_row(d_rows[2]))
+
+        dscores = torch._softmax_backward_data(dpy @ pv.mT, prefix_probs, -1, probs.dtype).mul_(D**-0.5)
+        torch.bmm(dscores, pk, out=d_prefix[0])
+        torch.baddbmm(dscores.mT @ pq, dp_far.mT, q, out=d_prefix[1])
+        far = probs[..., :P].reshape(H, N, P)
+        torch.baddbmm(prefix_probs.mT @ dpy, far.mT, dy, out=d_prefix[2])
+        return torch.cat([d_prefix, d_rows], dim=2).permute(2, 0, 1, 3), None, None
+
+
+def causal_bias(T, K, like):
+    """(T, K): 0 where the last T of K tokens may look, else minus infinity."""
+    return torch.full((T, K), -math.inf, dtype=like.dtype, device=like.device).triu_(K - T + 1)
 
 
 def embedding(n, n_embd):
@@ -134,6 +186,9 @@ class Attention(nn.Module):
         (B, T), C, dropout = shape, x.size(1), self.dropout if self.training else 0.0
         P = len(x) - B * T
         qkv = self.c_attn(x).view(-1, 3, self.n_head, C // self.n_head)  # (P + B T, 3, n_head, head_dim)
+        if x.device.type == "cpu" and qkv.requires_grad and past is None and not dropout and P + T <= 512:
+            y = TrainingAttention.apply(qkv, B, T)
+            return self.resid_dropout(self.c_proj(y if rows is None else y[P + rows]))
         q, k, v = qkv[P:].unflatten(0, shape).permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_dim)
         if past is not None:
             k, v = past.extend(self.layer, k, v)
