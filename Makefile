@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint
+.PHONY: demo test lint soak
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -25,3 +25,7 @@ lint: .venv/installed-dev
 
 test: lint
 	$(BIN)/python -m pytest
+
+# 300 kills instead of the 20 of `make test`
+soak: .venv/installed-dev
+	$(BIN)/python tests/soak.py 300

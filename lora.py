@@ -8,6 +8,7 @@ adapted model starts as the base model, bit for bit.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -15,8 +16,8 @@ import re
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import nn
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's file names
@@ -324,6 +325,44 @@ def whole_file(path):
         raise
 
 
+def write_tensors(path, tensors):
+    """A safetensors file with its tensors' SHA-256 in the metadata, which other readers pass over."""
+    check = hashlib.sha256()
+    for name in sorted(tensors):
+        add_to_check(check, name, tensors[name])
+    data = memoryview(save(tensors, metadata={"format": "pt", "sha256": check.hexdigest()}))
+    n = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(bytes(data[8:n])), sort_keys=True).encode()  # else in an order by chance
+    header += b" " * (-len(header) % 8)
+    with whole_file(path) as f:
+        f.write(len(header).to_bytes(8, "little") + header)
+        f.write(data[n:])
+
+
+def read_tensors(path):
+    """(name, tensor) pairs of a safetensors file. Raises ValueError, naming the file, if it is damaged; that its
+    bytes are not those that were written shows at the end."""
+    check = hashlib.sha256()
+    try:
+        with safe_open(path, framework="pt") as f:
+            names, expected = sorted(f.keys()), (f.metadata() or {}).get("sha256")
+        for name in names:
+            with safe_open(path, framework="pt") as f:  # anew: the mapped pages of those already copied are freed
+                tensor = f.get_tensor(name)
+            if expected:
+                add_to_check(check, name, tensor)
+            yield name, tensor
+    except SafetensorError as e:
+        raise ValueError(f"{path} is damaged or cut short: {e}") from e
+    if expected and check.hexdigest() != expected:
+        raise ValueError(f"{path} is damaged: its tensors are not those that were written (SHA-256 differs)")
+
+
+def add_to_check(check, name, tensor):
+    check.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+    check.update(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
 def write_json(path, value):
     with whole_file(path) as f:
         f.write((json.dumps(value, indent=2) + "\n").encode())
@@ -397,8 +436,7 @@ def save_adapter(model, directory, base_model="", bias="none", also=None):
         "modules_to_save": whole or None,
     }
     os.makedirs(directory, exist_ok=True)
-    with whole_file(os.path.join(directory, ADAPTER_WEIGHTS)) as f:
-        f.write(save(tensors, metadata={"format": "pt"}))
+    write_tensors(os.path.join(directory, ADAPTER_WEIGHTS), tensors)
     write_json(os.path.join(directory, ADAPTER_CONFIG), config)
 
 
@@ -420,13 +458,8 @@ def read_adapter(directory):
     for key in ("use_dora", "rank_pattern", "alpha_pattern", "layer_replication"):
         if config.get(key):
             raise ValueError(f"{path}: {key} is set, which is not read here")
-    path = os.path.join(directory, ADAPTER_WEIGHTS)
-    try:
-        tensors = load_file(path)
-    except SafetensorError as e:
-        raise ValueError(f"{path} is damaged: {e}") from e
     plain = {}
-    for name, tensor in tensors.items():
+    for name, tensor in dict(read_tensors(os.path.join(directory, ADAPTER_WEIGHTS))).items():
         if re.search(r"\.(modules_to_save|original_module)\.", name):
             continue  # with bias="all" PEFT writes a saved module's biases two times more
         name = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")

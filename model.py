@@ -16,11 +16,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import nn
 
-from lora import LoRALinear, lora_layers, merged_weight, whole_file, write_json
+from lora import LoRALinear, lora_layers, merged_weight, read_tensors, write_json, write_tensors
 
 HUB_MODELS = {  # what a user types: the repository on the hub
     "gpt2": "openai-community/gpt2",
@@ -471,8 +469,7 @@ class GPT(nn.Module):
         if c.n_classes:
             config |= {"id2label": {i: f"LABEL_{i}" for i in range(c.n_classes)}, "pad_token_id": c.vocab_size - 1}
         os.makedirs(directory, exist_ok=True)
-        with whole_file(os.path.join(directory, "model.safetensors")) as f:
-            f.write(save(tensors, metadata={"format": "pt"}))
+        write_tensors(os.path.join(directory, "model.safetensors"), tensors)
         write_json(os.path.join(directory, "config.json"), config)
 
 
@@ -573,19 +570,6 @@ COMPUTED = {  # key: the values that mean what is computed here, the default fir
     "scale_attn_by_inverse_layer_idx": (False,),
     "tie_word_embeddings": (True,),
 }
-
-
-def read_tensors(path):
-    """(name, tensor) pairs of a safetensors file; ValueError, naming the file, if it is damaged."""
-    try:
-        with safe_open(path, framework="pt") as f:
-            keys = list(f.keys())
-        for key in keys:
-            with safe_open(path, framework="pt") as f:  # anew: the mapped pages of those already copied are freed
-                tensor = f.get_tensor(key)
-            yield key, tensor
-    except SafetensorError as e:
-        raise ValueError(f"{path} is damaged or cut short: {e}") from e
 
 
 # --- where and in what to compute ----------------------------------------------------------------

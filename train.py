@@ -164,16 +164,43 @@ def train_update(config, model, loader, processes, indices, it, scaler):
     return loss
 
 
+def lock(config):
+    """A file that keeps a second run out of out_dir until this process ends. Raises ValueError if another has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    os.makedirs(config.out_dir, exist_ok=True)
+    f = open(os.path.join(config.out_dir, ".lock"), "w")  # noqa: SIM115
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        raise ValueError(f"out_dir={config.out_dir}: another run is writing there; type another --out_dir") from e
+    return f
+
+
 def save_checkpoint(config, model, optimizers, scaler, progress):
-    """All that a resumed run needs, in one file, so that no instant leaves half of it."""
+    """All that a resumed run needs, in one file, so that no instant leaves half of it. Raises OSError, with the
+    room that is needed, if it cannot be written."""
     state = {
         "progress": progress,
         "trained": {n: p.detach() for n, p in model.named_parameters() if p.requires_grad},
         "optimizers": [o.state_dict() for o in optimizers],
         "scaler": scaler.state_dict(),
     }
-    with whole_file(os.path.join(config.out_dir, CHECKPOINT)) as f:
-        torch.save(state, f)
+    path = os.path.join(config.out_dir, CHECKPOINT)
+    try:
+        with whole_file(path) as f:
+            torch.save(state, f)
+    except (OSError, RuntimeError) as e:  # torch's writer wraps some
+        moments = sum(
+            t.nbytes for o in optimizers for s in o.state.values() for t in s.values() if torch.is_tensor(t)
+        )
+        room = (sum(p.nbytes for p in state["trained"].values()) + moments) / 1e6
+        reason = (str(e) or type(e).__name__).splitlines()[0][:120]
+        raise OSError(
+            f"{path} could not be written, it takes {room:.0f} MB beside the last one, which is whole ({reason})"
+        ) from e
 
 
 def load_checkpoint(config, model, optimizers, scaler):
@@ -337,6 +364,8 @@ def train(config):
             if losses:
                 m["train_loss"] = sum(losses) / len(losses)
                 m["examples_per_s"] = (it - first_it) * global_batch / seconds
+            if scaler.is_enabled():
+                m["skipped"] = float(progress.get("skipped", 0))  # updates since the start, for infinite gradients
             if config.task == "pretrain":
                 m["bits_per_byte"] = loader.bits_per_byte("validation", val_loss)
                 m["tokens"] = it * global_batch * loader.context
@@ -381,7 +410,9 @@ def train(config):
         for optimizer in optimizers:
             scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
+        scale = scaler.get_scale()
         scaler.update()
+        progress["skipped"] = progress.get("skipped", 0) + (scaler.get_scale() < scale)  # float16 overflowed
         progress["losses"].append(loss)
         it += 1
         bar.update()
@@ -403,8 +434,13 @@ def train(config):
 
 if __name__ == "__main__":
     config = configure(sys.argv[1:])
+    with one_line_errors():
+        held = lock(config) if int(os.environ.get("RANK", 0)) == 0 else None
     try:
         train(config)
+    except OSError as e:
+        print(f"error: {e}; --init_from=resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(2)
     except (torch.OutOfMemoryError, RuntimeError) as e:
         if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
             raise

@@ -432,6 +432,13 @@ def without_a_tensor(directory):
     safetensors.torch.save_file(tensors, directory / "adapter_model.safetensors")
 
 
+def flip(path):
+    """One bit of the last tensor, which no length and no header shows."""
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DAMAGE = {  # what happened to the directory: (how, error, the file its message names)
     "another width": (lambda d: save_small(d, n_embd=32), ValueError, WEIGHTS),
@@ -440,6 +447,7 @@ DAMAGE = {  # what happened to the directory: (how, error, the file its message 
     "a tensor gone": (without_a_tensor, ValueError, WEIGHTS),
     "weights cut": (lambda d: os.truncate(d / WEIGHTS, 9000), ValueError, WEIGHTS),
     "weights empty": (lambda d: os.truncate(d / WEIGHTS, 0), ValueError, WEIGHTS),
+    "a bit flipped": (lambda d: flip(d / WEIGHTS), ValueError, WEIGHTS),
     "weights gone": (lambda d: os.remove(d / WEIGHTS), FileNotFoundError, WEIGHTS),
     "config gone": (lambda d: os.remove(d / CONFIG), FileNotFoundError, CONFIG),
     "config cut": (lambda d: os.truncate(d / CONFIG, 30), ValueError, CONFIG),

@@ -1,0 +1,85 @@
+"""What a run promises when it is killed, when the disk is full, and when another run wants its folder.
+
+python -m pytest tests/test_robust.py
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+
+REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("robust")
+    torch.manual_seed(0)
+    GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=64)).save_pretrained(str(folder / "base"))
+    rows = [{"text": f"film {i}", "label": "yes" if i % 2 else "no"} for i in range(60)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def start(place, *flags, limit=None):
+    """train.py on the small model; no file may grow beyond `limit` bytes."""
+    argv = [f"--init_from={place}/base", f"--dataset={place}/rows.jsonl", "--device=cpu", "--eval_interval=2"]
+    argv = [*argv, "--batch_size=8", "--max_iters=4", *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    cap = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "train.py", *argv], cwd=REPO, env=env, text=True, preexec_fn=cap, **pipes
+    )
+
+
+def test_killed_again_and_again():
+    """Lost if it fails: a run that a machine took down is another run than the one that was started."""
+    done = subprocess.run(
+        [sys.executable, "tests/soak.py", "20"], cwd=REPO, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "20 kills, every run ended in the unbroken run's bits" in done.stdout
+
+
+def test_a_second_run_in_the_same_folder_is_refused(place):
+    """Lost if it fails: two runs write over each other's files, and neither says so."""
+    first = start(place, f"--out_dir={place}/shared", "--max_iters=100000", "--eval_interval=100000")
+    try:
+        while not (place / "shared" / "checkpoint.pt").exists():
+            time.sleep(0.05)
+            assert first.poll() is None, first.communicate()
+        before = (place / "shared" / "checkpoint.pt").read_bytes()
+        second = start(place, f"--out_dir={place}/shared")
+        _, err = second.communicate(timeout=100)
+        assert second.returncode == 2 and "another run is writing there" in err and err.count("\n") == 1
+        assert (place / "shared" / "checkpoint.pt").read_bytes() == before
+    finally:
+        first.kill()
+        first.communicate()
+    third = start(place, f"--out_dir={place}/shared")  # a killed run leaves no lock behind
+    assert third.wait(100) == 0
+
+
+def test_full_disk(place):
+    """Lost if it fails: a full disk costs the last good checkpoint too, or does not say what is missing."""
+    first = start(place, f"--out_dir={place}/full", "--rank=0")
+    assert first.wait(100) == 0
+    good = (place / "full" / "checkpoint.pt").read_bytes()
+    size = len(good) // 2
+    again = ["--init_from=resume", f"--out_dir={place}/full", "--max_iters=8"]
+    second = start(place, *again, limit=size)
+    _, err = second.communicate(timeout=100)
+    assert second.returncode == 2, err
+    assert "checkpoint.pt could not be written, it takes" in err and "MB" in err and "Traceback" not in err
+    assert (place / "full" / "checkpoint.pt").read_bytes() == good
+    assert not list((place / "full").glob("*.tmp"))
+    third = start(place, *again)
+    assert third.wait(100) == 0
