@@ -144,11 +144,12 @@ def load_ours(config, unmerged=False):
 def score_ours(config):
     """generate.py's own scoring; here the shared prefix is run anew for each batch."""
     model, loader = load_ours(config), instruction_loader(config, 1000, wanted=("test",))
-    examples = loader.splits["test"]
 
     def score(indices):
-        loader.splits["test"] = [examples[i] for i in indices]
-        return generate_labels(config, model, loader, "test", config.max_new_tokens)
+        loader.order = lambda split, size: [indices]
+        return [
+            text for text in generate_labels(config, model, loader, "test", config.max_new_tokens) if text is not None
+        ]
 
     return score
 

