@@ -11,6 +11,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import inspect
 import json
 import math
@@ -124,11 +125,11 @@ class UserError(ValueError):
 
 
 @contextlib.contextmanager
-def one_line_errors():
-    """Ends the program with one line and exit code 2 where the user's input (ValueError, OSError) is at fault."""
+def one_line_errors(kinds=(ValueError, OSError)):
+    """Ends the program with one line and exit code 2 where the user's input or machine is at fault."""
     try:
         yield
-    except (ValueError, OSError) as e:
+    except kinds as e:
         text = str(e) if isinstance(e, ValueError) or not e.filename else f"{e.filename}: {e.strerror}"
         print(f"error: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
@@ -332,12 +333,19 @@ def check(key, value):
         raise UserError(f"{key}={value}: type at most {AT_MOST[key]}")
 
 
+def fingerprint(values):
+    """SHA-256 of a run's settings, kept among them."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def _stored(out_dir, fields):
     """The config that the run in out_dir was started with."""
     path = os.path.join(out_dir, RESUMED)
     try:
         with open(path, encoding="utf-8") as f:
             stored = json.load(f)
+        if stored.pop("sha256", None) not in (None, fingerprint(stored)):
+            raise UserError(f"{path} was changed or damaged; to change a setting, type it as a flag")
         if "init_from" not in stored:
             raise UserError(f"{path} is damaged: no init_from in it")
         return {key: value for key, value in stored.items() if key in fields and key != "out_dir"}

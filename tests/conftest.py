@@ -2,6 +2,7 @@
 and adapters that say something."""
 
 import os
+import shutil
 import tempfile
 
 import pytest
@@ -13,8 +14,8 @@ from lora import lora_layers
 
 # What the tests tokenise stays out of the user's cache; the reviews, once downloaded, are taken from there.
 OWN = tempfile.TemporaryDirectory(prefix="nanolora-")
-if os.path.exists(os.path.join(dataloader.CACHE, "rt_reviews.jsonl")):
-    os.symlink(os.path.join(dataloader.CACHE, "rt_reviews.jsonl"), os.path.join(OWN.name, "rt_reviews.jsonl"))
+if os.path.exists(os.path.join(dataloader.CACHE, "rt_reviews")):
+    shutil.copytree(os.path.join(dataloader.CACHE, "rt_reviews"), os.path.join(OWN.name, "rt_reviews"))
 os.environ["NANOLORA_CACHE"] = dataloader.CACHE = OWN.name
 
 SIZES = {"n_layer": 3, "n_head": 4, "n_embd": 64, "vocab_size": 301, "n_positions": 64}
