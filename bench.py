@@ -246,7 +246,7 @@ def running(bench, systems):
 def alternate(bench, case, pipes, jobs, warm_up=None):
     """{name: [(seconds, result, peak memory)]}, the first of each a warm-up: all do one job, then all the next."""
     answers = {name: [] for name in pipes} if in_time(bench, case) else {}
-    for n, job in enumerate([warm_up or jobs[0], *jobs]):
+    for n, job in enumerate([jobs[0] if warm_up is None else warm_up, *jobs]):
         if n > 1 and time.monotonic() > bench.until:
             break
         for name in list(answers):

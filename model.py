@@ -327,8 +327,8 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(precise, targets, weight)
 
     def sampled_softmax(self, x, targets, n_sampled):
-        """Logits over the batch's own targets and n_sampled other words instead of all V, and the targets'
-        places among them: (N, C), (N,) -> (N, U + n_sampled), (N,).
+        """Logits over the batch's own targets and n_sampled (or a few more) other words instead of all V, and the
+        targets' places among them: (N, C), (N,) -> (N, U + n_sampled), (N,).
 
         Each sampled word stands for (V - U) / n_sampled others, so the softmax's denominator is estimated
         without bias ("On Using Very Large Target Vocabulary", Jean et al. 2015, section 3).
@@ -336,6 +336,8 @@ class GPT(nn.Module):
         own = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=x.device)
         own[targets] = True
         others = (~own).nonzero()[:, 0]
+        # A few more, so that sizes recur and freed memory serves again: else a long run grows by gigabytes.
+        n_sampled += -(n_sampled + self.config.vocab_size - len(others)) % max(1, n_sampled // 3)
         sampled = others[torch.randperm(len(others), device=x.device)[:n_sampled]]
         words = torch.cat([own.nonzero()[:, 0], sampled])
         bias = x.new_zeros(len(words))

@@ -425,7 +425,8 @@ def test_sampled_denominator_is_unbiased(hf, checkpoint):
             logits, places = model.sampled_softmax(x, targets, 20)
             close(logits[torch.arange(6), places], full[torch.arange(6), targets])
             draws.append(logits.logsumexp(1).exp())
-    assert logits.shape == (6, len(targets.unique()) + 20)
+    n = logits.size(1) - len(targets.unique())
+    assert len(logits) == 6 and 20 <= n < 20 + 6 and logits.size(1) % 6 == 0  # rounded up to a third of 20
     draws = torch.stack(draws)
     assert (draws.std(0) > 0).all()
     torch.testing.assert_close(draws.mean(0), full.logsumexp(1).exp(), rtol=0.15, atol=0)  # about five sigma
