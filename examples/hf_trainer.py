@@ -31,7 +31,7 @@ class Args:
     model: str = "roberta-base"  # a name on the hub or a directory
     dataset: str = "rotten_tomatoes"
     text_field: str = "text"
-    label_names: str | None = None  # words for the labels 0, 1, ...
+    words: str | None = None  # for the labels 0, 1, ... (train.py's --label_names)
     targets: str = "query|output"  # regular expression: the layers that get an adapter
     trainable: str = "classifier|score"  # regular expression: parameters trained beside it
     rank: int = 4
@@ -47,7 +47,7 @@ set_seed(training.seed)
 with one_line_errors():
     splits = ("train", "validation", "test")
     data = CustomDataLoader(
-        args.dataset, text_field=args.text_field, label_names=args.label_names, wanted=splits, classify=True
+        args.dataset, text_field=args.text_field, label_names=args.words, wanted=splits, classify=True
     )
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GPT-2 has none

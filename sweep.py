@@ -1,0 +1,622 @@
+"""Runs the assignment's experiments and writes its report: report.md and report.html.
+
+    python sweep.py configs/finetune_params_config.py --seeds=1,2,3
+    python sweep.py configs/finetune_mini_config.py --dry_run       the runs and their estimated minutes
+
+Each run is train.py and then generate.py in a folder of its own. Runs that are done are kept, one that was stopped
+goes on where it stopped, and one that fails has its reason in the report while the others go on (exit code 1).
+"""
+
+import base64
+import contextlib
+import html
+import io
+import json
+import math
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
+from statistics import mean
+
+import torch
+from tqdm import tqdm
+
+from bench import latency, machine, spread, timed
+from configurator import RESUMED, Config, configure, fingerprint, one_line_errors
+from dataloader import instruction_loader
+from generate import SCORED, wilson
+from lora import ADAPTER_WEIGHTS, mark_only_lora_as_trainable, whole_file, write_json
+from model import GPT, GPTConfig, context_size, find_checkpoint, pick_device, pick_dtype, read_config
+from train import CHECKPOINT, Processes, build_model, train_update
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+KINDS = "untuned,lora,full,lr_alpha,latency"
+AGAINST = "LoRA, lr against alpha"
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito 2008
+DARK = ("#56B4E9", "#E69F00", "#2FC69A", "#E39BC4", "#F0E442", "#9AD0F5")
+
+
+@dataclass
+class SweepConfig(Config):
+    """Runs the assignment's experiments and writes its report: report.md and report.html."""
+
+    # --- sweep
+    ranks: str = "1,16,128,196"  # ranks of the LoRA runs, with commas
+    scale: float = 4.0  # alpha / rank of all of them
+    seeds: str = "1"  # each run is made with each of these seeds, with commas
+    full_lr: float = 0.0  # learning rate of full fine-tuning; 0: a tenth of lr
+    only: str = KINDS  # what is run, with commas
+    jobs: int = 1  # runs side by side, each on a GPU of its own
+    sweep_dir: str | None = None  # where everything is written; None: out_dir with "-sweep"
+    dry_run: bool = False  # only list the runs and their estimated minutes
+
+
+@dataclass
+class Run:
+    """One training and its score: of a method ("LoRA", "full fine-tuning", "no tuning")."""
+
+    name: str
+    method: str
+    config: Config
+
+    def path(self, name):
+        return os.path.join(self.config.out_dir, name)
+
+    def read(self, name):
+        """A JSON file of the run (list of lines for .jsonl); None if it is not there or not whole."""
+        with contextlib.suppress(OSError, ValueError), open(self.path(name), encoding="utf-8") as f:
+            return [json.loads(line) for line in f] if name.endswith("l") else json.load(f)
+
+    @property
+    def metrics(self):
+        return self.read("metrics.jsonl") or []
+
+    @property
+    def accuracy(self):
+        return self.read("accuracy.json")
+
+    def reached(self):
+        """The last update of this very run's training in the folder; None if there is none."""
+        same = (self.read(RESUMED) or {}).get("sha256") == fingerprint(asdict(self.config))
+        return self.metrics[-1]["iter"] if same and self.metrics else None
+
+    def done(self):
+        if self.method == "no tuning":
+            return bool(self.accuracy) and all(self.accuracy[key] == getattr(self.config, key) for key in SCORED)
+        return bool(self.accuracy) and self.reached() == self.config.max_iters
+
+
+# --- the runs --------------------------------------------------------------------------------------
+
+
+def numbers(config, key, least):
+    try:
+        values = [int(word) for word in getattr(config, key).split(",")]
+        if min(values) < least or len(set(values)) < len(values):
+            raise ValueError
+        return values
+    except ValueError:
+        raise ValueError(f"{key}={getattr(config, key)}: type whole numbers with commas, such as 1,2,3") from None
+
+
+def plan(config):
+    """The runs of a SweepConfig, in their order."""
+    kinds, ranks, seeds = config.only.split(","), numbers(config, "ranks", 1), numbers(config, "seeds", 0)
+    if unknown := set(kinds) - set(KINDS.split(",")):
+        raise ValueError(f"only={config.only}: no part {min(unknown)!r}; type some of {KINDS}")
+    base = Config(**{f.name: getattr(config, f.name) for f in fields(Config)})
+    runs = []
+
+    def add(name, method, seed, **settings):
+        settings = {"seed": seed, "out_dir": os.path.join(config.sweep_dir, name), "wandb_run_name": name} | settings
+        runs.append(Run(name, method, replace(base, **settings)))
+
+    if "untuned" in kinds:  # generate.py writes into a folder "untuned"
+        add("untuned", "no tuning", base.seed)
+    for seed in seeds:
+        for rank in ranks if "lora" in kinds else ():
+            add(f"lora-r{rank}-seed{seed}", "LoRA", seed, rank=rank, alpha=config.scale * rank)
+        if "full" in kinds:
+            full = {"rank": 0, "lr": config.full_lr or config.lr / 10, "dropout": 0.0}
+            add(f"full-seed{seed}", "full fine-tuning", seed, **full)
+    rank = default_rank(config)
+    for name, c in (("double-lr-half-alpha", 2), ("half-lr-double-alpha", 0.5)) if "lr_alpha" in kinds else ():
+        settings = {"rank": rank, "lr": config.lr * c, "alpha": config.scale * rank / c}
+        add(f"lora-r{rank}-{name}-seed{seeds[0]}", AGAINST, seeds[0], **settings)
+    return runs
+
+
+def default_rank(config):
+    """That of the configuration if it is among the ranks, else the largest."""
+    ranks = numbers(config, "ranks", 1)
+    return config.rank if config.rank in ranks else max(ranks)
+
+
+def flags(config):
+    return [f"--{f.name}={getattr(config, f.name)}" for f in fields(config)]
+
+
+class Pool:
+    """Runs side by side, each with a GPU or its share of the cores."""
+
+    def __init__(self, config):
+        gpus = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
+        self.jobs, self.free, self.children, self.failed = config.jobs, queue.SimpleQueue(), set(), {}
+        self.stopped = False
+        self.environment = os.environ | {"WANDB_RUN_GROUP": os.path.basename(os.path.normpath(config.sweep_dir))}
+        for i in range(config.jobs if config.jobs > 1 else 0):
+            cores = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // config.jobs))}
+            self.free.put({"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else cores)
+        if config.jobs == 1:
+            self.free.put({})
+
+    def call(self, run, program, *flags):
+        """Runs train.py or generate.py, its output in the run's log. Raises RuntimeError with its last words."""
+        command, place = [sys.executable, os.path.join(HERE, program), *flags], self.free.get()
+        try:
+            with open(run.path("log.txt"), "a+", encoding="utf-8", errors="replace") as log:
+                options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+                if self.stopped:
+                    raise RuntimeError("stopped")
+                child = subprocess.Popen(command, env=self.environment | place, **options)
+                self.children.add(child)
+                if child.wait():
+                    log.seek(0)
+                    lines = re.findall(r"[^\r\n]+", log.read())
+                    told = [line for line in lines if line.startswith("error:")] or lines or ["no message"]
+                    raise RuntimeError(f"{program} ended with exit code {child.returncode}: {told[-1].strip()}")
+                self.children.discard(child)
+        finally:
+            self.free.put(place)
+
+    def execute(self, run):
+        """Trains and scores a run; goes on where it was stopped."""
+        os.makedirs(run.config.out_dir, exist_ok=True)
+        if run.method == "no tuning":
+            self.call(run, "generate.py", *flags(replace(run.config, out_dir=os.path.dirname(run.config.out_dir))))
+            return
+        resume = ["--init_from=resume", f"--out_dir={run.config.out_dir}"]
+        if run.reached() is None or not os.path.exists(run.path(CHECKPOINT)):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(run.path("accuracy.json"))  # another run's
+            self.call(run, "train.py", *flags(run.config))
+        elif run.reached() < run.config.max_iters:
+            self.call(run, "train.py", *resume)
+        self.call(run, "generate.py", *resume)
+
+    def run(self, runs):
+        """All that are not done. Returns {name: reason} of those that failed."""
+
+        def one(run):
+            try:
+                if not run.done():
+                    bar.set_postfix_str(run.name)
+                    self.execute(run)
+            except (RuntimeError, OSError) as e:
+                self.failed[run.name] = str(e)
+                tqdm.write(f"{run.name} failed: {e}")
+            bar.update()
+
+        pool = ThreadPoolExecutor(self.jobs)
+        with tqdm(total=len(runs), unit="run", disable=None) as bar:
+            try:
+                list(pool.map(one, runs))
+            except BaseException:  # Ctrl-C, SIGTERM: the trainings save and end too
+                self.stopped = True
+                pool.shutdown(wait=False, cancel_futures=True)
+                for child in list(self.children):
+                    child.terminate()
+                    child.wait()
+                raise
+        return self.failed
+
+
+def seconds_an_update(config):
+    """Measured on three batches, the first a warm-up."""
+    device = pick_device(config.device)
+    loader = instruction_loader(config, context_size(config.init_from))
+    model = build_model(config, device, pick_dtype(device, config.dtype))
+    scaler, times = torch.amp.GradScaler(device.split(":")[0], enabled=False), []
+    for batch in loader.order("train", config.batch_size * config.gradient_accumulation_steps, 0)[:3]:
+        times.append(timed(device, train_update, config, model, loader, Processes(config), batch, 0, scaler)[0])
+    return mean(times[1:] or times)
+
+
+def list_runs(runs):
+    """Prints the runs and about how long each will take."""
+    speed, total = {}, 0.0
+    for run in runs:
+        says, full = "done", run.config.rank == 0
+        if not run.done() and run.method != "no tuning" and full not in speed:
+            speed[full] = seconds_an_update(run.config)
+        if not run.done():
+            estimate = run.config.max_iters * speed[full] / 60 if run.method != "no tuning" else 0.0
+            says, total = f"about {estimate:.1f} min of training", total + estimate
+        print(f"{run.name:45} {says}")
+    print(f"{len(runs)} runs, about {total:.0f} min of training; start, evaluation and scoring come on top")
+
+
+def measure_latency(config):
+    """tokens/s of the base, the merged and the unmerged model: 32 tokens after 52, one text."""
+    device = pick_device(config.device)
+    rank = default_rank(config)
+    shape = replace(config, rank=rank, alpha=config.scale * rank, device=device)
+    shape.dtype = str(pick_dtype(device, config.dtype)).removeprefix("torch.")
+    systems = {"base": latency(replace(shape, rank=0), False)}
+    systems |= {"unmerged": latency(shape, True), "merged": latency(shape, False)}
+    times = {name: [] for name in systems}
+    for i in range(12):
+        for name, run in systems.items():  # by turns, so that the machine's moods hit all alike
+            seconds = timed(device, run, "generate")[0]
+            if i:  # the first is a warm-up
+                times[name].append(32 / seconds)
+    return {"rank": rank, "machine": machine(device)} | {name: spread(values) for name, values in times.items()}
+
+
+# --- what the runs say -----------------------------------------------------------------------------
+
+
+def minutes(run):
+    """Of training, evaluation aside, by the run's own metrics."""
+    pairs = [(a, b) for a, b in zip(run.metrics, run.metrics[1:]) if "examples_per_s" in b]
+    examples = run.config.batch_size * run.config.gradient_accumulation_steps
+    return sum((b["iter"] - a["iter"]) * examples / b["examples_per_s"] for a, b in pairs) / 60
+
+
+def count_parameters(config):
+    """(trained, all) of a run."""
+    lora = {"lora_rank": config.rank, "lora_alpha": config.alpha, "lora_targets": config.lora_targets}
+    with torch.device("meta"):  # shapes only
+        model = GPT(GPTConfig(**read_config(find_checkpoint(config.init_from)[0]), **lora))
+    if config.rank or config.trainable:
+        mark_only_lora_as_trainable(model, config.lora_bias, config.trainable)
+    every = list(model.parameters())
+    return sum(p.numel() for p in every if p.requires_grad), sum(p.numel() for p in every)
+
+
+def curve(run):
+    return [(m["iter"], m["val_loss"]) for m in run.metrics]
+
+
+def best(run):
+    return min(m["val_loss"] for m in run.metrics)
+
+
+def describe_curve(run, other):
+    """What is to be seen in a validation curve, beside another one's."""
+    points = curve(run)
+    (_, first), (last_at, last), (low_at, low) = points[0], points[-1], min(points, key=lambda p: p[1])
+    late = [p for p in points if p[0] >= 0.75 * last_at]
+    fall = (late[0][1] - last) / max(1e-12, first - low)
+    lines = [
+        f"r = {run.config.rank} begins at {first:.4f} and is lowest, {low:.4f}, at update {low_at} of {last_at}."
+    ]
+    if last > low * 1.01:
+        lines.append(f"It has risen by {last - low:.4f} since: it overfits, and the best weights are kept.")
+    elif fall > 0.005:
+        lines.append(f"It still falls at the end: by {late[0][1] - last:.4f} over its last quarter.")
+    else:
+        lines.append(f"It is flat at the end: its last quarter changes it by {abs(late[0][1] - last):.4f}.")
+    if other and other.metrics and other is not run:
+        theirs, shared = dict(curve(other)), [p for p in points if p[0] in dict(curve(other)) and p[0]]
+        above = sum(loss > theirs[it] for it, loss in shared)
+        gap = low - best(other)
+        lines.append(
+            f"It lies above r = {other.config.rank}'s at {above} of {len(shared)} evaluations; its best loss is "
+            f"{abs(gap):.4f} {'higher' if gap > 0 else 'lower'}."
+        )
+    return " ".join(lines)
+
+
+def percent(p, digits=1):
+    return f"{100 * p:.{digits}f} %"
+
+
+def method_rows(runs, failed):
+    """The table of question 2.6: one row for each method and rank, over its seeds."""
+    groups, rows = {}, []
+    for run in runs:
+        if run.method != AGAINST:
+            groups.setdefault((run.method, run.config.rank), []).append(run)
+    for (method, rank), group in groups.items():
+        lora, tuned, config = method == "LoRA", method != "no tuning", group[0].config
+        done = [run for run in group if run.done()]
+        lost = "; ".join(f"{run.name}: {failed.get(run.name, 'not run')}" for run in group if not run.done())
+        numbers = [str(rank), f"{config.alpha:g}"] if lora else ["", ""]
+        row = [method, *numbers, f"{config.lr:g}" if tuned else ""]
+        if not done:
+            rows.append([*row, "", "", lost, "", "", "", "", ""])
+            continue
+        trained, total = count_parameters(config)
+        row += [f"{trained * tuned:,}", percent(trained * tuned / total, 2)]
+        scores = [run.accuracy for run in done]
+        p = mean(score["accuracy"] for score in scores)
+        low, high = wilson(p, scores[0]["n"])
+        row += [f"{percent(p)} {lost}".strip(), f"{percent(low)} to {percent(high)}"]
+        row.append(" / ".join(percent(score["accuracy"]) for score in scores))
+        row.append(percent(mean(score["garbage"] for score in scores)))
+        row += [f"{mean(map(minutes, done)):.1f}" if tuned else ""]
+        path = done[0].path(ADAPTER_WEIGHTS if lora else "model.safetensors")
+        rows.append([*row, f"{os.path.getsize(path) / 1e6:.2f}" if tuned else ""])
+    return rows
+
+
+# --- plots -----------------------------------------------------------------------------------------
+
+
+def draw(path, paint, dark):
+    """An SVG file; `paint(ax, colors)` draws and labels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ink, ground = ("#e6e6e6", "#161a1d") if dark else ("#222222", "#ffffff")
+    style = {"text.color": ink, "axes.edgecolor": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink}
+    style |= {"figure.facecolor": ground, "axes.facecolor": ground, "font.size": 11, "svg.hashsalt": "nanolora"}
+    with plt.rc_context(style):
+        fig, ax = plt.subplots(figsize=(6.2, 3.9), layout="constrained")
+        paint(ax, DARK if dark else COLORS)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="y", alpha=0.2)
+        picture = io.BytesIO()
+        fig.savefig(picture, format="svg", metadata={"Date": None})
+        plt.close(fig)
+    with whole_file(path) as f:
+        f.write(picture.getvalue())
+
+
+def paint_curves(curves):
+    """Validation curves {name: [runs]}, each name at its curve's end, the start of the fall cut off."""
+
+    def paint(ax, colors):
+        ends, seen = [], []
+        for (name, runs), color in zip(curves.items(), colors):
+            for run in runs:
+                points = curve(run)
+                ax.plot(*zip(*points), color=color, marker="o", markersize=2.5, linewidth=1.4)
+                seen += [loss for it, loss in points if it >= 0.1 * points[-1][0]]
+            ends.append([curve(runs[0])[-1][1], curve(runs[0])[-1][0], name, color])
+        low, high = min(seen), max(seen)
+        margin = 0.12 * (high - low or high)
+        ax.set(xlabel="update", ylabel="validation loss (nats per scored token)", ylim=(low - margin, high + margin))
+        place = -math.inf  # labels keep a line's height between them
+        for y, x, name, color in sorted(ends):
+            place = max(y, place + 0.07 * (high - low + 2 * margin))
+            ax.annotate(
+                name, (x, place), (6, 0), textcoords="offset points", color=color, va="center", annotation_clip=False
+            )
+
+    return paint
+
+
+def paint_accuracy(lora, levels):
+    """Accuracy over r: {r: [accuracies]}, with levels {name: accuracy} as lines."""
+
+    def paint(ax, colors):
+        places = range(len(lora))
+        for x, accuracies in zip(places, lora.values()):
+            ax.plot(
+                [x] * len(accuracies), [100 * a for a in accuracies], "o", color=colors[0], markersize=5, alpha=0.6
+            )
+        means = [100 * mean(accuracies) for accuracies in lora.values()]
+        ax.plot(places, means, color=colors[0])
+        ax.annotate(
+            "LoRA, mean over seeds",
+            (len(lora) - 1, means[-1]),
+            (6, 8),
+            textcoords="offset points",
+            color=colors[0],
+            ha="right",
+        )
+        for (name, accuracy), color in zip(levels.items(), colors[1:]):
+            ax.axhline(100 * accuracy, color=color, linestyle="--", linewidth=1.2)
+            ax.annotate(
+                f"{name} {percent(accuracy)}", (-0.4, 100 * accuracy), (0, 4), textcoords="offset points", color=color
+            )
+        ax.set_xticks(places, [str(r) for r in lora])
+        ax.set(xlabel="rank r", ylabel="test accuracy (%)", xlim=(-0.45, len(lora) - 0.55))
+        ax.margins(y=0.12)
+
+    return paint
+
+
+# --- the report ------------------------------------------------------------------------------------
+
+
+def report(config, runs, failed, speeds):
+    """The report as (kind, content) pairs, the questions in their order. Draws the plots."""
+    parts, done, seeds = [], [run for run in runs if run.done()], numbers(config, "seeds", 0)
+    ranks, rank = numbers(config, "ranks", 1), default_rank(config)
+    lora = {r: [run for run in done if run.method == "LoRA" and run.config.rank == r] for r in ranks}
+    default, ones = lora[rank], lora.get(1, [])
+
+    def title(text):
+        parts.append(("h2", text))
+
+    def say(text):
+        parts.append(("p", text))
+
+    def table(head, rows):
+        parts.append(("table", [head.split(", "), *rows]))
+
+    def plot(name, alt, paint):
+        for end, dark in (("", False), ("-dark", True)):
+            draw(os.path.join(config.sweep_dir, f"{name}{end}.svg"), paint, dark)
+        parts.append(("plot", (name, alt)))
+
+    parts.append(("h1", "LoRA fine-tuning: the report"))
+    examples = config.batch_size * config.gradient_accumulation_steps
+    say(
+        f"{config.init_from} on {config.dataset}, seeds {', '.join(map(str, seeds))}; {config.max_iters} updates of "
+        f"{examples} examples. Every number is read from the runs' own files."
+    )
+    if speeds:
+        title("2.1 Inference latency")
+        shown = {name: speeds[name] for name in ("base", "unmerged", "merged")}
+        rows = [[n, f"{v['median']:.1f}", f"{v['low']:.1f} to {v['high']:.1f}"] for n, v in shown.items()]
+        table("model, tokens/s (median), lowest to highest", rows)
+        base, unmerged, merged = (v["median"] for v in shown.values())
+        say(
+            f"r = {speeds['rank']}, one text, 32 tokens after 52. Beside the base, the unmerged model runs at "
+            f"{percent(unmerged / base)} of the speed, for its adapters' extra products, the merged one at "
+            f"{percent(merged / base)}: its matrices have the base's shapes."
+        )
+    if default:
+        title("2.2 Validation loss")
+        plot("loss", f"validation loss of r = {rank} over updates", paint_curves({f"r = {rank}": default}))
+        say(describe_curve(default[0], None))
+    title("2.3 Share of parameters trained")
+    counts = {run.config.rank: count_parameters(run.config) for run in done if run.method != "no tuning"}
+    rows = [
+        [str(r) if r else "full", f"{n:,}", f"{total:,}", percent(n / total, 2)] for r, (n, total) in counts.items()
+    ]
+    table("r, trained, all, share", rows)
+    title("2.4 Template")
+    parts.append(("code", config.template))
+    if untuned := [run for run in done if run.method == "no tuning"]:
+        title("2.5 Accuracy without tuning")
+        score = untuned[0].accuracy
+        low, high = (percent(p) for p in score["interval"])
+        say(
+            f"{percent(score['accuracy'])} of {score['n']} test examples (95 % interval {low} to {high}); "
+            f"{percent(score['garbage'])} of the answers name no label."
+        )
+    title("2.6 Results")
+    head = "method, r, alpha, lr, trained, share, test accuracy, 95 % interval, each seed, garbage, minutes, MB"
+    table(head, method_rows(runs, failed))
+    say(
+        "Accuracy is the mean over the seeds, its interval (Wilson) what the size of the test set alone gives. "
+        "Garbage: answers that name no label; they count as wrong. MB: of the adapter, or of the whole model."
+    )
+    scores = {r: [run.accuracy["accuracy"] for run in group] for r, group in lora.items() if group}
+    means = {r: mean(accuracies) for r, accuracies in scores.items()}
+    if means:
+        title("2.7 Accuracy over the rank")
+        levels = {}
+        for method in ("full fine-tuning", "no tuning"):
+            if group := [run.accuracy["accuracy"] for run in done if run.method == method]:
+                levels[method] = mean(group)
+        plot("accuracy", "test accuracy over the rank", paint_accuracy(scores, levels))
+        top = max(means, key=means.get)
+        text = f"r = {top} is best with {percent(means[top])}"
+        if "full fine-tuning" in levels:
+            gap = means[top] - levels["full fine-tuning"]
+            text += f", {abs(100 * gap):.1f} points {'above' if gap >= 0 else 'below'} full fine-tuning"
+        say(text + ".")
+    if ones:
+        title("2.8 Validation loss of r = 1")
+        other = lora.get(128) or default
+        curves = {"r = 1": ones, f"r = {other[0].config.rank}": other} if other else {"r = 1": ones}
+        plot("loss-r1", "validation loss of r = 1 over updates", paint_curves(curves))
+        say(describe_curve(ones[0], other[0] if other else None))
+    moved = [run for run in done if run.method == AGAINST]
+    if moved and default:
+        title("2.9 Learning rate and alpha")
+        three = {f"lr {run.config.lr:g}, alpha {run.config.alpha:g}": run for run in (default[0], *moved)}
+        rows = [[name, f"{best(run):.4f}", percent(run.accuracy["accuracy"])] for name, run in three.items()]
+        table("run, best validation loss, test accuracy", rows)
+        curves = {name: [run] for name, run in three.items()}
+        plot("lr-alpha", "validation loss, learning rate against alpha", paint_curves(curves))
+        losses, fell = [best(run) for run in three.values()], default[0].metrics[0]["val_loss"] - best(default[0])
+        apart = max(losses) - min(losses)
+        text = f"Their best losses lie {apart:.4f} apart, {percent(apart / fell, 2)} of what training gained."
+        if len(default) > 1:
+            text += f" The seed alone moves it by {max(map(best, default)) - min(map(best, default)):.4f}."
+        say(
+            text
+            + " B starts at zero and AdamW's steps have the size of lr whatever the gradient's, so alpha B grows as "
+            "alpha times lr, which is the same in the three: to first order they are one knob."
+        )
+    if failed:
+        title("Runs that failed")
+        table("run, reason", [[name, reason] for name, reason in failed.items()])
+    return parts
+
+
+CSS = """
+:root { color-scheme: light dark; --ink: #222; --ground: #fff; --line: #ccc; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --ground: #161a1d; --line: #444; } }
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 system-ui, sans-serif; }
+body { color: var(--ink); background: var(--ground); }
+div { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+td { font-variant-numeric: tabular-nums; } img { width: 100%; max-width: 42rem; height: auto; }
+pre { padding: .7rem; border: 1px solid var(--line); white-space: pre-wrap; }
+"""
+
+
+def as_markdown(kind, content, folder):
+    if kind == "table":
+        lines = [[cell.replace("|", "\\|") for cell in row] for row in content]
+        return "\n".join("| " + " | ".join(row) + " |" for row in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
+    if kind == "plot":
+        return f"![{content[1]}]({content[0]}.svg)"
+    return {"h1": f"# {content}", "h2": f"## {content}", "p": content, "code": f"```\n{content}\n```"}[kind]
+
+
+def as_html(kind, content, folder):
+    if kind == "table":
+        rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in content]
+        rows[0] = rows[0].replace("td>", "th>")
+        return "<div><table>" + "".join(f"<tr>{row}</tr>\n" for row in rows) + "</table></div>"
+    if kind == "plot":
+        data = []
+        for end in ("", "-dark"):
+            with open(os.path.join(folder, f"{content[0]}{end}.svg"), "rb") as f:
+                data.append("data:image/svg+xml;base64," + base64.b64encode(f.read()).decode())
+        dark = f'<source media="(prefers-color-scheme: dark)" srcset="{data[1]}">'
+        return f'<picture>{dark}<img src="{data[0]}" alt="{html.escape(content[1])}"></picture>'
+    tag = "pre" if kind == "code" else kind
+    return f"<{tag}>{html.escape(content)}</{tag}>"
+
+
+HEAD = f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>LoRA fine-tuning: the report</title><style>{CSS}</style>
+"""
+
+
+def write_report(config, runs, failed, speeds):
+    parts = report(config, runs, failed, speeds)
+    for name, head, form in (("report.md", "", as_markdown), ("report.html", HEAD, as_html)):
+        with whole_file(os.path.join(config.sweep_dir, name)) as f:
+            f.write((head + "\n\n".join(form(*part, config.sweep_dir) for part in parts) + "\n").encode())
+
+
+def main(config):
+    with one_line_errors():
+        config.sweep_dir = config.sweep_dir or config.out_dir + "-sweep"
+        if config.init_from == "scratch" or config.resume or config.task != "instruct":
+            raise ValueError("a sweep fine-tunes a base model by instructions: type another --init_from or --task")
+        if config.jobs < 1:
+            raise ValueError(f"jobs={config.jobs}: type at least 1")
+        pick_dtype(pick_device(config.device), config.dtype)
+        context_size(config.init_from)
+        runs = plan(config)
+        if config.dry_run:
+            list_runs(runs)
+            return
+        os.makedirs(config.sweep_dir, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    failed = Pool(config).run(runs)
+    path, speeds = os.path.join(config.sweep_dir, "latency.json"), None
+    if "latency" in config.only.split(","):
+        if not os.path.exists(path):
+            write_json(path, measure_latency(config))
+        with open(path, encoding="utf-8") as f:
+            speeds = json.load(f)
+    write_report(config, runs, failed, speeds)
+    print(f"written: {config.sweep_dir}/report.html, {config.sweep_dir}/report.md")
+    if failed:
+        print("\n".join(f"error: {name}: {reason}" for name, reason in failed.items()), file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(configure(sys.argv[1:], cls=SweepConfig, fixed=()))

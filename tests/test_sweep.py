@@ -1,0 +1,205 @@
+"""sweep.py: its report says what the runs' own files say, done runs are kept, a failing one is told.
+
+python -m pytest tests/test_sweep.py
+"""
+
+import csv
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import sweep
+from configurator import Config, configure
+
+REPO = os.path.dirname(os.path.abspath(sweep.__file__))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A random GPT-2 (base) and separable reviews (reviews.csv)."""
+    folder = tmp_path_factory.mktemp("sweep")
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 128, "initializer_range": 0.3}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(folder / "base")
+    rng = random.Random(1)
+    with open(folder / "reviews.csv", "w", newline="") as f:
+        rows = csv.writer(f)
+        rows.writerow(["text", "label", "split"])
+        for i in range(90):
+            cue = ("dreadful", "wonderful")[i % 2]
+            split = ("train", "validation", "test")[max(0, i - 60) // 15 + (i >= 60)]
+            rows.writerow(
+                [" ".join([cue, *rng.choices(["a", "film", "plot"], k=i % 5)]), ("bad", "good")[i % 2], split]
+            )
+    return folder
+
+
+def flags(place, out, **settings):
+    values = {"init_from": place / "base", "dataset": place / "reviews.csv", "out_dir": place / out, "device": "cpu"}
+    values |= {"dtype": "float32", "ranks": "1,2", "rank": 2, "alpha": 8, "seeds": "1,2", "max_iters": 6, "lr": 0.01}
+    values |= {"batch_size": 8, "eval_interval": 2, "warmup_iters": 0} | settings
+    return [f"--{key}={value}" for key, value in values.items()]
+
+
+def start(argv):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, os.path.join(REPO, "sweep.py"), *argv], env=env, text=True, **pipes)
+
+
+def finish(process, code=0):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """The folder of a sweep that ran to its end."""
+    finish(start(flags(place, "whole")))
+    return place / "whole-sweep"
+
+
+def table(folder, title):
+    """The rows of the table under a heading of report.md, as dicts."""
+    part = (folder / "report.md").read_text().split(f"\n## {title}")[1].split("\n## ")[0]
+    lines = [[c.strip() for c in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("|")]
+    return [dict(zip(lines[0], line)) for line in lines[2:]]
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_the_reports_numbers_are_the_runs_own(whole):
+    """Lost if it fails: a student hands in numbers that no run gave."""
+    rows = {(row["method"], row["r"]): row for row in table(whole, "2.6")}
+    assert list(rows) == [("no tuning", ""), ("LoRA", "1"), ("LoRA", "2"), ("full fine-tuning", "")]
+    for (method, r), row in rows.items():
+        names = ["untuned"] if method == "no tuning" else [f"{f'lora-r{r}' if r else 'full'}-seed{s}" for s in (1, 2)]
+        scores = [read(whole / name / "accuracy.json") for name in names]
+        p = sum(s["accuracy"] for s in scores) / len(scores)
+        assert row["test accuracy"] == f"{100 * p:.1f} %"
+        assert row["each seed"] == " / ".join(f"{100 * s['accuracy']:.1f} %" for s in scores)
+        if r:
+            tensors = load_file(whole / names[0] / "adapter_model.safetensors")
+            assert row["trained"] == f"{sum(t.numel() for t in tensors.values()):,}"
+            assert row["alpha"] == str(4 * int(r))
+            size = os.path.getsize(whole / names[0] / "adapter_model.safetensors")
+            assert row["MB"] == f"{size / 1e6:.2f}"
+    for row in table(whole, "2.9"):
+        lr, alpha = re.match(r"lr (\S+), alpha (\S+)", row["run"]).groups()
+        assert float(lr) * float(alpha) == pytest.approx(0.08)
+        losses = []
+        for name in ("lora-r2-seed1", "lora-r2-double-lr-half-alpha-seed1", "lora-r2-half-lr-double-alpha-seed1"):
+            settings = read(whole / name / "train_config.json")
+            if settings["lr"] == float(lr):
+                lines = (whole / name / "metrics.jsonl").read_text().splitlines()
+                losses.append(min(json.loads(line)["val_loss"] for line in lines))
+        assert [row["best validation loss"]] == [f"{loss:.4f}" for loss in losses]
+    speeds = read(whole / "latency.json")
+    assert [row["tokens/s (median)"] for row in table(whole, "2.1")] == [
+        f"{speeds[name]['median']:.1f}" for name in ("base", "unmerged", "merged")
+    ]
+
+
+def test_every_question_is_answered_and_nothing_is_fetched(whole):
+    """Lost if it fails: the report lacks an answer, or its pictures are gone when it is mailed."""
+    page = (whole / "report.html").read_text()
+    for number in range(1, 10):
+        assert re.search(rf"<h2>2\.{number} ", page)
+    sources = re.findall(r'(?:src|srcset|href)="([^"]*)"', page)
+    assert len(sources) == 8 and all(s.startswith("data:image/svg+xml;base64,") for s in sources)
+
+
+def test_done_runs_are_kept(place, whole):
+    """Lost if it fails: starting the sweep again costs all its hours again, or gives another report."""
+    before = {p: p.stat().st_mtime_ns for p in whole.glob("*/accuracy.json")}
+    report = (whole / "report.html").read_bytes()
+    finish(start(flags(place, "whole")))
+    assert {p: p.stat().st_mtime_ns for p in whole.glob("*/accuracy.json")} == before and len(before) == 9
+    assert (whole / "report.html").read_bytes() == report
+    out, _ = finish(start([*flags(place, "whole"), "--dry_run"]))
+    assert out.count(" done\n") == 9
+    out, _ = finish(start([*flags(place, "whole", lr=0.02), "--dry_run", "--only=untuned,lora"]))
+    assert out.count(" done\n") == 1  # another learning rate is another training
+
+
+def test_killed_and_started_again(place, whole):
+    """Lost if it fails: a sweep that was stopped gives another report than one that was not."""
+    argv = flags(place, "killed", only="untuned,lora,full")
+    process = start(argv)
+    while not (place / "killed-sweep" / "lora-r2-seed1" / "checkpoint.pt").exists():
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    finish(process, 143)
+    assert not (place / "killed-sweep" / "report.html").exists()
+    done = list((place / "killed-sweep").glob("*/accuracy.json"))
+    before = {p: p.stat().st_mtime_ns for p in done}
+    finish(start(argv))
+    assert before.keys() and all(p.stat().st_mtime_ns == t for p, t in before.items())
+    for row, other in zip(table(place / "killed-sweep", "2.6"), table(whole, "2.6"), strict=True):
+        assert row | {"minutes": ""} == other | {"minutes": ""}
+
+
+def test_a_failing_run_is_told_and_the_others_go_on(place):
+    """Lost if it fails: one run's failure costs the others, or passes for a result."""
+    argv = flags(place, "failing", ranks="1,40", seeds="1", only="lora")
+    _, err = finish(start(argv), 1)
+    assert re.search(r"^error: lora-r40-seed1: train.py ended with exit code 2: error: rank=40", err, re.M)
+    good, bad = table(place / "failing-sweep", "2.6")
+    assert good["test accuracy"].endswith("%") and "rank=40 does not fit" in bad["test accuracy"]
+    assert "rank=40 does not fit" in table(place / "failing-sweep", "Runs that failed")[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    "losses, says",
+    [
+        ([8, 4, 2, 1.5, 1.2], "still falls at the end: by 0.3000 over its last quarter"),
+        ([8, 1, 0.5, 0.6, 0.7], "has risen by 0.2000 since"),
+        ([8, 1, 0.5, 0.5, 0.5], "flat at the end"),
+    ],
+)
+def test_what_a_curve_shows_is_computed(tmp_path, losses, says):
+    """Lost if it fails: the report sees in a curve what is not there."""
+    for name, add in (("one", 0), ("other", 0.1)):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"iter": 10 * i, "val_loss": loss + add}) for i, loss in enumerate(losses)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines))
+    run, other = (
+        sweep.Run(n, "LoRA", Config(rank=r, out_dir=str(tmp_path / n))) for n, r in (("one", 1), ("other", 8))
+    )
+    text = sweep.describe_curve(run, other)
+    assert says in text and f"lowest, {min(losses):.4f}, at update {10 * losses.index(min(losses))} of 40" in text
+    assert "lies above r = 8's at 0 of 4 evaluations; its best loss is 0.1000 lower" in text
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--ranks=16,x", "ranks=16,x"),
+        ("--ranks=0", "ranks=0"),
+        ("--seeds=1,1", "seeds=1,1"),
+        ("--only=lora,ful", "'ful'"),
+        ("--jobs=0", "jobs=0"),
+        ("--task=pretrain", "another --init_from or --task"),
+        ("--rankss=1", "did you mean --ranks?"),
+    ],
+)
+def test_bad_input_is_one_line(place, capsys, flag, words):
+    """Lost if it fails: a typing error costs a night of runs."""
+    with pytest.raises(SystemExit) as stop:
+        sweep.main(configure([*flags(place, "none"), flag], cls=sweep.SweepConfig, fixed=()))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and words in err and err.count("\n") == 1
