@@ -109,15 +109,8 @@ RESUMED = "train_config.json"  # in out_dir: the config a run was started with
 MODEL_KEYS = ("rank", "alpha", "lora_targets", "lora_bias", "trainable", "task")
 MODEL_KEYS += ("n_layer", "n_head", "n_embd", "block_size")
 RUN_KEYS = ("dropout", "dataset", "text_field", "label_field", "label_names", "template", "loss_on", "seed", "dtype")
-RUN_KEYS += (
-    "balance_classes",
-    "lowercase_share",
-    "train_context",
-    "batch_size",
-    "gradient_accumulation_steps",
-    "muon_lr",
-    "n_sampled",
-)
+RUN_KEYS += ("balance_classes", "lowercase_share", "train_context", "muon_lr", "n_sampled")
+RUN_KEYS += ("batch_size", "gradient_accumulation_steps")
 
 
 class UserError(ValueError):
@@ -280,7 +273,10 @@ def read_config_file(path, fields):
         if key not in fields:
             near = difflib.get_close_matches(key, fields, 1)
             raise UserError(f"{where}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
-        value = _literal(node.value, where)
+        try:
+            value = _literal(node.value, where)
+        except RecursionError:
+            raise UserError(f"{where}: {key} is nested too deeply; type its value") from None
         kind = fields[key].type
         kinds = typing.get_args(kind) or (kind,)
         if float in kinds and type(value) is int:

@@ -79,10 +79,10 @@ def new_folder(folder):
 
 
 def seal(folder, **meta):
-    """Ends the writing of a folder: meta.json, with a SHA-256 of itself and of the other files."""
-    meta["sha256"] = seal_of(folder, meta)
+    """Ends the writing of a folder: meta.json, with a SHA-256 of itself and of the other files. Returns `meta`."""
     with open(os.path.join(folder, "meta.json"), "w", encoding="utf-8") as f:
-        json.dump(meta, f)
+        json.dump(meta | {"sha256": seal_of(folder, meta)}, f)
+    return meta
 
 
 def sealed(folder):
@@ -141,6 +141,11 @@ def read_rows(path):
                         yield {"text": "".join(lines).rstrip("\r\n")}
     except (ValueError, csv.Error, OSError) as e:
         raise ValueError(f"{path} is damaged or no {kind}: {str(e).splitlines()[0]}") from e
+
+
+def need_column(row, key, column, where):
+    if column not in row:
+        raise ValueError(f"{key}={column}: no such column in {where}; it has {', '.join(map(str, row))}")
 
 
 @dataclass
@@ -346,7 +351,7 @@ class CustomDataLoader:
         self._check_template()
         source = find_source(dataset)
         given = [name.strip() for name in label_names.split(",")] if label_names else source.names.get(label_field)
-        key = [3, source.digest, template, text_field, label_field, given, loss_on, block_size, seed, classify]
+        key = [4, source.digest, template, text_field, label_field, given, loss_on, block_size, seed, classify]
         folder = os.path.join(CACHE, f"examples-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}")
         survey = os.path.join(folder, "survey")
         if (found := sealed(survey)) is None:
@@ -358,8 +363,7 @@ class CustomDataLoader:
         self.label_names, self.numbers = found["label_names"], found["numbers"]
         metas = {name: sealed(os.path.join(folder, name)) for name in wanted}
         if missing := [name for name in wanted if metas[name] is None]:
-            self._tokenise(source, found["splits"], found["counts"], folder, missing)
-            metas |= {name: sealed(os.path.join(folder, name)) for name in missing}
+            metas |= self._tokenise(source, found["splits"], found["counts"], folder, missing)
         self.splits = {name: Examples(os.path.join(folder, name)) for name in wanted}
         self.prefixes = {name: meta["prefix"] for name, meta in metas.items()}
         self.n_cut = sum(meta["n_cut"] for meta in metas.values())
@@ -376,11 +380,8 @@ class CustomDataLoader:
         word of a `split` column means, and how many rows each split has."""
         words, labels = collections.Counter(), {}
         for word, row in source.rows():
-            for field in (self.text_field, self.label_field):
-                if field not in row:
-                    key = "text_field" if field == self.text_field else "label_field"
-                    have = ", ".join(map(str, row))
-                    raise ValueError(f"{key}={field}: no such column in {self.dataset}; it has {have}")
+            need_column(row, "text_field", self.text_field, self.dataset)
+            need_column(row, "label_field", self.label_field, self.dataset)
             words[word] += 1
             labels[str(row[self.label_field])] = None
         if not words:
@@ -437,7 +438,7 @@ class CustomDataLoader:
                 yield name, self._add_instruction_finetuning(rec)
 
     def _tokenise(self, source, words, counts, folder, wanted):
-        """Writes the wanted splits as files for `Examples`."""
+        """Writes the wanted splits as files for `Examples`. Returns what each one's meta.json says."""
         with contextlib.ExitStack() as stack:
             pool = stack.enter_context(ThreadPoolExecutor())
             writers = {name: ExampleWriter(stack, os.path.join(folder, name)) for name in wanted}
@@ -448,10 +449,10 @@ class CustomDataLoader:
                     n_cut = self.n_cut
                     ex = self._example(rec, tokens)
                     writers[name].add(ex, self.n_cut > n_cut)
-            for name, writer in writers.items():
-                if not writer.n:
-                    raise ValueError(f"dataset={self.dataset}: no labelled row in its {name} split")
-                writer.finish(shares_head=self.loss_on == "label" and not self.classify)
+            if empty := [name for name, writer in writers.items() if not writer.n]:
+                raise ValueError(f"dataset={self.dataset}: no labelled row in its {empty[0]} split")
+            shares_head = self.loss_on == "label" and not self.classify
+            return {name: writer.finish(shares_head) for name, writer in writers.items()}
 
     # --- template
 
@@ -515,6 +516,8 @@ class CustomDataLoader:
         while label_bytes > 0:
             n_prompt -= 1
             label_bytes -= len(self.encoding.decode_single_token_bytes(tokens[n_prompt]))
+        if n_prompt == 0:  # an empty text and nothing else: GPT-2 begins texts after end-of-text
+            tokens, n_prompt = [end_of_text(), *tokens], 1
         return Example([*tokens, end_of_text()], n_prompt, rec["label"], text)
 
     # --- batches
@@ -619,7 +622,7 @@ class ExampleWriter:
         self._flush()
         for f in self.files.values():
             f.flush()
-        seal(self.folder, prefix=self.shared if shares_head else [], n_cut=self.n_cut)
+        return seal(self.folder, prefix=self.shared if shares_head else [], n_cut=self.n_cut)
 
 
 # --- plain text ----------------------------------------------------------------------------------
@@ -650,9 +653,7 @@ class TextLoader:
             files = sorted(f for f in glob.glob(os.path.join(glob.escape(dataset), "*")) if os.path.isfile(f))
         digest = hashlib.sha256(f"3 {text_field} {lowercase_share} {sha256_of(files)}".encode())
         folder = os.path.join(CACHE, f"text-{digest.hexdigest()[:16]}")
-        if sealed(folder) is None:
-            self._tokenise(files, folder, text_field, lowercase_share)
-        self.meta = sealed(folder)
+        self.meta = sealed(folder) or self._tokenise(files, folder, text_field, lowercase_share)
         for split in ("train", "validation"):
             n = self.meta[f"{split}_tokens"]
             if n <= 2 * context + 1:
@@ -670,10 +671,7 @@ class TextLoader:
             while part := list(itertools.islice(rows, 10_000)):
                 texts = {"train": [], "validation": []}
                 for path, row in part:
-                    if text_field not in row:
-                        raise ValueError(
-                            f"text_field={text_field}: no such column in {path}; it has {', '.join(row)}"
-                        )
+                    need_column(row, "text_field", text_field, path)
                     text = re.sub(r"<br\s*/?>", "\n", row[text_field] or "").strip()
                     place = hashlib.sha256(text.encode()).digest()
                     if place[1] / 256 < lowercase_share:
@@ -686,7 +684,7 @@ class TextLoader:
             for split, f in out.items():
                 f.flush()
                 meta |= {f"{split}_tokens": f.tell() // 2, f"{split}_bytes": n_bytes[split]}
-            seal(beside, **meta)
+            return seal(beside, **meta)
 
     def bits_per_byte(self, split, loss):
         """A loss in nats per token as bits per byte of text, which no tokeniser can flatter."""

@@ -165,7 +165,7 @@ def score_folder(config):
 def score(config, model, loader, max_new_tokens):
     """Scores config.split, prints the result and writes accuracy.json and predictions.jsonl. Returns the result."""
     began, examples = time.time(), loader.splits[config.split]
-    names, labels = loader.label_names, [ex.label for ex in examples]
+    names, labels = loader.label_names, examples.labels.tolist()
     if loader.classify:
         found = classify(config, model, loader, config.split)
         generated = [names[i] for i in found]

@@ -46,10 +46,10 @@ class SweepConfig(Config):
     """Runs the assignment's experiments and writes its report: report.md and report.html."""
 
     # --- sweep
-    ranks: str = "1,16,128,196"  # ranks of the LoRA runs, with commas
+    ranks: str = "1,16,128,196"  # of the LoRA runs, with commas; above the config's rank lr falls as 1 / sqrt(r)
     scale: float = 4.0  # alpha / rank of all of them
     seeds: str = "1"  # each run is made with each of these seeds, with commas
-    full_lr: float = 0.0  # learning rate of full fine-tuning; 0: a tenth of lr
+    full_lr: float = 0.0  # learning rate of full fine-tuning; 0: a fifth of lr
     only: str = KINDS  # what is run, with commas
     jobs: int = 1  # runs side by side, each on a GPU of its own
     sweep_dir: str | None = None  # where everything is written; None: out_dir with "-sweep"
@@ -120,15 +120,22 @@ def plan(config):
         add("untuned", "no tuning", base.seed)
     for seed in seeds:
         for rank in ranks if "lora" in kinds else ():
-            add(f"lora-r{rank}-seed{seed}", "LoRA", seed, rank=rank, alpha=config.scale * rank)
+            lr, alpha = rate(config, rank), config.scale * rank
+            add(f"lora-r{rank}-seed{seed}", "LoRA", seed, rank=rank, lr=lr, alpha=alpha)
         if "full" in kinds:
-            full = {"rank": 0, "lr": config.full_lr or config.lr / 10, "dropout": 0.0}
+            full = {"rank": 0, "lr": config.full_lr or config.lr / 5, "dropout": 0.0}
             add(f"full-seed{seed}", "full fine-tuning", seed, **full)
     rank = default_rank(config)
     for name, c in (("double-lr-half-alpha", 2), ("half-lr-double-alpha", 0.5)) if "lr_alpha" in kinds else ():
-        settings = {"rank": rank, "lr": config.lr * c, "alpha": config.scale * rank / c}
+        settings = {"rank": rank, "lr": rate(config, rank) * c, "alpha": config.scale * rank / c}
         add(f"lora-r{rank}-{name}-seed{seeds[0]}", AGAINST, seeds[0], **settings)
     return runs
+
+
+def rate(config, rank):
+    """The learning rate of a rank: alpha / r stays, so above the configuration's rank steps of one size in B move
+    W further, by about sqrt(r), and the configuration's own rate would be too hot."""
+    return float(f"{config.lr * math.sqrt(config.rank / rank):.2g}") if 0 < config.rank < rank else config.lr
 
 
 def default_rank(config):
@@ -492,7 +499,8 @@ def report(config, runs, failed, speeds):
     table(head, method_rows(runs, failed))
     say(
         "Accuracy is the mean over the seeds, its interval (Wilson) what the size of the test set alone gives. "
-        "Garbage: answers that name no label; they count as wrong. MB: of the adapter, or of the whole model."
+        "Garbage: answers that name no label; they count as wrong. MB: of the adapter, or of the whole model. Above "
+        "the configuration's rank the learning rate falls as 1 / sqrt(r), or training would be too hot."
     )
     scores = {r: [run.accuracy["accuracy"] for run in group] for r, group in lora.items() if group}
     means = {r: mean(accuracies) for r, accuracies in scores.items()}

@@ -137,8 +137,8 @@ def schedule(config, it):
 def batch_loss(model, batch, n_sampled=0):
     """Mean loss over a batch's targets. The prompts' shared prefix goes through the model once, with its
     gradient, and every row continues from it."""
-    options = {"n_sampled": n_sampled, "class_weights": batch.class_weights}
-    return model(batch.idx, batch.targets, prefix=batch.prefix, **options)[1]
+    options = {"prefix": batch.prefix, "class_weights": batch.class_weights, "n_sampled": n_sampled}
+    return model(batch.idx, batch.targets, **options)[1]
 
 
 @torch.no_grad()
@@ -298,27 +298,35 @@ def plot_losses(metrics, path):
     plt.close(fig)
 
 
-def start_wandb(config):
-    """A wandb run, or None if it is not asked for or cannot be had: training goes on without it."""
-    if not config.wandb_log:
-        return None
-    try:
+class Wandb:
+    """A wandb run, where it is asked for and can be had; where it fails a line says so, and training goes on."""
+
+    def __init__(self, config):
+        self.run = self._call(self._start, config) if config.wandb_log else None
+
+    def _call(self, function, *args, **options):
+        try:
+            return function(*args, **options)
+        except Exception as e:  # no key, no network, its service gone: never worth a run
+            reason = (str(e) or type(e).__name__).splitlines()[0]
+            print(f"note: wandb is off ({reason}); WANDB_MODE=offline needs no account")
+            self.run = None
+
+    def _start(self, config):
         import wandb
 
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "120")  # seconds
         name = config.wandb_run_name or os.path.basename(os.path.normpath(config.out_dir))
-        return wandb.init(
-            project=config.wandb_project,
-            name=name,
-            dir=config.out_dir,
-            config=vars(config),
-            settings=wandb.Settings(init_timeout=30),
-        )
-    except Exception as e:  # no key, no network, a full disk: never worth a run
-        print(
-            f"note: wandb is off ({(str(e) or type(e).__name__).splitlines()[0]}); "
-            "WANDB_MODE=offline needs no account"
-        )
-        return None
+        options = {"dir": config.out_dir, "config": vars(config), "settings": wandb.Settings(init_timeout=30)}
+        return wandb.init(project=config.wandb_project, name=name, **options)
+
+    def log(self, values, it):
+        if self.run:
+            self._call(self.run.log, values, step=it)
+
+    def finish(self):
+        if self.run:
+            self._call(self.run.finish)
 
 
 def train(config):
@@ -344,7 +352,7 @@ def train(config):
                 write_json(os.path.join(config.out_dir, RESUMED), settings | {"sha256": fingerprint(settings)})
     say = tqdm.write if processes.first else lambda text: None
     it, metrics = progress["iter"], progress["metrics"]
-    run = start_wandb(config) if processes.first else None
+    run = Wandb(config) if processes.first else None
     params = [p for p in model.parameters() if p.requires_grad]
     say(parameter_report(model))
     global_batch = config.batch_size * config.gradient_accumulation_steps
@@ -409,7 +417,7 @@ def train(config):
             progress["losses"] = []
             save()
             if run:
-                run.log(m, step=it)
+                run.log(m, it)
             began, first_it = time.time(), it
         if last:
             break

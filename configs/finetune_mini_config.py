@@ -2,10 +2,14 @@
 init_from = "gpt2-mini"
 out_dir = "out-mini"
 dataset = "rt_reviews"
-template = "{text}\n\nThis review is {label}"
+# Words that the base has read after such a sentence (Schick and Schuetze 2021, Exploiting Cloze Questions, section 3.1,
+# call them verbalizers) start training further on than "negative" and "positive", which reviewers hardly use.
+template = "{text} This movie is {label}"
+label_names = "terrible,great"
 rank = 16
 alpha = 64.0
-lr = 2e-3
+lora_targets = "c_(attn|proj|fc)$"  # every linear layer
+lr = 1e-3
 batch_size = 32
 max_iters = 640  # two epochs
 warmup_iters = 20

@@ -1,4 +1,4 @@
-"""train.py from end to end: a run and its files, runs stopped and resumed, two processes, mistakes.
+"""train.py from end to end: a run and its files, runs stopped and resumed, several processes, mistakes.
 
 python -m pytest tests/test_train.py
 """
@@ -12,10 +12,12 @@ import random
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -376,25 +378,32 @@ def test_a_flag_on_a_resumed_run_is_obeyed(place, monkeypatch):
     assert leaves(before["trained"]) == leaves(after["trained"])  # four more updates, each of size 0
 
 
-# --- two processes --------------------------------------------------------------------------------
+# --- several processes --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n_train, batch_size, accumulation", [(48, 8, 1), (41, 5, 2)], ids=["even", "odd"])
-def test_two_processes_equal_one(place, n_train, batch_size, accumulation):
-    """Otherwise a result does not carry over to a second device; in the odd case a process even has no example
-    of an epoch's last batch."""
-    data, name = place / f"reviews-{n_train}", f"processes-{n_train}"
+@pytest.mark.parametrize(
+    "world, n_train, n_validation, batch_size, accumulation",
+    [(2, 48, 12, 8, 1), (2, 41, 12, 5, 2), (3, 41, 13, 4, 2)],
+    ids=["even", "odd", "three"],
+)
+def test_several_processes_equal_one(place, world, n_train, n_validation, batch_size, accumulation):
+    """Otherwise a result does not carry over to a second device, or an example is lost or counted twice in the
+    validation loss where their number does not divide; in the last two cases a process even has no example of an
+    epoch's last batch."""
+    name = f"processes-{world}-{n_train}"
+    data = place / f"reviews-{name}"
     shutil.copytree(place / "reviews", data)
     write_reviews(data / "train.csv", n_train)
+    write_reviews(data / "validation.csv", n_validation)
     settings = {"dataset": data, "rank": 4, "alpha": 16, "max_iters": 12, "eval_interval": 4, "warmup_iters": 2}
     settings |= {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
     settings |= {"grad_clip": 7}  # bites in some updates and not in others: else Adam hides a gradient's size
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    two = start(*torchrun, *flags(place, f"{name}-two", **settings))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "train.py"]
+    many = start(*torchrun, *flags(place, f"{name}-many", **settings))
     one = here(flags(place, name, **settings))
-    finish(two)
-    assert largest_difference(place / name, place / f"{name}-two") < 1e-5
-    for a, b in zip(one, read_metrics(place / f"{name}-two"), strict=True):
+    finish(many)
+    assert largest_difference(place / name, place / f"{name}-many") < 1e-5
+    for a, b in zip(one, read_metrics(place / f"{name}-many"), strict=True):
         for key in ("iter", "epoch", "val_loss", *(["train_loss"] if a["iter"] else [])):
             assert a[key] == pytest.approx(b[key], abs=1e-5), (key, a, b)
 
@@ -476,6 +485,54 @@ def test_training_goes_on_without_wandb(place):
     notes = [line for line in out.splitlines() if "wandb is off" in line]
     assert len(notes) == 1 and "WANDB_MODE=offline" in notes[0]
     assert (place / "no-wandb" / "adapter_model.safetensors").exists()
+
+
+def test_training_goes_on_when_wandb_hangs(place):
+    """Otherwise a server that takes the connection and never answers holds a GPU for nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:  # the kernel accepts, nobody answers
+        settings = {"rank": 2, "alpha": 8, "max_iters": 2, "wandb_log": True}
+        env = {"WANDB_MODE": "online", "WANDB_BASE_URL": f"http://127.0.0.1:{server.getsockname()[1]}"}
+        env |= {"WANDB_API_KEY": "0" * 40, "HOME": str(place)}
+        out, _ = finish(start("train.py", *flags(place, "wandb-hangs", **settings), **env))
+    assert len([line for line in out.splitlines() if "wandb is off" in line]) == 1
+    assert (place / "wandb-hangs" / "adapter_model.safetensors").exists()
+
+
+def test_training_goes_on_when_wandb_dies(place):
+    """Otherwise a run of hours ends where wandb's own process is killed, as it is when memory is short."""
+    settings = {"rank": 2, "alpha": 8, "max_iters": 150, "eval_interval": 5, "wandb_log": True}
+    run = start(
+        "train.py", *flags(place, "wandb-dies", **settings), WANDB_MODE="offline", HOME=str(place), TMPDIR=str(place)
+    )
+    while not (place / "wandb-dies" / "metrics.jsonl").exists():
+        time.sleep(0.05)
+        assert run.poll() is None, run.communicate()
+    core = [p for p in psutil.Process(run.pid).children(recursive=True) if "wandb" in " ".join(p.cmdline())]
+    assert core
+    for process in core:
+        process.kill()
+    out, _ = finish(run)
+    assert len([line for line in out.splitlines() if "wandb is off" in line]) == 1
+    assert read_metrics(place / "wandb-dies")[-1]["iter"] == 150
+
+
+def test_float16_skips_are_counted_and_shown(place, capsys, monkeypatch):
+    """Otherwise a float16 run that drops half of its updates looks like one that learns slowly."""
+    scalers = []
+
+    class Scaler(torch.amp.GradScaler):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options, init_scale=2.0**40)
+            scalers.append(self)
+
+    monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
+    monkeypatch.setattr(train, "pick_dtype", lambda device, dtype: torch.float16)  # refused on CPUs, for its speed
+    settings = {"rank": 2, "alpha": 8, "max_iters": 48, "eval_interval": 8, "lr": 1e-2}
+    metrics = here(flags(place, "float16", **settings))
+    halved = 40 - math.log2(scalers[0].get_scale())  # each skip halves the scale
+    assert metrics[-1]["skipped"] == halved > 2
+    assert f"skipped {halved:.4f}" in capsys.readouterr().out
+    assert metrics[-1]["val_loss"] < metrics[0]["val_loss"]  # and the updates after them count
 
 
 # --- a run that diverges --------------------------------------------------------------------------
