@@ -32,7 +32,7 @@ from dataloader import instruction_loader
 from generate import SCORED, wilson
 from lora import ADAPTER_WEIGHTS, mark_only_lora_as_trainable, whole_file, write_json
 from model import GPT, GPTConfig, context_size, find_checkpoint, pick_device, pick_dtype, read_config
-from train import CHECKPOINT, Processes, build_model, train_update
+from train import CHECKPOINT, Processes, build_model, draw_curves, train_update
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 KINDS = "untuned,lora,full,lr_alpha,latency"
@@ -379,27 +379,10 @@ def draw(path, paint, dark):
 
 
 def paint_curves(curves):
-    """Validation curves {name: [runs]}, each name at its curve's end, the start of the fall cut off."""
-
-    def paint(ax, colors):
-        ends, seen = [], []
-        for (name, runs), color in zip(curves.items(), colors):
-            for run in runs:
-                points = curve(run)
-                ax.plot(*zip(*points), color=color, marker="o", markersize=2.5, linewidth=1.4)
-                seen += [loss for it, loss in points if it >= 0.1 * points[-1][0]]
-            ends.append([curve(runs[0])[-1][1], curve(runs[0])[-1][0], name, color])
-        low, high = min(seen), max(seen)
-        margin = 0.12 * (high - low or high)
-        ax.set(xlabel="update", ylabel="validation loss (nats per scored token)", ylim=(low - margin, high + margin))
-        place = -math.inf  # labels keep a line's height between them
-        for y, x, name, color in sorted(ends):
-            place = max(y, place + 0.07 * (high - low + 2 * margin))
-            ax.annotate(
-                name, (x, place), (6, 0), textcoords="offset points", color=color, va="center", annotation_clip=False
-            )
-
-    return paint
+    """Validation curves of {name: [runs]}."""
+    return lambda ax, colors: draw_curves(
+        ax, {name: list(map(curve, runs)) for name, runs in curves.items()}, colors, "validation loss"
+    )
 
 
 def paint_accuracy(lora, levels):

@@ -102,6 +102,46 @@ def build_model(config, device, dtype, n_classes=0):
     return model.to(device).set_dtype(dtype)
 
 
+class AdamW:
+    """AdamW (Loshchilov and Hutter 2019, algorithm 2) by torch's fused kernel, and in the form of torch's own class.
+    That one imports the compiler at its first step, which takes a second, a third of a small run's start."""
+
+    def __init__(self, groups, lr, betas):
+        self.param_groups = [{"lr": lr, "betas": betas, **group} for group in groups]
+        self.state = {}
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if p not in self.state:
+                    moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                    self.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device)} | moments
+            step, m, v = ([self.state[p][key] for p in params] for key in ("step", "exp_avg", "exp_avg_sq"))
+            torch._foreach_add_(step, 1)
+            (beta1, beta2), decay = group["betas"], group["weight_decay"]
+            options = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "weight_decay": decay, "eps": 1e-8}
+            gradients = [p.grad for p in params]
+            torch._fused_adamw_(params, gradients, m, v, [], step, **options, amsgrad=False, maximize=False)
+
+    def zero_grad(self, set_to_none=True):
+        for p in (p for group in self.param_groups for p in group["params"]):
+            p.grad = None
+
+    def state_dict(self):
+        places = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        groups = [group | {"params": [places[p] for p in group["params"]]} for group in self.param_groups]
+        return {"state": {places[p]: state for p, state in self.state.items()}, "param_groups": groups}
+
+    def load_state_dict(self, saved):
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, state in saved["state"].items():
+            self.state[params[i]] = {name: tensor.to(params[i].device) for name, tensor in state.items()}
+        for group, values in zip(self.param_groups, saved["param_groups"], strict=True):
+            group.update(values | {"params": group["params"]})
+
+
 def build_optimizers(config, model):
     """AdamW, with Muon for the blocks' matrices if the config asks for it. Each group knows its peak rate."""
     if config.muon_lr and config.rank:
@@ -113,9 +153,7 @@ def build_optimizers(config, model):
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    fused = rest[0].device.type in ("cpu", "cuda")
-    betas = (config.beta1, config.beta2)
-    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=betas, fused=fused)]
+    optimizers = [AdamW([g for g in groups if g["params"]], config.lr, (config.beta1, config.beta2))]
     if muon:
         if not hasattr(torch.optim, "Muon"):
             raise ValueError(
@@ -267,6 +305,23 @@ def save_best(config, model, dtype):
         model.save_pretrained(config.out_dir, dtype=dtype)
 
 
+def draw_curves(ax, curves, colors, what):
+    """Losses over updates, {name: [points, ...]}: each name stands at its curve's end, the steep start is cut off."""
+    seen = [y for lines in curves.values() for points in lines for x, y in points if x >= 0.1 * points[-1][0]]
+    low, high = min(seen), max(seen)
+    margin = 0.12 * (high - low or high)
+    ax.set(xlabel="update", ylabel=f"{what} (nats per scored token)", ylim=(low - margin, high + margin))
+    place, colors = -math.inf, dict(zip(curves, colors))
+    for name, lines in sorted(curves.items(), key=lambda item: item[1][0][-1][1]):
+        style = {"color": colors[name], "annotation_clip": False, "va": "center", "textcoords": "offset points"}
+        for points in lines:
+            ax.plot(*zip(*points), color=colors[name], marker="o", markersize=2.5, linewidth=1.4)
+        end, y = lines[0][-1]
+        place = max(y, place + 0.07 * (high - low + 2 * margin))  # a line's height above the name below
+        ax.annotate(name, (end, place), (6, 0), **style)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
 def plot_losses(metrics, path):
     import matplotlib
 
@@ -274,26 +329,15 @@ def plot_losses(metrics, path):
     import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    last, seen, ends = metrics[-1]["iter"], [], {}
-    for key, color, name in (("train_loss", "#0072B2", "training"), ("val_loss", "#D55E00", "validation")):
-        points = [(m["iter"], m[key]) for m in metrics if m.get(key) is not None]
-        ax.plot(*zip(*points), color=color, marker="o", markersize=3)
-        seen += [loss for it, loss in points if it >= 0.2 * last]  # the fall at the start would flatten the rest
-        ends[key] = (points[-1], name, color)
+    keys = {"training": "train_loss", "validation": "val_loss"}
+    curves = {name: [[(m["iter"], m[k]) for m in metrics if m.get(k) is not None]] for name, k in keys.items()}
+    draw_curves(ax, curves, ("#0072B2", "#D55E00"), "loss")
     best = min(metrics, key=lambda m: m["val_loss"])
-    low, high = min(seen), max(seen)
-    margin = 0.15 * (high - low or high)
-    ax.set(xlabel="update", ylabel="loss (nats per scored token)", ylim=(low - margin, high + margin))
-    higher = max(ends, key=lambda key: ends[key][0][1])
-    for key, (point, name, color) in ends.items():
-        shift = {"xytext": (6, 6 if key == higher else -6), "textcoords": "offset points", "va": "center"}
-        ax.annotate(name, point, color=color, annotation_clip=False, **shift)
     ax.plot(best["iter"], best["val_loss"], "o", color="#D55E00", markersize=9, fillstyle="none")
     title = f"best validation loss {best['val_loss']:.4f} at update {best['iter']}"
-    if metrics[0]["val_loss"] > high + margin:
+    if metrics[0]["val_loss"] > ax.get_ylim()[1]:
         title += f"; {metrics[0]['val_loss']:.2f} at update {metrics[0]['iter']}, above this plot"
     ax.set_title(title, loc="left", fontsize=10)
-    ax.spines[["top", "right"]].set_visible(False)
     fig.savefig(path, dpi=150)
     plt.close(fig)
 

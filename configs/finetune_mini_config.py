@@ -2,8 +2,8 @@
 init_from = "gpt2-mini"
 out_dir = "out-mini"
 dataset = "rt_reviews"
-# Words that the base has read after such a sentence (Schick and Schuetze 2021, Exploiting Cloze Questions, section 3.1,
-# call them verbalizers) start training further on than "negative" and "positive", which reviewers hardly use.
+# Words that reviewers do write after such a sentence start training further on than "negative" and "positive" would
+# (Schick and Schuetze 2021, "Exploiting Cloze Questions", section 3.1, call them verbalizers).
 template = "{text} This movie is {label}"
 label_names = "terrible,great"
 rank = 16

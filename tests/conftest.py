@@ -25,6 +25,23 @@ def tokens(*shape, seed=1):
     return torch.randint(0, 300, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def base_folder(tmp_path_factory, name, n_layer=1, n_positions=64):
+    """A new folder with a small random GPT-2 that transformers saved in it, as `base`."""
+    folder = tmp_path_factory.mktemp(name)
+    torch.manual_seed(0)
+    # The usual range of 0.02 keeps so small a model's logits so even that frozen ones cannot be tuned to anything.
+    sizes = {"n_embd": 32, "n_layer": n_layer, "n_head": 2, "n_positions": n_positions, "initializer_range": 0.3}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(folder / "base")
+    return folder
+
+
+def finish(process, code=0):
+    """What a process wrote: (stdout, stderr)."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
 def randomize(model, seed=2):
     """Adapters as after some training: B is no longer zero."""
     generator = torch.Generator().manual_seed(seed)

@@ -10,7 +10,8 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+from conftest import base_folder
+from transformers import GPT2Config, GPT2ForSequenceClassification
 
 import generate
 from configurator import MODEL_KEYS, Config, configure
@@ -25,10 +26,7 @@ WORDS = {"ham": "lunch", "news": "minister", "spam": "prize"}
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A random GPT-2 that transformers saved (base) and three kinds of messages, unevenly many (messages)."""
-    folder = tmp_path_factory.mktemp("classify")
-    torch.manual_seed(0)
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}
-    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(folder / "base")
+    folder = base_folder(tmp_path_factory, "classify", n_layer=2)
     rng = random.Random(1)
     with open(folder / "messages.csv", "w", newline="") as f:
         rows = csv.writer(f)

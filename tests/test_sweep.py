@@ -14,9 +14,8 @@ import sys
 import time
 
 import pytest
-import torch
+from conftest import base_folder, finish
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import sweep
 from configurator import Config, configure
@@ -27,10 +26,7 @@ REPO = os.path.dirname(os.path.abspath(sweep.__file__))
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A random GPT-2 (base) and separable reviews (reviews.csv)."""
-    folder = tmp_path_factory.mktemp("sweep")
-    torch.manual_seed(0)
-    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 128, "initializer_range": 0.3}
-    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(folder / "base")
+    folder = base_folder(tmp_path_factory, "sweep")
     rng = random.Random(1)
     with open(folder / "reviews.csv", "w", newline="") as f:
         rows = csv.writer(f)
@@ -55,12 +51,6 @@ def start(argv):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, os.path.join(REPO, "sweep.py"), *argv], env=env, text=True, **pipes)
-
-
-def finish(process, code=0):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
-    return out, err
 
 
 @pytest.fixture(scope="module")
@@ -203,3 +193,13 @@ def test_bad_input_is_one_line(place, capsys, flag, words):
         sweep.main(configure([*flags(place, "none"), flag], cls=sweep.SweepConfig, fixed=()))
     err = capsys.readouterr().err
     assert stop.value.code == 2 and words in err and err.count("\n") == 1
+
+
+def test_a_high_rank_trains_at_a_lower_rate(place):
+    """Lost if it fails: r = 196 at the rate that suits r = 16 diverges, and the report says that rank hurts."""
+    argv = [*flags(place, "rates", lr=2e-3, rank=16, ranks="1,16,64"), "--sweep_dir=rates"]
+    runs = sweep.plan(configure(argv, cls=sweep.SweepConfig, fixed=()))
+    rates = {(run.method, run.config.rank): run.config.lr for run in runs if run.method != sweep.AGAINST}
+    assert rates["LoRA", 1] == rates["LoRA", 16] == 2e-3 and rates["LoRA", 64] == 1e-3
+    tuned = [run.config for run in runs if run.config.rank == 16 and run.method != "no tuning"]
+    assert [c.lr * c.alpha for c in tuned] == pytest.approx([2e-3 * 64] * 4)  # two seeds, two against each other

@@ -3,6 +3,7 @@
 python -m pytest tests/test_train.py
 """
 
+import copy
 import csv
 import itertools
 import json
@@ -21,8 +22,9 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import base_folder, finish
 from peft import PeftModel
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
 import dataloader
 import generate
@@ -42,11 +44,7 @@ CUES = {"positive": "wonderful", "negative": "dreadful"}  # the word that gives 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a random GPT-2 that transformers saved (base) and separable reviews (reviews)."""
-    folder = tmp_path_factory.mktemp("train")
-    torch.manual_seed(0)
-    # The usual range of 0.02 keeps so small a model's logits so even that frozen ones cannot be tuned to anything.
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "initializer_range": 0.3}
-    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(folder / "base")
+    folder = base_folder(tmp_path_factory, "train", n_layer=2, n_positions=128)
     for split, n in (("train", 48), ("validation", 12), ("test", 20)):
         write_reviews(folder / "reviews" / f"{split}.csv", n)
     return folder
@@ -83,13 +81,6 @@ def start(*args, **env):
     env = os.environ | {"OMP_NUM_THREADS": "1"} | env
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, *map(str, args)], cwd=REPO, env=env, text=True, **pipes)
-
-
-def finish(process, code=0):
-    """What the process wrote: (stdout, stderr)."""
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
-    return out, err
 
 
 def here(argv):
@@ -533,6 +524,42 @@ def test_float16_skips_are_counted_and_shown(place, capsys, monkeypatch):
     assert metrics[-1]["skipped"] == halved > 2
     assert f"skipped {halved:.4f}" in capsys.readouterr().out
     assert metrics[-1]["val_loss"] < metrics[0]["val_loss"]  # and the updates after them count
+
+
+def test_adamw_is_torchs(place):
+    """Otherwise the optimizer that every run depends on is another than the one it is called, or forgets its moments
+    on resuming."""
+
+    def made(cls, state=None, **options):
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((7, 5), (9,), (3, 3))]
+        groups = [{"params": params[::2], "weight_decay": 0.1}, {"params": params[1:2], "weight_decay": 0.0}]
+        optimizer = cls(groups, lr=0.01, betas=(0.9, 0.95), **options)
+        for i in range(8):
+            if i == 4 and state is not None:  # as on resuming
+                optimizer = cls(groups, lr=1.0, betas=(0.5, 0.5), **options)
+                optimizer.load_state_dict(state)
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator) if i > 1 or p.shape != (3, 3) else None
+            optimizer.param_groups[0]["lr"] = 0.01 * (i + 1)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if i == 3:
+                state = state and copy.deepcopy(optimizer.state_dict())
+        return params, optimizer.state_dict()
+
+    for resumed in (None, True):
+        ours, state = made(train.AdamW, resumed)
+        theirs, their_state = made(torch.optim.AdamW, fused=True)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+        assert leaves(state["state"]) == leaves(their_state["state"])
+
+
+def test_a_run_does_without_the_compiler(place):
+    """Otherwise each start of train.py waits a second more for an import that nothing needs."""
+    code = "import sys, train; from configurator import configure; train.train(configure(sys.argv[1:]))"
+    code += "; assert 'torch._dynamo' not in sys.modules"
+    finish(start("-c", code, *flags(place, "lean", rank=2, alpha=8, max_iters=2)))
 
 
 # --- a run that diverges --------------------------------------------------------------------------
