@@ -32,7 +32,7 @@ from dataloader import instruction_loader
 from generate import SCORED, wilson
 from lora import ADAPTER_WEIGHTS, mark_only_lora_as_trainable, whole_file, write_json
 from model import GPT, GPTConfig, context_size, find_checkpoint, pick_device, pick_dtype, read_config
-from train import CHECKPOINT, Processes, build_model, draw_curves, train_update
+from train import CHECKPOINT, Processes, build_model, draw_curves, label_ends, train_update
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 KINDS = "untuned,lora,full,lr_alpha,latency"
@@ -299,16 +299,16 @@ def describe_curve(run, other):
     points = curve(run)
     (_, first), (last_at, last), (low_at, low) = points[0], points[-1], min(points, key=lambda p: p[1])
     late = [p for p in points if p[0] >= 0.75 * last_at]
-    fall = (late[0][1] - last) / max(1e-12, first - low)
+    fall = late[0][1] - last
     lines = [
         f"r = {run.config.rank} begins at {first:.4f} and is lowest, {low:.4f}, at update {low_at} of {last_at}."
     ]
     if last > low * 1.01:
         lines.append(f"It has risen by {last - low:.4f} since: it overfits, and the best weights are kept.")
-    elif fall > 0.005:
-        lines.append(f"It still falls at the end: by {late[0][1] - last:.4f} over its last quarter.")
+    elif fall > last * 0.01:
+        lines.append(f"It still falls at the end: by {fall:.4f} over its last quarter.")
     else:
-        lines.append(f"It is flat at the end: its last quarter changes it by {abs(late[0][1] - last):.4f}.")
+        lines.append(f"It is flat at the end: its last quarter changes it by {abs(fall):.4f}.")
     if other and other.metrics and other is not run:
         theirs, shared = dict(curve(other)), [p for p in points if p[0] in dict(curve(other)) and p[0]]
         above = sum(loss > theirs[it] for it, loss in shared)
@@ -345,7 +345,7 @@ def method_rows(runs, failed):
         p = mean(score["accuracy"] for score in scores)
         low, high = wilson(p, scores[0]["n"])
         row += [f"{percent(p)} {lost}".strip(), f"{percent(low)} to {percent(high)}"]
-        row.append(" / ".join(percent(score["accuracy"]) for score in scores))
+        row.append(", ".join(f"{100 * score['accuracy']:.1f}" for score in scores))
         row.append(percent(mean(score["garbage"] for score in scores)))
         row += [f"{mean(map(minutes, done)):.1f}" if tuned else ""]
         path = done[0].path(ADAPTER_WEIGHTS if lora else "model.safetensors")
@@ -367,7 +367,7 @@ def draw(path, paint, dark):
     style = {"text.color": ink, "axes.edgecolor": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink}
     style |= {"figure.facecolor": ground, "axes.facecolor": ground, "font.size": 11, "svg.hashsalt": "nanolora"}
     with plt.rc_context(style):
-        fig, ax = plt.subplots(figsize=(6.2, 3.9), layout="constrained")
+        fig, ax = plt.subplots(figsize=(5.4, 3.6), layout="constrained")
         paint(ax, DARK if dark else COLORS)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", alpha=0.2)
@@ -386,32 +386,29 @@ def paint_curves(curves):
 
 
 def paint_accuracy(lora, levels):
-    """Accuracy over r: {r: [accuracies]}, with levels {name: accuracy} as lines."""
+    """Accuracy over r: {r: [accuracies]}, with levels {name: accuracy} as lines. One that lies far below the rest,
+    such as that of a base which names no label, would flatten it and is only named."""
 
     def paint(ax, colors):
-        places = range(len(lora))
-        for x, accuracies in zip(places, lora.values()):
-            ax.plot(
-                [x] * len(accuracies), [100 * a for a in accuracies], "o", color=colors[0], markersize=5, alpha=0.6
-            )
-        means = [100 * mean(accuracies) for accuracies in lora.values()]
-        ax.plot(places, means, color=colors[0])
-        ax.annotate(
-            "LoRA, mean over seeds",
-            (len(lora) - 1, means[-1]),
-            (6, 8),
-            textcoords="offset points",
-            color=colors[0],
-            ha="right",
-        )
-        for (name, accuracy), color in zip(levels.items(), colors[1:]):
-            ax.axhline(100 * accuracy, color=color, linestyle="--", linewidth=1.2)
-            ax.annotate(
-                f"{name} {percent(accuracy)}", (-0.4, 100 * accuracy), (0, 4), textcoords="offset points", color=color
-            )
-        ax.set_xticks(places, [str(r) for r in lora])
-        ax.set(xlabel="rank r", ylabel="test accuracy (%)", xlim=(-0.45, len(lora) - 0.55))
-        ax.margins(y=0.12)
+        means = [mean(accuracies) for accuracies in lora.values()]
+        seen = [a for accuracies in lora.values() for a in accuracies]
+        near = {name: level for name, level in levels.items() if level > min(seen) - 0.1}
+        seen += near.values()
+        margin = 0.15 * (max(seen) - min(seen)) + 0.005
+        right = len(lora) - 0.7
+        ax.set(xlabel="rank r", ylabel="test accuracy (%)", xlim=(-0.3, right))
+        ax.set_ylim(100 * (min(seen) - margin), 100 * (max(seen) + margin))
+        ax.set_xticks(range(len(lora)), [str(r) for r in lora])
+        points = [(x, 100 * a) for x, accuracies in enumerate(lora.values()) for a in accuracies]
+        ax.plot(*zip(*points), "o", color=colors[0], markersize=5, alpha=0.5)
+        ax.plot([100 * a for a in means], color=colors[0])
+        ends = [(right, 100 * means[-1], "LoRA", colors[0])]
+        for (name, level), color in zip(near.items(), colors[1:]):
+            ax.axhline(100 * level, color=color, linestyle="--", linewidth=1.2)
+            ends.append((right, 100 * level, name, color))
+        label_ends(ax, ends)
+        if far := [f"{name} {percent(level)}" for name, level in levels.items() if name not in near]:
+            ax.set_title("below this plot: " + ", ".join(far), loc="right", fontsize=9)
 
     return paint
 
@@ -533,11 +530,11 @@ def report(config, runs, failed, speeds):
 CSS = """
 :root { color-scheme: light dark; --ink: #222; --ground: #fff; --line: #ccc; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --ground: #161a1d; --line: #444; } }
-body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 system-ui, sans-serif; }
+body { max-width: 66rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 system-ui, sans-serif; }
 body { color: var(--ink); background: var(--ground); }
 div { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-td { font-variant-numeric: tabular-nums; } img { width: 100%; max-width: 42rem; height: auto; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+td { font-variant-numeric: tabular-nums; white-space: nowrap; } img { width: 100%; max-width: 36rem; height: auto; }
 pre { padding: .7rem; border: 1px solid var(--line); white-space: pre-wrap; }
 """
 

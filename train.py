@@ -305,20 +305,24 @@ def save_best(config, model, dtype):
         model.save_pretrained(config.out_dir, dtype=dtype)
 
 
+def label_ends(ax, ends):
+    """Names at the right ends of lines, (x, y, name, color) each, a line's height apart."""
+    (low, high), place = ax.get_ylim(), -math.inf
+    for x, y, name, color in sorted(ends, key=lambda end: end[1]):
+        place = max(y, place + 0.07 * (high - low))
+        style = {"textcoords": "offset points", "va": "center", "annotation_clip": False}
+        ax.annotate(name, (x, place), (6, 0), color=color, **style)
+
+
 def draw_curves(ax, curves, colors, what):
     """Losses over updates, {name: [points, ...]}: each name stands at its curve's end, the steep start is cut off."""
     seen = [y for lines in curves.values() for points in lines for x, y in points if x >= 0.1 * points[-1][0]]
-    low, high = min(seen), max(seen)
-    margin = 0.12 * (high - low or high)
-    ax.set(xlabel="update", ylabel=f"{what} (nats per scored token)", ylim=(low - margin, high + margin))
-    place, colors = -math.inf, dict(zip(curves, colors))
-    for name, lines in sorted(curves.items(), key=lambda item: item[1][0][-1][1]):
-        style = {"color": colors[name], "annotation_clip": False, "va": "center", "textcoords": "offset points"}
+    margin = 0.12 * (max(seen) - min(seen) or max(seen))
+    ax.set(xlabel="update", ylabel=f"{what} (nats per scored token)", ylim=(min(seen) - margin, max(seen) + margin))
+    for lines, color in zip(curves.values(), colors):
         for points in lines:
-            ax.plot(*zip(*points), color=colors[name], marker="o", markersize=2.5, linewidth=1.4)
-        end, y = lines[0][-1]
-        place = max(y, place + 0.07 * (high - low + 2 * margin))  # a line's height above the name below
-        ax.annotate(name, (end, place), (6, 0), **style)
+            ax.plot(*zip(*points), color=color, marker="o", markersize=2.5, linewidth=1.4)
+    label_ends(ax, [(*lines[0][-1], name, color) for (name, lines), color in zip(curves.items(), colors)])
     ax.spines[["top", "right"]].set_visible(False)
 
 
