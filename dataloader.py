@@ -169,7 +169,7 @@ def local_source(path):
             for f in files
             if re.match(rf"({'|'.join(words)})([-_.]|$)", os.path.basename(f))
         ]
-        if "train" not in dict(named) and len(files) == 1:
+        if not named and len(files) == 1:
             return local_source(files[0])
         if not named:
             raise ValueError(

@@ -316,7 +316,7 @@ def label_ends(ax, ends):
 
 def draw_curves(ax, curves, colors, what):
     """Losses over updates, {name: [points, ...]}: each name stands at its curve's end, the steep start is cut off."""
-    seen = [y for lines in curves.values() for points in lines for x, y in points if x >= 0.1 * points[-1][0]]
+    seen = [y for lines in curves.values() for points in lines for x, y in points if x >= 0.2 * points[-1][0]]
     margin = 0.12 * (max(seen) - min(seen) or max(seen))
     ax.set(xlabel="update", ylabel=f"{what} (nats per scored token)", ylim=(min(seen) - margin, max(seen) + margin))
     for lines, color in zip(curves.values(), colors):

@@ -397,6 +397,16 @@ def test_directory_without_validation_file_takes_a_tenth_of_training(tmp_path):
     assert [ex.text for ex in splits["test"]] == [row["text"] for row in rows[100:]]
 
 
+def test_directory_with_a_test_file_alone_is_scored_whole(tmp_path):
+    """Lost if it fails: the score is that of a tenth of the test rows."""
+    rows = some_rows(50)
+    write_rows(tmp_path / "test.csv", rows)
+    loader = CustomDataLoader(str(tmp_path), wanted=("test",))
+    assert [ex.text for ex in loader.splits["test"]] == [row["text"] for row in rows]
+    with pytest.raises(ValueError, match="no labelled row in its train split"):
+        CustomDataLoader(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     "words", [("train", "validation", "test"), ("train", "dev", "test"), ("Train", "Val", "Test")]
 )
