@@ -241,6 +241,8 @@ def convert(key, text, kind, where):
         if text.lower() in ("true", "false", "1", "0", "yes", "no"):
             return text.lower() in ("true", "1", "yes")
         raise UserError(f"{where}: {key} is True or False")
+    if int in kinds and re.fullmatch(r"\s*[+-]?\d{1,99}\s*", text):
+        return int(text)  # not by way of a float, which has 53 bits
     try:
         number = float(text)
         if not math.isfinite(number) or (int in kinds and number != int(number)):

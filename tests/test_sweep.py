@@ -80,7 +80,7 @@ def test_the_reports_numbers_are_the_runs_own(whole):
         scores = [read(whole / name / "accuracy.json") for name in names]
         p = sum(s["accuracy"] for s in scores) / len(scores)
         assert row["test accuracy"] == f"{100 * p:.1f} %"
-        assert row["each seed"] == " / ".join(f"{100 * s['accuracy']:.1f} %" for s in scores)
+        assert row["each seed"] == ", ".join(f"{100 * s['accuracy']:.1f}" for s in scores)
         if r:
             tensors = load_file(whole / names[0] / "adapter_model.safetensors")
             assert row["trained"] == f"{sum(t.numel() for t in tensors.values()):,}"
