@@ -114,6 +114,8 @@ class AdamW:
     def step(self):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
             for p in params:
                 if p not in self.state:
                     moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
