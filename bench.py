@@ -85,7 +85,7 @@ def clip_and_step(config, optimizer, scaler):
     torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], config.grad_clip)
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
 
 
 def peer_model(config):

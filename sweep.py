@@ -310,7 +310,8 @@ def describe_curve(run, other):
     else:
         lines.append(f"It is flat at the end: its last quarter changes it by {abs(fall):.4f}.")
     if other and other.metrics and other is not run:
-        theirs, shared = dict(curve(other)), [p for p in points if p[0] in dict(curve(other)) and p[0]]
+        theirs = dict(curve(other))
+        shared = [p for p in points if p[0] and p[0] in theirs]
         above = sum(loss > theirs[it] for it, loss in shared)
         gap = low - best(other)
         lines.append(

@@ -127,7 +127,7 @@ class AdamW:
             gradients = [p.grad for p in params]
             torch._fused_adamw_(params, gradients, m, v, [], step, **options, amsgrad=False, maximize=False)
 
-    def zero_grad(self, set_to_none=True):
+    def zero_grad(self):
         for p in (p for group in self.param_groups for p in group["params"]):
             p.grad = None
 
@@ -351,8 +351,8 @@ def plot_losses(metrics, path):
 class Wandb:
     """A wandb run, where it is asked for and can be had; where it fails a line says so, and training goes on."""
 
-    def __init__(self, config):
-        self.run = self._call(self._start, config) if config.wandb_log else None
+    def __init__(self, config, wanted):
+        self.run = self._call(self._start, config) if wanted else None
 
     def _call(self, function, *args, **options):
         try:
@@ -402,7 +402,7 @@ def train(config):
                 write_json(os.path.join(config.out_dir, RESUMED), settings | {"sha256": fingerprint(settings)})
     say = tqdm.write if processes.first else lambda text: None
     it, metrics = progress["iter"], progress["metrics"]
-    run = Wandb(config) if processes.first else None
+    run = Wandb(config, config.wandb_log and processes.first)
     params = [p for p in model.parameters() if p.requires_grad]
     say(parameter_report(model))
     global_batch = config.batch_size * config.gradient_accumulation_steps
@@ -466,8 +466,7 @@ def train(config):
                     f.writelines((json.dumps(m) + "\n").encode() for m in metrics)
             progress["losses"] = []
             save()
-            if run:
-                run.log(m, it)
+            run.log(m, it)
             began, first_it = time.time(), it
         if last:
             break
@@ -496,7 +495,7 @@ def train(config):
             sys.exit(128 + (asked_to_stop or [signal.SIGTERM])[0])
         for optimizer in optimizers:
             scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         scale = scaler.get_scale()
         scaler.update()
         progress["skipped"] = progress.get("skipped", 0) + (scaler.get_scale() < scale)  # float16 overflowed
@@ -512,8 +511,7 @@ def train(config):
         path = os.path.join(config.out_dir, ADAPTER_WEIGHTS if config.rank else "model.safetensors")
         say(f"best validation loss {progress['best']:.4f}, plotted in {config.out_dir}/loss.png")
         say(f"saved: {path} ({os.path.getsize(path) / 1e6:.2f} MB)")
-    if run:
-        run.finish()
+    run.finish()
     if processes.world > 1:
         dist.destroy_process_group()
     return metrics

@@ -543,7 +543,7 @@ def test_adamw_is_torchs(place):
                 p.grad = torch.randn(p.shape, generator=generator) if i > 1 or p.shape != (3, 3) else None
             optimizer.param_groups[0]["lr"] = 0.01 * (i + 1)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             if i == 3:
                 state = state and copy.deepcopy(optimizer.state_dict())
         return params, optimizer.state_dict()
