@@ -76,12 +76,19 @@ class LoRALinear(nn.Linear):
         reset_adapter(self)
 
     def forward(self, x):  # (..., in) -> (..., out)
+        if self._merged is None and self.is_lora() and x.is_cpu and x.ndim == 2 and not self._needs_autograd():
+            return BesideFrozen.apply(x, self.weight, self.bias, self.lora_A, self.lora_B, self.lora_scaling)
         weight = self.weight if self._merged is None else self._merged
         bias = None if self.bias is None else self.bias.to(x.dtype)
         out = F.linear(x, weight.to(x.dtype), bias)
         if self._merged is None and self.is_lora():
             out = add_low_rank(out, x, self)
         return out
+
+    def _needs_autograd(self):
+        """Whether more trains, or happens, than `BesideFrozen` knows of."""
+        trains = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        return trains or (self.training and self.lora_dropout.p > 0) or torch.compiler.is_compiling()
 
     def train(self, mode=True):
         super().train(mode)
@@ -158,6 +165,29 @@ def add_low_rank(out, x, layer):  # (..., out), (..., in) -> (..., out)
     flat = out if out.ndim == 2 else out.view(-1, out.size(-1))
     flat.addmm_(z * layer.lora_scaling, B.t())
     return out
+
+
+class BesideFrozen(torch.autograd.Function):
+    """x W0^T + b + scaling (x A^T) B^T for W0 and b that do not train: (N, in) -> (N, out). What autograd makes of
+    the same lines also keeps A and B in x's dtype and x A^T scaled, and adds up two gradients of x in another pass.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, B, scaling):
+        weight = weight.to(x.dtype)
+        z = F.linear(x, A.to(x.dtype))  # (N, r)
+        ctx.save_for_backward(x, z, weight, A, B)
+        ctx.scaling = scaling
+        out = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        return out.addmm_(z, B.to(x.dtype).t(), alpha=scaling)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, z, weight, A, B = ctx.saved_tensors
+        dz = (dy @ B.to(dy.dtype)).mul_(ctx.scaling)
+        dx = (dy @ weight).addmm_(dz, A.to(dy.dtype)) if ctx.needs_input_grad[0] else None
+        return dx, None, None, (dz.t() @ x).to(A.dtype), (dy.t() @ (z * ctx.scaling)).to(B.dtype), None
 
 
 @torch.no_grad()

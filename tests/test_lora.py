@@ -120,10 +120,14 @@ def test_fresh_adapter_is_kaiming_and_zero():
         ours.reset_parameters()
 
 
+@pytest.mark.parametrize("trained", ["", "weight", "bias"])
 @pytest.mark.parametrize("shape", [(5, IN), (2, 3, IN), (2, 1, 3, IN), (IN,), (0, IN)])
-def test_unmerged_equals_loralib(shape):
-    """Otherwise training follows another gradient than LoRA's."""
+def test_unmerged_equals_loralib(shape, trained):
+    """Otherwise training follows another gradient than LoRA's, with a frozen layer or what of it trains."""
     ours, theirs = layer_pair()
+    for layer in (ours, theirs):
+        for name in ("weight", "bias"):
+            getattr(layer, name).requires_grad = name == trained
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     y = x.detach().clone().requires_grad_()
     mode(True, ours, theirs)
@@ -133,8 +137,10 @@ def test_unmerged_equals_loralib(shape):
     (out * weights).sum().backward()
     (reference * weights).sum().backward()
     close(x.grad, y.grad)
-    close(ours.lora_A.grad, theirs.lora_A.grad)
-    close(ours.lora_B.grad, theirs.lora_B.grad)
+    for name, param in theirs.named_parameters():
+        assert param.requires_grad == (getattr(ours, name).grad is not None)
+        if param.requires_grad:
+            close(getattr(ours, name).grad, param.grad)
 
 
 def test_strided_input_equals_loralib():
