@@ -86,7 +86,7 @@ class LoRALinear(nn.Linear):
         return out
 
     def _needs_autograd(self):
-        """Whether more trains, or happens, than `BesideFrozen` knows of."""
+        """Whether more trains, or happens, than `BesideFrozen` knows of (which is for CPUs: measured there alone)."""
         trains = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         return trains or (self.training and self.lora_dropout.p > 0) or torch.compiler.is_compiling()
 
