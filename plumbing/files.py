@@ -1,0 +1,81 @@
+"""Files are whole or the old one, and a damaged one is told: writing, reading, checksums."""
+
+import contextlib
+import hashlib
+import json
+import os
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+ASSETS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets")
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """A file to write bytes to, next to `path`; at the end it is flushed to the disk and renamed. So `path` is
+    always whole: the old one until then, the new one after."""
+    new = f"{path}.tmp"
+    try:
+        with open(new, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(new, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(new)
+        raise
+
+
+def write_json(path, value):
+    with whole_file(path) as f:
+        f.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_tensors(path, tensors, note):
+    """A safetensors file. Its metadata, which other readers pass over, holds the tensors' SHA-256 and a note: what
+    the config file next to it must say. The same tensors give the same bytes."""
+    check = hashlib.sha256()
+    for name in sorted(tensors):
+        add_to_check(check, name, tensors[name])
+    data = memoryview(save(tensors, metadata={"format": "pt", "sha256": check.hexdigest(), "config": note}))
+    n = 8 + int.from_bytes(data[:8], "little")
+    # safetensors writes its header in an order that varies from run to run.
+    header = json.dumps(json.loads(bytes(data[8:n])), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    with whole_file(path) as f:
+        f.write(len(header).to_bytes(8, "little") + header)
+        f.write(data[n:])
+
+
+def read_tensors(path, note):
+    """(name, tensor) pairs of a safetensors file. Raises ValueError, naming the file, if it is damaged, or if its own
+    note differs. Whether its bytes are those that were written shows at the end."""
+    check = hashlib.sha256()
+    try:
+        with safe_open(path, framework="pt") as f:
+            names = sorted(f.keys())
+            metadata = f.metadata() or {}
+        expected = metadata.get("sha256")
+        if metadata.get("config", note) != note:
+            raise ValueError(f"{path} was written with {metadata['config']}, the config next to it says {note}")
+        for name in names:
+            with safe_open(path, framework="pt") as f:  # opened again: so the pages of copied tensors are freed
+                tensor = f.get_tensor(name)
+            if expected:
+                add_to_check(check, name, tensor)
+            yield name, tensor
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path} is damaged or cut short: {e}") from e
+    if expected and check.hexdigest() != expected:
+        raise ValueError(f"{path} is damaged: its tensors are not those that were written (SHA-256 differs)")
+
+
+def add_to_check(check, name, tensor):
+    """Feeds a tensor's name, kind and bytes to a hash."""
+    check.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+    check.update(tensor.reshape(-1).view(torch.uint8).numpy())
