@@ -23,13 +23,12 @@ from lora import (
     attach_lora,
     detach_lora,
     load_adapter,
-    lora_layers,
     mark_only_lora_as_trainable,
     merge_lora,
-    parameter_report,
     save_adapter,
 )
 from model import GPT, GPTConfig
+from plumbing.adapter import lora_layers, parameter_report
 
 OFF = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 SMALL = {"n_layer": 2, "n_head": 4, "n_embd": 64, "vocab_size": 301, "n_positions": 64, "pad_token_id": 300}
@@ -384,7 +383,7 @@ def test_deepcopy_is_independent():
         ("no_such", 2, r"targets=no_such: matches no linear layer's name; there are \d+: roberta.encoder"),
         ("embeddings", 2, "matches no linear layer's name"),
         ("(", 2, "no regular expression"),
-        ("query", 65, "rank=65 does not fit .*query, 64 x 64"),
+        ("query", 65, "rank=65 does not fit .*query of 64 x 64"),
         ("query", 0, "rank=0 does not fit"),
     ],
 )

@@ -20,17 +20,9 @@ from conftest import randomize, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from lora import (
-    LoRALinear,
-    load_adapter,
-    lora_layers,
-    lora_state_dict,
-    mark_only_lora_as_trainable,
-    merged_weight,
-    parameter_report,
-    save_adapter,
-)
+from lora import LoRALinear, add_adapter, load_adapter, mark_only_lora_as_trainable, save_adapter
 from model import GPT, GPTConfig
+from plumbing.adapter import lora_layers, lora_state_dict, merged_weight, parameter_report
 
 IN, OUT = 16, 24
 
@@ -54,6 +46,7 @@ def layer_pair(dtype=torch.float64, dropout=0.0):
     nn.init.normal_(theirs.lora_B)
     ours = LoRALinear(IN, OUT, dtype=dtype, lora_rank=4, lora_alpha=6, lora_dropout=dropout)
     ours.load_state_dict(theirs.state_dict())  # the names are loralib's too
+    ours.lora_A.requires_grad = ours.lora_B.requires_grad = True
     return ours, theirs
 
 
@@ -75,8 +68,11 @@ def logits(model, idx):
 
 def test_signature():
     """Otherwise scripts that construct the layer by position or by name break."""
-    expected = "(in_features, out_features, bias=True, device=None, dtype=None, lora_rank=0, lora_alpha=0.0, "
-    assert str(inspect.signature(LoRALinear)) == expected + "lora_dropout=0.0)"
+    expected = {"in_features": inspect.Parameter.empty, "out_features": inspect.Parameter.empty, "bias": True}
+    expected |= {"device": None, "dtype": None, "lora_rank": 0, "lora_alpha": 0.0, "lora_dropout": 0.0}
+    parameters = inspect.signature(LoRALinear).parameters
+    assert list(parameters) == list(expected)
+    assert {name: p.default for name, p in parameters.items()} == expected
     layer = LoRALinear(IN, OUT, False, "cpu", torch.float64, 4, 6.0, 0.5)
     assert isinstance(layer, nn.Linear) and layer.bias is None and layer.weight.dtype == torch.float64
     assert layer.lora_A.shape == (4, IN) and layer.lora_B.shape == (OUT, 4) and layer.lora_scaling == 1.5
@@ -223,6 +219,57 @@ def test_saved_bytes_do_not_depend_on_the_mode(checkpoint, tmp_path):
             assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
+CHANGES = {  # what happens to a layer while it is merged
+    "eval again": lambda layer: layer.eval(),
+    "another A": lambda layer: setattr(layer, "lora_A", nn.Parameter(torch.randn_like(layer.lora_A))),
+    "another B": lambda layer: setattr(layer, "lora_B", nn.Parameter(torch.randn_like(layer.lora_B))),
+    "another weight": lambda layer: setattr(layer, "weight", nn.Parameter(torch.randn_like(layer.weight))),
+    "float32 and back": lambda layer: layer.float().double(),
+    "the same device": lambda layer: layer.to("cpu"),
+    "a copy": copy.deepcopy,
+    "its own state": lambda layer: layer.load_state_dict(layer.state_dict()),
+    "its own state, assigned": lambda layer: layer.load_state_dict(layer.state_dict(), assign=True),
+    "a container's train and eval": lambda layer: nn.Sequential(layer).train().eval(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_while_merged_is_the_change_while_not(change):
+    """Otherwise what a layer computes depends on the mode that it was in when it was changed."""
+    results = []
+    for training in (True, False):
+        torch.manual_seed(0)
+        layer = layer_pair()[0].train(training)
+        torch.manual_seed(1)
+        changed = CHANGES[change](layer)
+        layer = changed if isinstance(changed, LoRALinear) else layer
+        x = torch.randn(5, IN, dtype=torch.float64)
+        state = {name: raw(tensor) for name, tensor in layer.state_dict().items()}
+        results.append((layer.train()(x), layer.eval()(x), state))
+        close(layer.weight, layer.state_dict()["weight"] + 1.5 * layer.lora_B @ layer.lora_A)
+        layer.train()
+        assert {name: raw(tensor) for name, tensor in layer.state_dict().items()} == state
+    (unmerged, merged, state), (unmerged_after, merged_after, state_after) = results
+    close(unmerged_after, unmerged, atol=1e-6)
+    close(merged_after, merged, atol=1e-6)
+    close(merged, unmerged, atol=1e-6)
+    assert state == state_after or "float32" in change
+
+
+def test_two_layers_with_one_weight_are_not_merged_into_it_twice():
+    """Otherwise eval() of a model with shared weights changes W0 for good, without a word."""
+    one = layer_pair()[0]
+    other = layer_pair()[0]
+    other.weight = one.weight
+    before = raw(one.weight)
+    one.eval()
+    with pytest.raises(ValueError, match="share a weight"):
+        other.eval()
+    one.train()
+    other.train()
+    assert raw(one.weight) == before and raw(other.weight) == before
+
+
 def test_changes_while_merged_refresh_the_merge():
     """Otherwise a model in eval mode goes on with the adapter that it had before."""
     ours, theirs = layer_pair()
@@ -251,7 +298,8 @@ def test_adapters_stay_float32(dtype):
         model = nn.Sequential(copy.deepcopy(ours).train(training))
         model = model.bfloat16() if dtype == torch.bfloat16 else model.half()
         layer, x = model[0], torch.randn(3, IN, dtype=dtype)
-        assert same_bytes(layer.weight, before.weight.to(dtype)) and isinstance(layer.lora_A, nn.Parameter)
+        w0 = layer.state_dict()["weight"]  # in eval mode `weight` itself is merged
+        assert same_bytes(w0, before.weight.to(dtype)) and isinstance(layer.lora_A, nn.Parameter)
         assert same_bytes(layer.lora_A, before.lora_A) and same_bytes(layer.lora_B, before.lora_B)
         exact = before.weight.to(dtype).double() + 1.5 * before.lora_B.double() @ before.lora_A.double()
         half_a_step = 0.51 * torch.finfo(dtype).eps * exact.abs()  # rounded once, at the end
@@ -273,7 +321,7 @@ def test_deepcopy_is_independent():
         twin = copy.deepcopy(ours)
         assert twin.training == training and torch.equal(twin(x), reference)
         with torch.no_grad():
-            twin.lora_B.zero_()
+            twin.train().lora_B.zero_()
             twin.weight.zero_()
         twin.train(training)
         assert torch.equal(ours(x), reference) and torch.equal(twin(x), ours.bias.expand(5, -1))
@@ -410,8 +458,9 @@ def test_our_adapter_comes_back_bit_for_bit(checkpoint, tmp_path):
     ours, theirs = lora_state_dict(model), lora_state_dict(again)
     assert len(ours) == 12 and ours.keys() == theirs.keys()
     assert all(same_bytes(ours[name], theirs[name]) for name in ours)
-    kinds = {(m.lora_rank, m.lora_alpha, m.lora_scaling, m.lora_dropout.p) for m in lora_layers(again).values()}
-    assert kinds == {(4, 6, 1.5, 0.1)}
+    kinds = {(m.lora_A.size(0), m.lora_scaling, m.lora_dropout.p) for m in lora_layers(again).values()}
+    assert kinds == {(4, 1.5, 0.1)}
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] == 6
     assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
@@ -420,8 +469,8 @@ def test_what_is_no_one_adapter_cannot_be_saved(checkpoint, tmp_path):
     model = GPT.from_pretrained(checkpoint)
     with pytest.raises(ValueError, match="an adapter needs"):
         save_adapter(model, str(tmp_path))
-    model.transformer.h[0].attn.c_attn.add_lora(4, 8)
-    model.transformer.h[1].attn.c_attn.add_lora(2, 8)
+    add_adapter(model.transformer.h[0].attn.c_attn, 4, 8)
+    add_adapter(model.transformer.h[1].attn.c_attn, 2, 8)
     with pytest.raises(ValueError, match="one rank"):
         save_adapter(model, str(tmp_path))
     assert os.listdir(tmp_path) == []
@@ -486,3 +535,97 @@ def test_a_damaged_adapter_is_named_and_leaves_the_model(checkpoint, tmp_path, d
         assert str(tmp_path / named) in str(caught.value)
         assert {n: raw(t) for n, t in model.state_dict().items()} == before
         assert torch.equal(logits(model, idx), said)
+
+
+# --- adapters as they come in the wild -------------------------------------------------------------
+
+MORE_THAN_LORA = {  # what PEFT writes, and the key that says so
+    "PiSSA": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+    "OLoRA": ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+    "DoRA": ({"use_dora": True}, "use_dora=True"),
+    "aLoRA": ({"alora_invocation_tokens": [5, 7]}, r"alora_invocation_tokens=\[5, 7\]"),
+    "a bias of B's own": ({"lora_bias": True}, "lora_bias=True"),
+    "new tokens": ({"trainable_token_indices": [3]}, r"trainable_token_indices="),
+}
+
+
+@pytest.mark.parametrize("kind", MORE_THAN_LORA)
+def test_an_adapter_that_is_more_than_lora_is_refused(hf, checkpoint, tmp_path, kind):
+    """Otherwise A and B are read as plain LoRA's, and the model says something else than it does in PEFT."""
+    config, says = MORE_THAN_LORA[kind]
+    peft_model(hf, **config).save_pretrained(tmp_path, save_embedding_layers=False)
+    model = GPT.from_pretrained(checkpoint)
+    before = {n: raw(t) for n, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=says) as caught:
+        load_adapter(model, str(tmp_path))
+    assert "In PEFT" in str(caught.value)
+    assert {n: raw(t) for n, t in model.state_dict().items()} == before
+
+
+def test_a_key_of_a_later_peft_is_refused(hf, checkpoint, tmp_path):
+    """Otherwise the next variant of LoRA that PEFT learns is read as plain LoRA again."""
+    peft_trained(hf, tmp_path)
+    for value, refused in ((None, False), (False, False), ({}, False), (2, True), ({"a": 1}, True)):
+        edit_config(tmp_path, use_somelora=value)
+        if refused:
+            with pytest.raises(ValueError, match="use_somelora="):
+                load_adapter(GPT.from_pretrained(checkpoint), str(tmp_path))
+        else:
+            load_adapter(GPT.from_pretrained(checkpoint), str(tmp_path))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_ranks_and_alphas_by_pattern_are_read_right(hf, checkpoint, tmp_path, rslora):
+    """Otherwise an adapter whose layers differ in rank or alpha, as PEFT can make it, scales wrongly here."""
+    patterns = {"rank_pattern": {"h.1.attn.c_attn": 7, "c_proj": 2}, "alpha_pattern": {r"h\.[02]\.attn\.c_attn": 20}}
+    theirs = peft_trained(hf, tmp_path, use_rslora=rslora, **patterns)
+    model = GPT.from_pretrained(checkpoint)
+    load_adapter(model, str(tmp_path))
+    idx = tokens(2, 30)
+    close(logits(model, idx), logits(theirs, idx), atol=1e-4)
+    ranks = {name.split(".", 2)[2]: layer.lora_A.size(0) for name, layer in lora_layers(model).items()}
+    assert ranks["1.attn.c_attn"] == 7 and ranks["0.attn.c_attn"] == 4 and ranks["0.attn.c_proj"] == 2
+
+
+def test_a_head_of_its_own_does_not_go_into_the_embedding(hf, checkpoint, tmp_path):
+    """Otherwise loading a trained output head changes what the words mean at the input, without a word."""
+    theirs = peft_model(hf, modules_to_save=["lm_head"])
+    with torch.no_grad():
+        theirs.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.5)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
+    model = GPT.from_pretrained(checkpoint)
+    before = raw(model.transformer.wte.weight)
+    with pytest.raises(ValueError, match=r"lm_head\.weight is one tensor with transformer\.wte\.weight"):
+        load_adapter(model, str(tmp_path))
+    assert raw(model.transformer.wte.weight) == before and not lora_layers(model)
+
+
+def test_an_adapter_with_a_name_is_found(hf, checkpoint, tmp_path):
+    """Otherwise what PEFT saved under an adapter's name looks like nothing at all."""
+    peft_trained(hf, tmp_path / "one")
+    os.rename(tmp_path / "one", tmp_path / "two")
+    os.makedirs(tmp_path / "out")
+    os.rename(tmp_path / "two", tmp_path / "out" / "mine")
+    model = GPT.from_pretrained(checkpoint)
+    load_adapter(model, str(tmp_path / "out"))
+    direct = GPT.from_pretrained(checkpoint)
+    load_adapter(direct, str(tmp_path / "out" / "mine"))
+    assert torch.equal(logits(model, tokens(1, 9)), logits(direct, tokens(1, 9)))
+    peft_trained(hf, tmp_path / "out" / "other")
+    with pytest.raises(ValueError, match=r"several adapters: name one, such as .*mine"):
+        load_adapter(model, str(tmp_path / "out"))
+
+
+def test_a_pickled_adapter_is_refused_with_the_line_that_converts_it(hf, checkpoint, tmp_path):
+    """Otherwise a user with an older adapter is told that a file is missing, and not what to do."""
+    theirs = peft_trained(hf, tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / WEIGHTS)
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    os.remove(tmp_path / WEIGHTS)
+    model = GPT.from_pretrained(checkpoint)
+    with pytest.raises(ValueError, match="is a pickle") as caught:
+        load_adapter(model, str(tmp_path))
+    command = re.search(r'python -c "(.*)"$', str(caught.value))[1]
+    exec(command)  # as the user would run it
+    load_adapter(model, str(tmp_path))
+    close(logits(model, tokens(1, 9)), logits(theirs, tokens(1, 9)), atol=1e-4)
