@@ -4,15 +4,29 @@ python -m pytest tests/test_notebook.py
 """
 
 import os
+import subprocess
+import zipfile
 
 import nbclient
 import nbformat
+import pytest
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PATH = os.path.join(REPO, "notebooks", "lora_gpt2_colab.ipynb")
 
 
-def test_notebook_runs_and_is_stored_without_outputs(tmp_path, monkeypatch):
+@pytest.fixture
+def old_torchao(tmp_path):
+    """A folder with a package torchao of the version that Colab has, which peft raises ImportError for."""
+    folder = tmp_path / "packages"
+    (folder / "torchao").mkdir(parents=True)
+    (folder / "torchao" / "__init__.py").write_text('__version__ = "0.10.0"\n')
+    (folder / "torchao-0.10.0.dist-info").mkdir()
+    (folder / "torchao-0.10.0.dist-info" / "METADATA").write_text("Name: torchao\nVersion: 0.10.0\n")
+    return folder
+
+
+def test_notebook_runs_and_is_stored_without_outputs(tmp_path, monkeypatch, old_torchao):
     """Lost if it fails: whoever opens the notebook in a browser is stopped by an error in a cell."""
     notebook = nbformat.read(PATH, 4)
     assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in notebook.cells)
@@ -21,8 +35,60 @@ def test_notebook_runs_and_is_stored_without_outputs(tmp_path, monkeypatch):
             os.symlink(os.path.join(REPO, name), tmp_path / name)
     monkeypatch.setenv("NANOLORA_STEPS", "2")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(old_torchao))
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     shown = [str(o) for cell in notebook.cells for o in cell.get("outputs", [])]
     for words in ("garbage", "val_loss", "image/png", "2.7 Accuracy over the rank", "adapter_model.safetensors"):
         assert any(words in o for o in shown), words
     assert not [o for o in shown if "error:" in o or "Traceback" in o]
+
+
+@pytest.fixture
+def first_cell(tmp_path, monkeypatch):
+    """Runs the first cell in an empty folder as its form was filled in. Returns the commands that it ran."""
+    code = nbformat.read(PATH, 4).cells[1].source
+    monkeypatch.chdir(tmp_path)
+
+    def run(repository=""):
+        commands = []
+
+        def record(command, check):
+            assert check
+            commands.append(command[1:])  # without the program's place
+            if command[0] == "git":
+                os.makedirs(command[-1])
+                for name, text in (("lora.py", ""), ("requirements.txt", "torch>=2.6\nnumpy>=1.26\n")):
+                    with open(os.path.join(command[-1], name), "w") as f:
+                        f.write(text)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(subprocess, "run", record)
+            exec(code.replace('repository = ""', f"repository = {repository!r}"), {})
+        return commands
+
+    return run
+
+
+INSTALL = ["-m", "pip", "install", "-q", "numpy>=1.26"]  # torch is here already
+
+
+def test_first_cell_says_what_to_type(first_cell):
+    """Lost if it fails: in an empty Colab the next cells fail one by one, and nobody says why."""
+    with pytest.raises(FileNotFoundError, match=r"address above, or upload its zip"):
+        first_cell()
+
+
+def test_first_cell_clones_the_address(first_cell):
+    """Lost if it fails: the form's address is not used, or Colab's torch is replaced, which takes minutes."""
+    address = "https://example.org/someone/nanolora"
+    assert first_cell(address) == [["clone", "-q", address, "nanolora"], INSTALL]
+    assert os.path.exists("lora.py")
+
+
+def test_first_cell_unpacks_an_uploaded_zip(tmp_path, first_cell):
+    """Lost if it fails: who has no address, but a copy of the repository, cannot run the notebook."""
+    with zipfile.ZipFile(tmp_path / "nanolora-main.zip", "w") as f:
+        f.writestr("nanolora-main/lora.py", "")
+        f.writestr("nanolora-main/requirements.txt", "torch>=2.6\nnumpy>=1.26\n")
+    assert first_cell() == [INSTALL]
+    assert os.path.exists("lora.py")
