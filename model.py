@@ -114,8 +114,10 @@ class LayerNorm(nn.LayerNorm):
 def attend(q, k, v, mask, dropout):  # (B, H, T, D), k and v (B, H, P + T, D) -> (B T, C)
     """Scaled dot-product attention ("Attention Is All You Need", Vaswani et al. 2017, section 3.2.1):
     softmax(q k^T / sqrt(D)) v, in which a token looks at itself and at those before it."""
-    causal = mask is None and q.size(2) == k.size(2) > 1
-    y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+    if mask is None and q.size(2) == k.size(2) > 1:  # an `if`: a symbolic is_causal would break torch.compile's graph
+        y = F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
     return y.transpose(1, 2).flatten(2).flatten(0, 1)  # the heads' outputs side by side
 
 

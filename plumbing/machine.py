@@ -6,6 +6,7 @@ import os
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from plumbing.errors import first_line
 
@@ -19,15 +20,53 @@ def keep_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap is not shrunk
 
 
-def pick_device(device="auto"):
-    """ "auto": cuda, else mps, else cpu. ValueError if the device cannot be had."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def pick_device(device: str = "auto") -> str:
+    """ "auto": cuda, else mps, else cpu; a device that computes something else than the CPU is passed over with a
+    note. ValueError if the device cannot be had."""
+    if device != "auto":
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as e:
+            raise ValueError(f"device={device}: not on this machine ({first_line(e)}); type --device=cpu") from e
+        return device
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    for name, is_available in available.items():
+        if not is_available():
+            continue
+        wrong = compare_with_cpu(name)
+        if not wrong:
+            return name
+        print(f"note: {name} computes wrong numbers here ({wrong}), so the CPU is used; --device={name} insists")
+    return "cpu"
+
+
+def compare_with_cpu(device: str) -> str:
+    """What a small forward and backward pass gives else on the device than on the CPU; "" where they agree. Drivers
+    and new kernels have been wrong without an error, on Apple's mps more than once."""
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"device={device}: not on this machine ({first_line(e)}); type --device=cpu") from e
-    return device
+        results = zip(("loss", "gradients", "token ids"), try_device(device), try_device("cpu"))
+        different = [name for name, a, b in results if not torch.allclose(a, b, rtol=1e-3, atol=1e-4)]
+        return ", ".join(different)
+    except RuntimeError as e:
+        return first_line(e)
+
+
+def try_device(device: str) -> list[torch.Tensor]:
+    """Loss, gradients and copied token ids of one attention layer with a mask, in float32, as CPU tensors."""
+    generator = torch.Generator().manual_seed(0)
+    idx = torch.randint(0, 50, (3, 9), generator=generator)
+    embedding = torch.randn(50, 32, generator=generator).to(device).requires_grad_()
+    weight = (0.3 * torch.randn(96, 32, generator=generator)).to(device).requires_grad_()
+    idx = idx.to(device)
+    x = F.embedding(idx, embedding)  # (3, 9, 32)
+    q, k, v = F.linear(x, weight).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)  # each (3, 2, 9, 16)
+    mask = torch.ones(9, 9, dtype=torch.bool, device=device).tril()
+    y = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+    logits = F.linear(F.gelu(y, approximate="tanh"), embedding)
+    loss = F.cross_entropy(logits.flatten(0, 1), idx.flatten())
+    loss.backward()
+    gradients = torch.cat([embedding.grad.flatten(), weight.grad.flatten()])
+    return [loss.detach().cpu(), gradients.cpu(), idx.cpu().float()]
 
 
 def pick_dtype(device, dtype="auto", mixed=True):
@@ -58,20 +97,34 @@ class Processes:
     def __init__(self, config):
         self.world_rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.is_first = self.world_rank == 0
         self.device = config.device
         if self.world_size > 1:
-            if config.batch_size < self.world_size:
-                raise ValueError(
-                    f"batch_size={config.batch_size}: type at least one example for each of "
-                    f"{self.world_size} processes"
-                )
-            on_cuda = config.device in ("auto", "cuda") and torch.cuda.is_available()
-            if on_cuda:
-                self.device = f"cuda:{os.environ['LOCAL_RANK']}"
-                torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if on_cuda else "gloo")
+            self._join(config)
         self.device = pick_device(self.device)
-        self.is_first = self.world_rank == 0
+        if self.device.startswith("cuda"):
+            # cuDNN's attention comes first on newer GPUs and plans again for each new shape, half a second each.
+            torch.backends.cuda.enable_cudnn_sdp(False)
+
+    def _join(self, config):
+        """Takes this process's own device and meets the others."""
+        if config.batch_size < self.world_size:
+            raise ValueError(
+                f"batch_size={config.batch_size}: type at least one example for each of {self.world_size} processes"
+            )
+        on_cuda = config.device in ("auto", "cuda") and torch.cuda.is_available()
+        if on_cuda:
+            local_rank = int(os.environ["LOCAL_RANK"])
+            n_gpus = torch.cuda.device_count()
+            if local_rank >= n_gpus:
+                raise ValueError(f"more processes than GPUs on this machine: type --nproc_per_node={n_gpus}")
+            self.device = f"cuda:{local_rank}"
+            torch.cuda.set_device(self.device)
+        elif config.device in ("auto", "cpu"):
+            self.device = "cpu"
+        else:
+            raise ValueError(f"device={config.device}: several processes need GPUs of their own, or --device=cpu")
+        dist.init_process_group("nccl" if on_cuda else "gloo")
 
     def sum(self, values):
         """Sum over the processes of a list of floats."""

@@ -439,3 +439,28 @@ def test_a_batch_that_holds_every_word_can_be_sampled():
     model, idx = GPT(GPTConfig(**TINY | {"vocab_size": 20})), torch.arange(20)[None]
     loss, full = model(idx, idx, n_sampled=5)[1], model(idx, idx)[1]
     close(loss, full)
+
+
+# --- torch.compile -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("P", [0, 5])
+def test_compiled_graph_breaks_only_where_places_are_counted(P):
+    """Otherwise --compile makes a graph for each attention and each shape, and is slower than without."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**TINY, dropout=0.1, lora_rank=2, lora_alpha=2))  # dropout: attention by the plain way
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model.compile(dynamic=True, backend=keep)
+    for B, T in ((2, 9), (3, 12), (4, 20)):
+        idx = tokens(B, T)
+        targets = idx.clone()
+        targets[:, :-2] = -1
+        model(idx, targets, prefix=tokens(1, P))[1].backward()
+    torch._dynamo.reset()
+    assert 1 <= len(graphs) <= 6  # three layers broken at each attention make more than ten
