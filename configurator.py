@@ -6,46 +6,54 @@ A config file holds plain assignments (`rank = 16  # comment`): literals and the
 never executed. Flags win over the file, the file over the defaults below. `--help` prints this table.
 """
 
-import argparse
-import ast
-import contextlib
 import dataclasses
 import difflib
+import glob
 import hashlib
-import inspect
 import json
 import math
 import os
 import re
-import sys
 import typing
 from dataclasses import dataclass
+
+from plumbing.assignments import read_assignments
+from plumbing.errors import UserError, one_line_errors
+from plumbing.flags import parse_flags
+
+TEMPLATE = """Classify the sentiment of the following movie review as positive or negative.
+
+Review: {text}
+
+Sentiment: {label}"""
 
 
 @dataclass
 class Config:
+    """The defaults are the assignment's: those of configs/finetune_params_config.py."""
+
     # --- model
-    init_from: str = "gpt2-mini"  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, gpt2-mini, scratch, resume, or a directory
-    rank: int = 16  # of the adapters; 0 trains without LoRA (full fine-tuning)
-    alpha: float = 64.0  # the adapters' output is scaled by alpha / rank
-    dropout: float = 0.0  # on the adapters' input; without LoRA on embeddings, attention and residuals
+    init_from: str = "gpt2-medium"  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, gpt2-mini, scratch, resume, a directory
+    rank: int = 128  # of the adapters; 0 trains without LoRA (full fine-tuning)
+    alpha: float = 512.0  # the adapters' output is scaled by alpha / rank
+    dropout: float = 0.05  # on the adapters' input; without LoRA on embeddings, attention and residuals
     lora_targets: str = r"attn\.c_(attn|proj)$"  # regular expression: names of the linear layers that get an adapter
-    lora_bias: str = "none"  # biases trained beside LoRA: none, all, lora_only (those of the adapted layers)
-    trainable: str | None = None  # regular expression: parameters trained beside LoRA or, with rank=0, alone
+    lora_bias: str = "none"  # biases trained next to LoRA: none, all, lora_only (those of the adapted layers)
+    trainable: str | None = None  # regular expression: parameters trained next to LoRA or, with rank=0, alone
     n_layer: int = 6  # layers (n_layer to block_size: for init_from=scratch)
     n_head: int = 4  # attention heads
     n_embd: int = 256  # width
     block_size: int = 1024  # context in tokens
     # --- data
     task: str = "instruct"  # instruct: labels as text, by template; classify: by a new head; pretrain: plain text
-    dataset: str = (
-        "rt_reviews"  # rt_reviews, rotten_tomatoes, a file or directory (csv, jsonl, parquet, txt), a hub name
-    )
+    dataset: str = "rotten_tomatoes"  # rt_reviews, a file or directory (csv, jsonl, parquet, txt), or a hub name
     text_field: str = "text"  # column that holds the text
     label_field: str = "label"  # column that holds the label, as a word or a number
-    label_names: str | None = None  # words for the labels 0, 1, ..., with commas; None: as the data names them
-    template: str = "Review: {text}\nSentiment: {label}"  # {text} and {label}; {label} comes last
+    # The default is for the default data set: where a flag or file names another dataset alone, label_names is None.
+    label_names: str | None = "negative,positive"  # words for labels 0, 1, ..., with commas; None: the data's own
+    template: str = TEMPLATE  # {text} and {label}; {label} comes last
     loss_on: str = "label"  # label: its tokens and end-of-text are scored; all: every token
+    train_examples: int = 0  # training examples, chosen by the seed; 0: all
     balance_classes: bool = False  # classify: each class weighs the same in the loss, however rare
     lowercase_share: float = 0.0  # pretrain: share of the texts that is lower-cased with spaced punctuation
     train_context: int = 256  # pretrain: tokens in a training row
@@ -53,8 +61,8 @@ class Config:
     out_dir: str = "out"  # where everything is written
     batch_size: int = 32  # examples in a forward pass, over all processes
     gradient_accumulation_steps: int = 1  # forward passes in an update
-    max_iters: int = 500  # updates
-    lr: float = 1e-3  # peak learning rate of AdamW
+    max_iters: int = 320  # updates
+    lr: float = 5e-4  # peak learning rate of AdamW
     muon_lr: float = 0.0  # > 0: Muon with this learning rate for the blocks' matrices (rank=0)
     weight_decay: float = 0.0  # AdamW's, on matrices
     beta1: float = 0.9  # AdamW's first moment
@@ -63,8 +71,8 @@ class Config:
     warmup_iters: int = 20  # updates over which the learning rate rises
     decay_share: float = 0.9  # last share of the run over which the learning rate falls to 0
     n_sampled: int = 0  # > 0: softmax over the batch's words and this many sampled others (pretrain)
-    eval_interval: int = 50  # updates between evaluations
-    eval_iters: int = 0  # batches in an evaluation; 0: the whole validation split
+    eval_interval: int = 40  # updates between evaluations
+    eval_iters: int = 20  # batches in an evaluation; 0: the whole validation split
     save_interval: int = 0  # updates between checkpoints; 0: at each evaluation
     seed: int = 1337  # of data order, adapters and dropout
     compile: bool = False  # torch.compile the model
@@ -82,14 +90,124 @@ class Config:
     temperature: float = 0.0  # 0: the likeliest token; higher is more random
     top_k: int | None = None  # sample among the k likeliest tokens; None: all
 
-    resume = False  # not a key: set by `configure` for init_from=resume
+    resume = False  # not a key: set for init_from=resume
 
 
-ALIASES = {"lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+RUN_CONFIG = "train_config.json"  # in out_dir: the config that a run was started with
+# A resumed run keeps these: the model's for scoring too, all of them for training.
+MODEL_KEYS = ("rank", "alpha", "lora_targets", "lora_bias", "trainable", "task")
+MODEL_KEYS += ("n_layer", "n_head", "n_embd", "block_size")
+RUN_KEYS = ("dropout", "dataset", "text_field", "label_field", "label_names", "template", "loss_on", "seed", "dtype")
+RUN_KEYS += ("train_examples", "balance_classes", "lowercase_share", "train_context", "muon_lr", "n_sampled")
+RUN_KEYS += ("batch_size", "gradient_accumulation_steps")
+
+
+def configure(argv: list[str], cls: type = Config, fixed: tuple[str, ...] = MODEL_KEYS + RUN_KEYS):
+    """argv (without the program's name) -> cls. Prints help or one line for a mistake, and exits.
+
+    With init_from=resume the config is that of the run in out_dir, flags on top; those in `fixed` may not
+    differ from it. Then `init_from` is the run's own base and `resume` is True.
+    """
+    fields = fields_of(cls)
+    about = __doc__ if cls is Config else cls.__doc__
+    with one_line_errors():
+        path, flags = parse_flags(argv, cls, about, ALIASES, lambda key: suggest(key, fields, "--"))
+        from_file = {}
+        if path:
+            from_file = read_config_file(find_config_file(path), fields)
+        config = combine(flags, from_file, cls, fixed)
+        if not config.resume:
+            note_scale(flags, from_file, fields)
+    return config
+
+
+def make_config(**settings) -> Config:
+    """The Config of a program, without a command line: settings by keyword, checked as those of a file are. With
+    init_from="resume" that of the run in out_dir, to generate with. Raises UserError or OSError."""
+    fields = fields_of(Config)
+    values = {}
+    for spelling, value in settings.items():
+        key = find_key(spelling, fields)
+        values[key] = fit_type(key, value, fields[key].type)
+    return combine(values, {}, Config, MODEL_KEYS)
+
+
+def load_run(out_dir: str, **settings) -> Config:
+    """The Config of the run in out_dir, settings on top. Raises UserError if there is no run, or a damaged one."""
+    return make_config(init_from="resume", out_dir=out_dir, **settings)
+
+
+def combine(typed, from_file, cls, fixed):
+    """A cls of all settings: what was typed wins over a resumed run's own, this over the file, the file over the
+    defaults."""
+    fields = fields_of(cls)
+    stored = {}
+    values = from_file | typed
+    if values.get("init_from") == "resume":
+        out_dir = values.get("out_dir", fields["out_dir"].default)
+        stored = read_run(out_dir, fields)
+        refuse_changes(typed, stored, fixed, out_dir)
+        values = from_file | stored | typed
+    elif names_another_dataset(values, fields):
+        values.setdefault("label_names", None)
+    for key, value in values.items():
+        check_range(key, value)
+    if stored:
+        values["init_from"] = stored["init_from"]
+    config = cls(**values)
+    config.resume = bool(stored)
+    return config
+
+
+def names_another_dataset(values, fields):
+    return "dataset" in values and values["dataset"] != fields["dataset"].default
+
+
+def note_scale(flags, from_file, fields):
+    """A line for a rank that is typed without alpha: the adapter's scale changes too, and few mean that."""
+    if "alpha" in flags or not flags.get("rank"):
+        return
+    rank = flags["rank"]
+    rank_before = from_file.get("rank", fields["rank"].default)
+    alpha = from_file.get("alpha", fields["alpha"].default)
+    if rank_before in (0, rank):
+        return
+    kept = alpha / rank_before
+    print(
+        f"note: rank={rank} with alpha={alpha:g} scales the adapter by {alpha / rank:g}; "
+        f"--alpha={kept * rank:g} keeps the config's {kept:g}"
+    )
+
+
+def fields_of(cls):
+    return {field.name: field for field in dataclasses.fields(cls)}
+
+
+# --- keys and their values -------------------------------------------------------------------------
+
+ALIASES = {  # other spellings, in flags, files and programs
+    "lora_rank": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "learning_rate": "lr",
+}
+HINTS = {  # nanoGPT's other keys and the handout's other names: what does their work here
+    "r": "--rank is the adapters' rank",
+    "instruction_template": "--template holds {text} and {label}",
+    "decay_lr": "--decay_share=0 keeps the learning rate constant after the warm-up",
+    "lr_decay_iters": "--decay_share is the last share of the run over which the learning rate falls to 0",
+    "min_lr": "the learning rate falls to 0, over the last --decay_share of the run",
+    "eval_only": "generate.py --init_from=resume scores a run and trains nothing",
+    "log_interval": "the bar shows each update's loss; --eval_interval sets how often a line is printed",
+    "always_save_checkpoint": "each evaluation saves a checkpoint; --save_interval saves between them",
+    "bias": "GPT-2's layers have biases; --lora_bias trains them next to LoRA",
+    "backend": "processes that torchrun starts choose nccl or gloo by themselves",
+    "num_samples": "generate.py writes one text a call; another --seed gives another",
+}
 AT_LEAST = {  # smallest value allowed
     **dict.fromkeys(("rank", "alpha", "dropout", "warmup_iters", "eval_iters", "save_interval"), 0),
     **dict.fromkeys(("lr", "muon_lr", "weight_decay", "grad_clip", "n_sampled", "seed", "temperature"), 0),
-    **dict.fromkeys(("beta1", "beta2", "decay_share", "lowercase_share"), 0),
+    **dict.fromkeys(("beta1", "beta2", "decay_share", "lowercase_share", "train_examples"), 0),
     **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "train_context", "batch_size"), 1),
     **dict.fromkeys(("gradient_accumulation_steps", "max_iters", "eval_interval", "max_new_tokens", "top_k"), 1),
 }
@@ -105,221 +223,40 @@ ONE_OF = {
     "split": ("test", "validation", "train"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
 }
-RESUMED = "train_config.json"  # in out_dir: the config a run was started with
-MODEL_KEYS = ("rank", "alpha", "lora_targets", "lora_bias", "trainable", "task")
-MODEL_KEYS += ("n_layer", "n_head", "n_embd", "block_size")
-RUN_KEYS = ("dropout", "dataset", "text_field", "label_field", "label_names", "template", "loss_on", "seed", "dtype")
-RUN_KEYS += ("balance_classes", "lowercase_share", "train_context", "muon_lr", "n_sampled")
-RUN_KEYS += ("batch_size", "gradient_accumulation_steps")
 
 
-class UserError(ValueError):
-    """A mistake of the user's: one line that says what, where and what to type instead."""
+def find_key(spelling, fields, where=""):
+    """The key that is meant; UserError, with what may be meant, if there is none."""
+    key = ALIASES.get(spelling, spelling)
+    if key not in fields:
+        hint = suggest(key, fields) or "train.py --help lists the keys"
+        raise UserError(f"{where}unknown key {key}; {hint}")
+    return key
 
 
-@contextlib.contextmanager
-def one_line_errors(kinds=(ValueError, OSError)):
-    """Ends the program with one line and exit code 2 where the user's input or machine is at fault."""
-    try:
-        yield
-    except kinds as e:
-        text = str(e) if isinstance(e, ValueError) or not e.filename else f"{e.filename}: {e.strerror}"
-        print(f"error: {' '.join(text.split())}", file=sys.stderr)
-        sys.exit(2)
+def suggest(key, fields, dashes=""):
+    """What may be meant by an unknown key; "" if nothing is like it."""
+    if key in HINTS:
+        return HINTS[key]
+    near = difflib.get_close_matches(key, [*fields, *ALIASES], 1)
+    return f"did you mean {dashes}{near[0]}?" if near else ""
 
 
-def configure(argv, cls=Config, fixed=MODEL_KEYS + RUN_KEYS):
-    """argv (without the program's name) -> cls. Prints help or one line for a mistake, and exits.
-
-    With init_from=resume the config is that of the run in out_dir, flags on top; those in `fixed` may not
-    differ from it. Then `init_from` is the run's own base and `resume` is True.
-    """
-    with one_line_errors():
-        return _configure(argv, cls, fixed)
-
-
-def _configure(argv, cls, fixed):
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    flags = _parse_flags(argv, cls, fields)
-    path = flags.pop("config_file")
-    from_file = read_config_file(path, fields) if path else {}
-    stored = {}
-    if (flags.get("init_from") or from_file.get("init_from")) == "resume":
-        out_dir = flags.get("out_dir", from_file.get("out_dir", fields["out_dir"].default))
-        stored = _stored(out_dir, fields)
-        for key in fixed:
-            if key in flags and flags[key] != stored.get(key, flags[key]):
-                raise UserError(
-                    f"--{key}={flags[key]}: the run in {out_dir} has {key}={stored[key]}; drop the flag, or start "
-                    "another run with another --out_dir"
-                )
-    values = from_file | stored | flags
-    for key, value in values.items():
-        check(key, value)
-    before = {name: f.default for name, f in fields.items()} | from_file
-    if (
-        flags.get("rank")
-        and "alpha" not in flags
-        and before["rank"]
-        and flags["rank"] != before["rank"]
-        and not stored
-    ):
-        kept, scale = before["alpha"] / before["rank"], before["alpha"] / flags["rank"]
-        print(
-            f"note: rank={flags['rank']} with alpha={before['alpha']:g} scales the adapter by {scale:g}; "
-            f"--alpha={kept * flags['rank']:g} keeps the config's {kept:g}"
-        )
-    if stored:
-        values["init_from"] = stored["init_from"]
-    config = cls(**values)
-    config.resume = bool(stored)
-    return config
-
-
-def _parse_flags(argv, cls, fields):
-    parser = argparse.ArgumentParser(
-        prog=f"python {os.path.basename(sys.argv[0])}",
-        usage="%(prog)s [configs/FILE.py] [--key=value ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=_help_table(cls),
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.error = _flag_error(fields)
-    parser.add_argument("config_file", nargs="?", default=None, help=argparse.SUPPRESS)
-    hints = typing.get_type_hints(cls)
-    for name in fields:
-        names = [name, *(a for a, target in ALIASES.items() if target == name)]
-        spellings = dict.fromkeys(f"--{s}" for n in names for s in (n, n.replace("_", "-")))
-        options = {"nargs": "?", "const": "True"} if hints[name] is bool else {}
-        parser.add_argument(*spellings, dest=name, help=argparse.SUPPRESS, **options)
-    texts = vars(parser.parse_args(argv))
-    path = texts.pop("config_file")
-    return {"config_file": path} | {k: convert(k, v, hints[k], f"--{k}={v}") for k, v in texts.items()}
-
-
-def _flag_error(fields):
-    def error(message):
-        if unknown := re.match(r"unrecognized arguments: (\S+)", message):
-            word = unknown.group(1)
-            if not word.startswith("-"):
-                raise UserError(f"{word}: one config file at most; settings are typed as --key=value")
-            key = word.lstrip("-").split("=")[0].replace("-", "_")
-            near = difflib.get_close_matches(key, [*fields, *ALIASES], 1)
-            hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
-            raise UserError(f"unknown flag --{key}: {hint}")
-        raise UserError(message)
-
-    return error
-
-
-def _help_table(cls):
-    """Every key with its type, default and the comment at its right."""
-    lines, hints = [cls.__doc__ if cls is not Config else __doc__], typing.get_type_hints(cls)
-    defaults = {f.name: f.default for f in dataclasses.fields(cls)}
-    for owner in reversed(cls.__mro__[:-1]):
-        for line in re.sub(r"\(\n\s+(.*)\n\s+\)", r"\1", inspect.getsource(owner)).splitlines():
-            if section := re.match(r"    # --- (.*)", line):
-                lines.append(f"\n{section.group(1)}:")
-            elif key := re.match(r"    (\w+): .*?  # (.*)", line):
-                name, comment = key.groups()
-                kind = getattr(hints[name], "__name__", str(hints[name]))
-                lines.append(f"  --{name:27} {kind:12} {str(defaults[name])!r:24} {comment}")
-    return "\n".join(lines).replace("%", "%%")
-
-
-def convert(key, text, kind, where):
-    """A flag's text as the key's type; UserError if it is none."""
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":  # quotes that a shell left in
-        text = text[1:-1]
+def fit_type(key, value, kind, where=""):
+    """A value that is no text to convert, from a file or a program, as the key's type; UserError if it is another."""
     kinds = typing.get_args(kind) or (kind,)
-    if type(None) in kinds and text in ("None", "none"):
-        return None
-    if str in kinds:
-        return text
-    if bool in kinds:
-        if text.lower() in ("true", "false", "1", "0", "yes", "no"):
-            return text.lower() in ("true", "1", "yes")
-        raise UserError(f"{where}: {key} is True or False")
-    if int in kinds and re.fullmatch(r"\s*[+-]?\d{1,99}\s*", text):
-        return int(text)  # not by way of a float, which has 53 bits
-    try:
-        number = float(text)
-        if not math.isfinite(number) or (int in kinds and number != int(number)):
-            raise ValueError
-        return int(number) if int in kinds else number
-    except (ValueError, OverflowError):
-        example = "16" if int in kinds else "5e-4"
-        raise UserError(
-            f"{where}: {key} is a{'n integer' if int in kinds else ' number'}, such as {example}"
-        ) from None
-
-
-def read_config_file(path, fields):
-    """{key: value} of a file of plain assignments; UserError for anything else."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such config file; those that ship are in configs/")
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            tree = ast.parse(f.read())
-    except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not readable as plain assignments: {e}") from e
-    values = {}
-    for node in tree.body:
-        where = f"{path}:{node.lineno}"
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            continue  # a docstring
-        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
-            raise UserError(f"{where}: only plain assignments are read here, such as rank = 16")
-        key = ALIASES.get(node.targets[0].id, node.targets[0].id)
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, 1)
-            raise UserError(f"{where}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
-        try:
-            value = _literal(node.value, where)
-        except RecursionError:
-            raise UserError(f"{where}: {key} is nested too deeply; type its value") from None
-        kind = fields[key].type
-        kinds = typing.get_args(kind) or (kind,)
-        if float in kinds and type(value) is int:
-            value = float(value)
-        if type(value) is float and not math.isfinite(value):
-            raise UserError(f"{where}: {key} = {value} is no finite number")
-        if int in kinds and type(value) is float and value == int(value):
-            value = int(value)
-        if type(value) not in kinds:
-            raise UserError(f"{where}: {key} = {value!r}, but it is {getattr(kind, '__name__', kind)}")
-        values[key] = value
-    return values
-
-
-ARITHMETIC = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
-
-
-def _literal(node, where):
-    """A literal's value, or that of + - * / over numbers. Nothing is executed."""
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -_number(node.operand, where)
-    if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
-        a, b = _number(node.left, where), _number(node.right, where)
-        if isinstance(node.op, ast.Div) and b == 0:
-            raise UserError(f"{where}: division by zero")
-        if isinstance(node.op, ast.Div):
-            return a / b
-        return a + b if isinstance(node.op, ast.Add) else a - b if isinstance(node.op, ast.Sub) else a * b
-    raise UserError(f"{where}: type a number, a quoted text, True, False or None")
-
-
-def _number(node, where):
-    value = _literal(node, where)
-    if type(value) not in (int, float):
-        raise UserError(f"{where}: arithmetic needs numbers, not {value!r}")
+    if float in kinds and type(value) is int:
+        value = float(value)
+    if type(value) is float and not math.isfinite(value):
+        raise UserError(f"{where}{key} = {value} is no finite number")
+    if int in kinds and type(value) is float and value == int(value):
+        value = int(value)
+    if type(value) not in kinds:
+        raise UserError(f"{where}{key} = {value!r}, but it is {getattr(kind, '__name__', kind)}")
     return value
 
 
-def check(key, value):
+def check_range(key, value):
     """UserError if the value is out of the key's range."""
     if value is None:
         return
@@ -331,14 +268,12 @@ def check(key, value):
         raise UserError(f"{key}={value}: type at most {AT_MOST[key]}")
 
 
-def fingerprint(values):
-    """SHA-256 of a run's settings, kept among them."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+# --- a run that is there ---------------------------------------------------------------------------
 
 
-def _stored(out_dir, fields):
-    """The config that the run in out_dir was started with."""
-    path = os.path.join(out_dir, RESUMED)
+def read_run(out_dir, fields):
+    """The settings that the run in out_dir was started with, but for its folder, which may have been moved."""
+    path = os.path.join(out_dir, RUN_CONFIG)
     try:
         with open(path, encoding="utf-8") as f:
             stored = json.load(f)
@@ -348,8 +283,61 @@ def _stored(out_dir, fields):
             raise UserError(f"{path} is damaged: no init_from in it")
         return {key: value for key, value in stored.items() if key in fields and key != "out_dir"}
     except FileNotFoundError:
+        runs = find_runs(os.path.dirname(os.path.normpath(out_dir)))
+        others = f"; there are runs in: {', '.join(runs)}" if runs else ""
         raise UserError(
-            f"init_from=resume: no run to resume in {out_dir} ({RESUMED} is missing); type its --out_dir"
+            f"init_from=resume: no run to resume in {out_dir} ({RUN_CONFIG} is missing){others}; type its --out_dir"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as e:
         raise UserError(f"{path} is damaged: {e}") from e
+
+
+def find_runs(folder):
+    """At most five folders of runs in this one, the newest first."""
+    configs = glob.glob(os.path.join(glob.escape(folder), "*", RUN_CONFIG))
+    newest = sorted(configs, key=os.path.getmtime, reverse=True)[:5]
+    return [os.path.dirname(path) for path in newest]
+
+
+def refuse_changes(typed, stored, fixed, out_dir):
+    """UserError for a typed setting that would make another run of the stored one."""
+    for key in fixed:
+        if key in typed and typed[key] != stored.get(key, typed[key]):
+            raise UserError(
+                f"--{key}={typed[key]}: the run in {out_dir} has {key}={stored[key]}; drop the flag, or start "
+                "another run with another --out_dir"
+            )
+
+
+def fingerprint(values: dict) -> str:
+    """SHA-256 of a run's settings, kept among them."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+# --- config files ----------------------------------------------------------------------------------
+
+
+def find_config_file(path):
+    """The file that was typed. Where there is none: for config/NAME.py, as the assignment's handout spells it, the
+    configs/NAME.py next to that folder or, typed in another directory, the one that ships."""
+    if os.path.isfile(path):
+        return path
+    if re.match(r"\w+=", path):
+        raise UserError(f"{path}: settings are typed with two dashes, --{path}")
+    folder, name = os.path.split(path)
+    parent, last = os.path.split(folder)
+    places = [parent] if parent else ["", os.path.dirname(os.path.abspath(__file__))]
+    for place in places if last in ("config", "configs") else ():
+        other = os.path.join(place, "configs", name)
+        if os.path.isfile(other):
+            return other
+    raise UserError(f"{path}: no such config file; those that ship are in configs/")
+
+
+def read_config_file(path: str, fields: dict) -> dict:
+    """{key: value} of a config file; UserError for a line that is no assignment to one of the fields."""
+    values = {}
+    for where, name, value in read_assignments(path):
+        key = find_key(name, fields, where)
+        values[key] = fit_type(key, value, fields[key].type, where)
+    return values

@@ -2,7 +2,12 @@
 task = "pretrain"
 init_from = "scratch"
 out_dir = "out-pretrain"
+dataset = "rt_reviews"  # its texts
+label_names = None  # neither labels nor a template are used
+template = "Review: {text}\nSentiment: {label}"
 rank = 0
+alpha = 64.0  # not used
+dropout = 0.0
 n_layer = 6
 n_head = 4
 n_embd = 256

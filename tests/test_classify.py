@@ -4,6 +4,7 @@ python -m pytest tests/test_classify.py
 """
 
 import csv
+import dataclasses
 import json
 import random
 
@@ -16,9 +17,10 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 import generate
 from configurator import MODEL_KEYS, Config, configure
 from dataloader import end_of_text, instruction_loader
-from lora import load_adapter
+from generate import ModelSampler
 from model import GPT
-from train import build_model, evaluate, train, train_update
+from plumbing.peft_format import load_adapter
+from train import build_model, compute_gradients, evaluate, set_up, train
 
 WORDS = {"ham": "lunch", "news": "minister", "spam": "prize"}
 
@@ -42,7 +44,8 @@ def place(tmp_path_factory):
 def flags(place, out, **settings):
     values = {"task": "classify", "init_from": place / "base", "dataset": place / "messages.csv"}
     values |= {"out_dir": place / out, "device": "cpu", "dtype": "float32", "rank": 4, "alpha": 16, "lr": 0.01}
-    values |= {"max_iters": 60, "batch_size": 16, "eval_interval": 20, "warmup_iters": 5} | settings
+    values |= {"max_iters": 60, "batch_size": 16, "eval_interval": 20, "warmup_iters": 5}
+    values |= {"dropout": 0.0, "eval_iters": 0} | settings
     return [f"--{key}={value}" for key, value in values.items()]
 
 
@@ -73,16 +76,18 @@ def test_loss_is_transformers_weighted_cross_entropy(place, balance):
 
 def test_gradient_of_uneven_batches_is_the_whole_batchs(place):
     """Lost if it fails: with weighted classes, accumulating over small batches is another training."""
-    config = configure(flags(place, "none", balance_classes=True, batch_size=5))
-    loader, grads = instruction_loader(config, 64), []
+    grads = []
     for size in (5, 100):
+        # grad_clip=0: what is compared is the gradient itself.
+        run = set_up(configure(flags(place, "none", balance_classes=True, batch_size=size, grad_clip=0)))
         torch.manual_seed(0)
-        model = build_model(config, "cpu", torch.float64, n_classes=3)
-        config.batch_size = size
-        scaler, processes = torch.amp.GradScaler("cpu", enabled=False), type("Alone", (), PROCESSES)
-        train_update(config, model, loader, processes, range(13), 0, scaler)
+        model = build_model(run.config, "cpu", torch.float64, n_classes=3)
+        params = [p for p in model.parameters() if p.requires_grad]
+        run = dataclasses.replace(run, model=model, params=params, optimizers=[])
+        compute_gradients(run, range(13), 0)
         grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
-        loss = evaluate(config, model, loader, processes)
+        loss = evaluate(run)
+    loader = run.loader
     for name, grad in grads[0].items():
         torch.testing.assert_close(grad, grads[1][name], rtol=1e-5, atol=1e-6)
     weights, total, n = torch.tensor([90 / 54, 90 / 18, 90 / 18]) / 3, 0.0, 0.0
@@ -92,9 +97,6 @@ def test_gradient_of_uneven_batches_is_the_whole_batchs(place):
         total += weights[ex.label] * model(torch.tensor([ex.tokens]), last)[1].item()
         n += weights[ex.label]
     assert loss == pytest.approx(float(total / n), rel=1e-5)
-
-
-PROCESSES = {"rank": 0, "world": 1, "device": "cpu", "sum": staticmethod(lambda values: values)}
 
 
 @pytest.mark.parametrize(
@@ -147,6 +149,12 @@ def test_a_run_learns_is_resumed_and_scored(place, kind, capsys):
     argv = ["--init_from=resume", f"--out_dir={place / kind}", "--start=then call me so prize"]
     generate.main(configure(argv, fixed=MODEL_KEYS))
     assert capsys.readouterr().out.startswith("spam: ")
+    sampler = ModelSampler(str(place / kind))  # the same in a program
+    assert sampler.get_accuracy() == result["accuracy"]
+    shares = sampler.score_classes("then call me so prize")
+    assert max(shares, key=shares.get) == "spam" and sum(shares.values()) == pytest.approx(1)
+    with pytest.raises(ValueError, match="score_classes"):
+        sampler.generate("then call me so prize")
 
 
 def test_transformers_reads_the_run(place):
@@ -170,7 +178,7 @@ def test_numbers_for_classes_and_texts_without_a_token(tmp_path):
     (tmp_path / "data.csv").write_text(
         "text,label\n" + "".join(f'"{"ab"[i % 2] * (i % 3)}",{i % 4}\n' for i in range(40))
     )
-    loader = instruction_loader(Config(task="classify", dataset=str(tmp_path / "data.csv")), 64)
+    loader = instruction_loader(Config(task="classify", dataset=str(tmp_path / "data.csv"), label_names=None), 64)
     assert loader.label_names == ["0", "1", "2", "3"]
     batch = loader.batch("train", range(len(loader.splits["train"])))
     assert ((batch.targets >= 0).sum(1) == 1).all()  # one place a text, the empty ones too

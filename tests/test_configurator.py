@@ -18,7 +18,8 @@ import typing
 import pytest
 
 import configurator
-from configurator import MODEL_KEYS, Config, configure
+from configurator import MODEL_KEYS, Config, configure, load_run, make_config
+from plumbing.errors import UserError
 
 ROOT = os.path.dirname(os.path.abspath(configurator.__file__))
 FIELDS = {f.name: f.default for f in dataclasses.fields(Config)}
@@ -67,6 +68,9 @@ def test_nothing_typed_gives_the_defaults():
         ("--lora_dropout=0.05", "dropout", 0.05),
         ("--dropout=0", "dropout", 0.0),
         ("--lr=5e-4", "lr", 0.0005),
+        ("--learning_rate=1e-4", "lr", 0.0001),
+        ("--learning-rate=1e-4", "lr", 0.0001),
+        ("--train_examples=500", "train_examples", 500),
         ("--max_iters=100", "max_iters", 100),
         ("--max_iters=1e3", "max_iters", 1000),
         ("--wandb_run_name=first", "wandb_run_name", "first"),
@@ -144,7 +148,10 @@ def test_a_switch_needs_no_value():
         (["--dtype=fp16"], ["dtype=fp16", "float16"]),
         (["no_such_file.py"], ["no_such_file.py", "configs/"]),
         (["configs/a.py", "configs/b.py"], ["configs/b.py", "one config file"]),
-        (["rank=8"], ["rank=8"]),  # the dashes forgotten
+        (["rank=8"], ["--rank=8"]),  # the dashes forgotten
+        (["--train_examples=-1"], ["train_examples=-1", "at least 0"]),
+        (["--r=8"], ["unknown flag --r:", "--rank"]),
+        (["--eval_only=True"], ["--eval_only", "generate.py"]),
         (["--resume=True"], ["--resume"]),  # no key of its own
     ],
 )
@@ -186,6 +193,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
         ("max_iters = 8 / 2", "max_iters", 4),
         ("max_iters = 2_000", "max_iters", 2000),
         ("lora_rank = 8", "rank", 8),
+        ("learning_rate = 1e-4", "lr", 0.0001),
         ("compile = True", "compile", True),
         ("label_names = None", "label_names", None),
         ("label_names = 'a,b'", "label_names", "a,b"),
@@ -257,7 +265,7 @@ def test_a_config_file_is_never_executed(tmp_path, capsys, text):
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("path", sorted(glob.glob(os.path.join(ROOT, "configs", "[fp]*.py"))))  # finetune, pretrain
+@pytest.mark.parametrize("path", sorted(glob.glob(os.path.join(ROOT, "configs", "*.py"))))
 def test_configs_that_ship_are_read_as_python_reads_them(path):
     """Lost if it fails: the first command of the README stops with an error, or runs with other values."""
     values = {}
@@ -265,6 +273,219 @@ def test_configs_that_ship_are_read_as_python_reads_them(path):
         exec(f.read(), {}, values)  # our own files, and what exec makes of them is the reference
     config = configure([path])
     assert values and {key: getattr(config, key) for key in values} == values
+
+
+# What a run was that named nothing, before the defaults became the assignment's. The other configs still are on it.
+OLD = {
+    "init_from": "gpt2-mini",
+    "rank": 16,
+    "alpha": 64.0,
+    "dropout": 0.0,
+    "lora_targets": r"attn\.c_(attn|proj)$",
+    "lora_bias": "none",
+    "trainable": None,
+    "n_layer": 6,
+    "n_head": 4,
+    "n_embd": 256,
+    "block_size": 1024,
+    "task": "instruct",
+    "dataset": "rt_reviews",
+    "text_field": "text",
+    "label_field": "label",
+    "label_names": None,
+    "template": "Review: {text}\nSentiment: {label}",
+    "loss_on": "label",
+    "train_examples": 0,
+    "balance_classes": False,
+    "lowercase_share": 0.0,
+    "train_context": 256,
+    "out_dir": "out",
+    "batch_size": 32,
+    "gradient_accumulation_steps": 1,
+    "max_iters": 500,
+    "lr": 1e-3,
+    "muon_lr": 0.0,
+    "weight_decay": 0.0,
+    "beta1": 0.9,
+    "beta2": 0.99,
+    "grad_clip": 1.0,
+    "warmup_iters": 20,
+    "decay_share": 0.9,
+    "n_sampled": 0,
+    "eval_interval": 50,
+    "eval_iters": 0,
+    "save_interval": 0,
+    "seed": 1337,
+    "compile": False,
+    "device": "auto",
+    "dtype": "auto",
+    "wandb_log": False,
+    "wandb_project": "nanolora",
+    "wandb_run_name": None,
+    "start": None,
+    "split": "test",
+    "max_new_tokens": None,
+    "temperature": 0.0,
+    "top_k": None,
+}
+ASSIGNMENT = {
+    "init_from": "gpt2-medium",
+    "rank": 128,
+    "alpha": 512.0,
+    "dropout": 0.05,
+    "dataset": "rotten_tomatoes",
+    "label_names": "negative,positive",
+    "template": "Classify the sentiment of the following movie review as positive or negative.\n\nReview: {text}\n\n"
+    "Sentiment: {label}",
+    "lr": 5e-4,
+    "max_iters": 320,
+    "eval_interval": 40,
+    "eval_iters": 20,
+}
+SHIPPED = {
+    "finetune_params_config.py": ASSIGNMENT,
+    "finetune_mini_config.py": {
+        "out_dir": "out-mini",
+        "template": "{text} This movie is {label}",
+        "label_names": "terrible,great",
+        "lora_targets": "c_(attn|proj|fc)$",
+        "max_iters": 640,
+        "eval_interval": 80,
+    },
+    "classify_spam_config.py": {
+        "task": "classify",
+        "out_dir": "out-spam",
+        "dataset": "ucirvine/sms_spam",
+        "text_field": "sms",
+        "lora_targets": r"\.(c_attn|c_proj|c_fc)$",
+        "alpha": 16.0,
+        "balance_classes": True,
+        "max_iters": 420,
+        "eval_interval": 70,
+    },
+    "classify_sst2_config.py": {
+        "task": "classify",
+        "init_from": "gpt2",
+        "out_dir": "out-sst2",
+        "dataset": "sst2",
+        "text_field": "sentence",
+        "split": "validation",
+        "lora_targets": r"h\.1[01]\.attn\.c_attn$",
+        "lora_bias": "lora_only",
+        "rank": 1,
+        "alpha": 4.0,
+        "max_iters": 4000,
+        "warmup_iters": 200,
+        "eval_interval": 400,
+    },
+    "pretrain_mini_config.py": {
+        "task": "pretrain",
+        "init_from": "scratch",
+        "out_dir": "out-pretrain",
+        "rank": 0,
+        "lowercase_share": 0.33,
+        "max_iters": 5000,
+        "lr": 2e-3,
+        "muon_lr": 0.02,
+        "warmup_iters": 100,
+        "decay_share": 0.7,
+        "n_sampled": 3000,
+        "eval_interval": 250,
+        "eval_iters": 75,
+        "save_interval": 50,
+    },
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_each_config_that_ships_sets(name):
+    """Lost if it fails: a published number's command makes another run, because a default changed under it."""
+    config = configure([os.path.join(ROOT, "configs", name)])
+    assert dataclasses.asdict(config) == OLD | SHIPPED[name]
+    assert SHIPPED.keys() == {os.path.basename(path) for path in glob.glob(os.path.join(ROOT, "configs", "*.py"))}
+
+
+def test_the_defaults_are_the_assignments_file():
+    """Lost if it fails: generate.py without a config file looks for another run than train.py with it has written."""
+    values = {}
+    with open(os.path.join(ROOT, "configs", "finetune_params_config.py"), encoding="utf-8") as f:
+        exec(f.read(), {}, values)
+    assert {key: FIELDS[key] for key in values} == values
+    assert FIELDS == OLD | ASSIGNMENT
+
+
+@pytest.mark.parametrize(
+    "file, flags, names",
+    [
+        ("", [], "negative,positive"),
+        ("", ["--dataset=rotten_tomatoes"], "negative,positive"),
+        ("", ["--dataset=mine.csv"], None),  # ham, spam: as they stand there
+        ("", ["--dataset=mine.csv", "--label_names=no,yes"], "no,yes"),
+        ("dataset = 'mine.csv'", [], None),
+        ("dataset = 'mine.csv'\nlabel_names = 'no,yes'", [], "no,yes"),
+        ("dataset = 'mine.csv'\nlabel_names = 'no,yes'", ["--dataset=rotten_tomatoes"], "no,yes"),  # the file's words
+        ("label_names = 'no,yes'", ["--dataset=mine.csv"], "no,yes"),
+    ],
+)
+def test_the_default_label_names_are_the_default_data_sets(tmp_path, file, flags, names):
+    """Lost if it fails: data with words of its own is refused for words that nobody typed, or typed ones are lost."""
+    config = configure([config_file(tmp_path, file), *flags])
+    assert config.label_names == names
+    if not file:
+        typed = dict(flag.removeprefix("--").split("=") for flag in flags)
+        assert make_config(**typed).label_names == names
+
+
+def test_the_handouts_spellings(tmp_path, monkeypatch, capsys):
+    """Lost if it fails: a command that is copied out of the handout ends in an error."""
+    monkeypatch.chdir(tmp_path)  # the ones that ship are found from anywhere
+    for path in ("config/finetune_mini_config.py", "configs/finetune_mini_config.py"):
+        assert configure([path]).out_dir == "out-mini"
+    assert configure(["\u2013init-from=gpt2", "\u2013out_dir", "mine"]).init_from == "gpt2"  # its long dash
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "finetune_mini_config.py").write_text("out_dir = 'own'")
+    assert configure(["config/finetune_mini_config.py"]).out_dir == "own"
+    assert configure([f"{tmp_path}/config/finetune_mini_config.py"]).out_dir == "own"
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "finetune_mini_config.py").write_text("out_dir = 'typed'")
+    assert configure(["config/finetune_mini_config.py"]).out_dir == "typed"
+    assert capsys.readouterr() == ("", "")
+    assert "config/none.py" in told(capsys, "config/none.py")
+    assert "elsewhere/finetune_mini_config.py" in told(capsys, "elsewhere/finetune_mini_config.py")
+
+
+# The keys of nanoGPT's train.py and sample.py, and a word that the line about each holds; None: it is a key here too.
+NANOGPT = {
+    **dict.fromkeys(["out_dir", "eval_interval", "eval_iters", "init_from", "wandb_log", "wandb_project"]),
+    **dict.fromkeys(["wandb_run_name", "dataset", "gradient_accumulation_steps", "batch_size", "block_size"]),
+    **dict.fromkeys(["n_layer", "n_head", "n_embd", "dropout", "learning_rate", "max_iters", "weight_decay"]),
+    **dict.fromkeys(["beta1", "beta2", "grad_clip", "warmup_iters", "device", "dtype", "compile"]),
+    **dict.fromkeys(["start", "max_new_tokens", "temperature", "top_k", "seed"]),
+    "log_interval": "--eval_interval",
+    "eval_only": "generate.py",
+    "always_save_checkpoint": "--save_interval",
+    "bias": "--lora_bias",
+    "decay_lr": "--decay_share=0",
+    "lr_decay_iters": "--decay_share",
+    "min_lr": "--decay_share",
+    "backend": "nccl",
+    "num_samples": "--seed",
+}
+
+
+@pytest.mark.parametrize("key", NANOGPT)
+def test_every_key_of_nanogpt_is_known_or_explained(tmp_path, capsys, key):
+    """Lost if it fails: who comes from nanoGPT types its flags and learns only that they are unknown."""
+    if NANOGPT[key] is None:
+        ours = configurator.ALIASES.get(key, key)
+        value = FIELDS[ours] if FIELDS[ours] is not None else 3
+        assert getattr(configure([f"--{key}={value}"]), ours) in (value, str(value))
+        assert getattr(configure([config_file(tmp_path, f"{key} = {FIELDS[ours]!r}")]), ours) == FIELDS[ours]
+        return
+    for line in (told(capsys, f"--{key}=1"), told(capsys, config_file(tmp_path, f"{key} = 1"))):
+        assert key in line and NANOGPT[key] in line
+    named = re.findall(r"--(\w+)", configurator.HINTS[key])
+    assert set(named) <= FIELDS.keys()  # what a hint names is there
 
 
 # --- help, notes ---------------------------------------------------------------------------------
@@ -312,7 +533,7 @@ def test_rank_without_alpha_tells_the_alpha_that_keeps_the_scale(tmp_path, capsy
     assert config.alpha == before.alpha
 
 
-@pytest.mark.parametrize("argv", [[], ["--rank=4", "--alpha=8"], ["--rank=16"], ["--rank=0"], ["--lora_alpha=8"]])
+@pytest.mark.parametrize("argv", [[], ["--rank=4", "--alpha=8"], ["--rank=128"], ["--rank=0"], ["--lora_alpha=8"]])
 def test_no_note_where_the_scale_is_meant(capsys, argv):
     """Lost if it fails: a note that comes always is read by nobody."""
     configure(argv)
@@ -343,7 +564,7 @@ def test_resume_takes_the_config_of_the_run(run_dir, capsys, typed):
 
 
 def test_resume_in_a_config_file(run_dir, tmp_path):
-    """Lost if it fails: a config file that resumes starts anew over the run's files."""
+    """Lost if it fails: a config file that resumes starts again, over the run's files."""
     path = config_file(tmp_path, f"init_from = 'resume'\nout_dir = {run_dir!r}\nlr = 1e-5")
     config = configure([path])
     assert config.resume and config.out_dir == run_dir
@@ -379,3 +600,52 @@ def test_a_missing_run_is_one_line(tmp_path, capsys):
     """Lost if it fails: a mistyped out_dir ends in a traceback."""
     line = told(capsys, "--init_from=resume", f"--out_dir={tmp_path / 'none'}")
     assert str(tmp_path / "none") in line and "--out_dir" in line
+
+
+def test_a_missing_run_names_the_runs_that_are_there(run_dir, tmp_path, capsys, monkeypatch):
+    """Lost if it fails: whoever forgot the folder's name has to look for it."""
+    for age, name in enumerate(["out-g", "out-f", "out-e", "out-d", "out-c", "out-b"]):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train_config.json").write_text("{}")
+        os.utime(tmp_path / name / "train_config.json", (10**9 + age, 10**9 + age))
+    (tmp_path / "no-run").mkdir()
+    monkeypatch.chdir(tmp_path)
+    line = told(capsys, "--init_from=resume")
+    assert "no run to resume in out (" in line
+    assert "there are runs in: run, out-b, out-c, out-d, out-e;" in line  # the newest five
+    assert f"runs in: {run_dir}, " in told(capsys, "--init_from=resume", f"--out_dir={tmp_path}/none/")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert "there are" not in told(capsys, "--init_from=resume")
+
+
+# --- programs ------------------------------------------------------------------------------------
+
+
+def test_a_program_makes_the_config_that_flags_make(run_dir):
+    """Lost if it fails: ModelSampler in a notebook scores another model than generate.py on the command line."""
+    assert make_config() == configure([])
+    assert make_config(init_from="gpt2", lora_rank=8, temperature=1, top_k=200) == configure(
+        ["--init_from=gpt2", "--rank=8", "--temperature=1", "--top_k=200"]
+    )
+    argv = ["--init_from=resume", f"--out_dir={run_dir}", "--dataset=other.csv"]
+    run = load_run(run_dir, dataset="other.csv")
+    assert run == configure(argv, fixed=MODEL_KEYS) and run.resume and run.rank == 8
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"rnak": 8}, ["rnak", "rank"]),
+        ({"eval_only": True}, ["eval_only", "generate.py"]),
+        ({"rank": "8"}, ["rank", "'8'", "int"]),
+        ({"rank": 1.5}, ["rank", "1.5", "int"]),
+        ({"temperature": -1}, ["temperature=-1", "at least 0"]),
+        ({"split": "tset"}, ["split=tset", "test, validation, train"]),
+    ],
+)
+def test_a_programs_mistake_is_one_clear_line(settings, words):
+    """Lost if it fails: a mistyped keyword of ModelSampler is taken as nothing, or is a TypeError from elsewhere."""
+    with pytest.raises(UserError) as e:
+        make_config(**settings)
+    assert [word for word in words if word not in str(e.value)] == [] and "\n" not in str(e.value)

@@ -19,10 +19,15 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import generate
 from configurator import MODEL_KEYS, Config, configure
 from dataloader import CustomDataLoader, gpt2_encoding
-from generate import ANSWER_CHARS, find_label, generate_labels, get_accuracy, load_model
+from generate import ANSWER_CHARS, ModelSampler, find_label, generate_labels, load_model
+from model import GPT
+from plumbing.adapter import lora_layers
+from plumbing.peft_format import save_adapter
+from plumbing.scores import tabulate
 
 ROOT = os.path.dirname(os.path.abspath(generate.__file__))
 END = 50256
+TEMPLATE = "Review: {text}\nSentiment: {label}"  # the assignment's own is too long for models of 64 tokens
 
 
 # --- which label a text holds --------------------------------------------------------------------
@@ -98,12 +103,16 @@ def test_no_generated_text_stops_the_scoring(text):
 # --- accuracy ------------------------------------------------------------------------------------
 
 
+def score_texts(generated, labels, names):
+    return tabulate([find_label(text, names) for text in generated], labels, names)
+
+
 def test_accuracy_counts_garbage_as_wrong():
     """Lost if it fails: a model that writes nonsense for the hard half scores 100 % on the rest."""
     names = ["negative", "positive"]
     generated = ["positive", "negative", "positive", "dunno", "", "positively", "negative"]
     labels = [1, 0, 0, 1, 0, 1, 1]
-    result = get_accuracy(generated, labels, names)
+    result = score_texts(generated, labels, names)
     assert result["n"] == 7
     assert result["accuracy"] == pytest.approx(2 / 7)
     assert result["garbage"] == pytest.approx(3 / 7)
@@ -116,7 +125,7 @@ def test_confusion_table_sums_to_n():
     rng, names = random.Random(3), ["sport", "world news", "world"]
     labels = [rng.randrange(3) for _ in range(400)]
     generated = [rng.choice([*names, "what?", "World of sport"]) for _ in labels]
-    result = get_accuracy(generated, labels, names)
+    result = score_texts(generated, labels, names)
     assert sum(map(sum, result["confusion"])) == result["n"] == 400
     assert [sum(row) for row in result["confusion"]] == [labels.count(i) for i in range(3)]
     first = [2 if text == "World of sport" else names.index(text) if text in names else None for text in generated]
@@ -130,7 +139,7 @@ def test_confusion_table_sums_to_n():
 )
 def test_interval_is_wilsons(right, n, low, high):
     """Lost if it fails: a difference within chance is reported as real, or a real one as chance."""
-    result = get_accuracy(["a"] * right + ["b"] * (n - right), [0] * n, ["a", "b"])
+    result = score_texts(["a"] * right + ["b"] * (n - right), [0] * n, ["a", "b"])
     assert result["interval"] == pytest.approx([low, high], abs=5e-5)  # published values (Newcombe 1998 and others)
     for bound in result["interval"]:
         # The definition: the true shares from which the measured one is 1.96 standard errors away.
@@ -142,7 +151,7 @@ def test_interval_is_wilsons(right, n, low, high):
 def test_accuracy_of_nothing_or_of_unequal_lists_is_refused(generated, labels):
     """Lost if it fails: texts are compared with the labels of other examples."""
     with pytest.raises(ValueError):
-        get_accuracy(generated, labels, ["a", "b"])
+        score_texts(generated, labels, ["a", "b"])
 
 
 # --- a model that writes -------------------------------------------------------------------------
@@ -181,7 +190,7 @@ def write_csv(path, rows):
 
 @torch.no_grad()
 def plain_greedy(model, prompt, n):
-    """transformers' model, one prompt at a time, each token from the whole text anew: no cache, no padding."""
+    """transformers' model, one prompt at a time, each token from the whole text: no cache, no padding."""
     ids, new = gpt2_encoding().encode(prompt), []
     while len(new) < n and END not in new:
         states = model.transformer(torch.tensor([ids + new])).last_hidden_state
@@ -189,7 +198,7 @@ def plain_greedy(model, prompt, n):
     return new
 
 
-@pytest.mark.parametrize("template", ["Review: {text}\nSentiment: {label}", "{text} =>\n{label}"])
+@pytest.mark.parametrize("template", [TEMPLATE, "{text} =>\n{label}"])
 def test_generated_labels_equal_plain_generation(tiny, films, template):
     """Lost if it fails: the score is that of padding or of another prompt's cache, not of the model."""
     reference, directory = tiny
@@ -199,7 +208,7 @@ def test_generated_labels_equal_plain_generation(tiny, films, template):
     texts = generate_labels(Config(batch_size=7), model, loader, "train", 8)
     prompts = [template.format(text=ex.text, label="").rstrip(" ") for ex in loader.splits["train"]]
     expected = [plain_greedy(reference, prompt, 8) for prompt in prompts]
-    # What makes the comparison worth something: rows that end early beside rows that go on, and many texts.
+    # What makes the comparison worth something: rows that end early and rows that go on, and many texts.
     lengths = [len(new) for new in expected]
     assert lengths.count(8) > 5 and len(set(lengths)) > 4 and len(set(map(tuple, expected))) > 20
     assert texts == [gpt2_encoding().decode([t for t in new if t != END]) for new in expected]
@@ -230,7 +239,8 @@ def check_files(folder, rows_of_file, n):
 
 def test_scoring_from_the_command_line(tiny, films, tmp_path):
     """Lost if it fails: `python generate.py` does not score the whole test split, or does not keep the answers."""
-    done = run_generate(f"--init_from={tiny[1]}", f"--dataset={films[0]}", f"--out_dir={tmp_path}")
+    flags = [f"--init_from={tiny[1]}", f"--dataset={films[0]}", f"--out_dir={tmp_path}"]
+    done = run_generate(*flags, f"--template={TEMPLATE}")
     assert done.returncode == 0, done.stderr.decode()
     result = check_files(tmp_path / "untuned", films[1], 6)
     out = done.stdout.decode()
@@ -249,16 +259,18 @@ def test_free_text_from_the_command_line(tiny):
 
 
 def score(*flags):
-    argv = [*flags, "--device=cpu", "--dtype=float32"]
+    argv = [f"--template={TEMPLATE}", *flags, "--device=cpu", "--dtype=float32"]
     generate.main(configure(argv, fixed=MODEL_KEYS))
 
 
 def test_a_tuned_run_is_scored_with_its_own_config(tiny, films, tmp_path):
     """Lost if it fails: after training, the scored model, data or template are not the run's."""
-    config = Config(init_from="gone", rank=0, dataset=films[0], template="{text} Good or bad? {label}", max_iters=1)
+    data = {"dataset": films[0], "label_names": None, "template": "{text} Good or bad? {label}"}
+    config = Config(init_from="gone", rank=0, max_iters=1, **data)
     tiny[0].save_pretrained(tmp_path)  # what train.py writes with rank=0
     (tmp_path / "train_config.json").write_text(json.dumps(dataclasses.asdict(config)))
-    score("--init_from=resume", f"--out_dir={tmp_path}", "--split=train")
+    argv = ["--init_from=resume", f"--out_dir={tmp_path}", "--split=train", "--device=cpu", "--dtype=float32"]
+    generate.main(configure(argv, fixed=MODEL_KEYS))
     result = check_files(tmp_path, films[1], 48)
     assert (result["tuned"], result["split"], result["dataset"]) == (True, "train", films[0])
     with open(tmp_path / "predictions.jsonl", encoding="utf-8") as f:
@@ -305,3 +317,84 @@ def test_a_mistake_is_one_line(tiny, films, tmp_path, capsys, flags, words):
     assert e.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
     assert [word for word in words if word not in err] == []
     assert os.listdir(tmp_path) == []
+
+
+# --- in a program --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny, films, tmp_path_factory):
+    """A run's folder with a tiny adapter that says something, as train.py leaves it, and the adapter's model."""
+    folder = tmp_path_factory.mktemp("tuned")
+    torch.manual_seed(3)
+    model = GPT.from_pretrained(tiny[1], lora_rank=4, lora_alpha=8.0)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.2)
+    save_adapter(model, str(folder), tiny[1])
+    config = Config(init_from=tiny[1], rank=4, alpha=8.0, dataset=films[0], label_names=None, template=TEMPLATE)
+    (folder / "train_config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    return str(folder), model.eval()
+
+
+ON_CPU = {"device": "cpu", "dtype": "float32"}
+
+
+def test_model_sampler_scores_as_the_command_line_does(tuned, films):
+    """Lost if it fails: the accuracy in a notebook is not the one that generate.py prints for the same run."""
+    folder, _ = tuned
+    sampler = ModelSampler(folder, split="train", **ON_CPU)
+    accuracy = sampler.get_accuracy()
+    assert not os.path.exists(os.path.join(folder, "accuracy.json"))  # a program's call writes nothing
+    argv = ["--init_from=resume", f"--out_dir={folder}", "--split=train", "--device=cpu", "--dtype=float32"]
+    generate.main(configure(argv, fixed=MODEL_KEYS))
+    result = check_files(folder, films[1], 48)
+    assert result.items() >= sampler.result.items() and accuracy == result["accuracy"]
+    with open(os.path.join(folder, "predictions.jsonl"), encoding="utf-8") as f:
+        assert [json.loads(line)["generated"] for line in f] == sampler.generated
+
+
+def test_get_accuracy_is_the_share_that_was_right(tuned, films, monkeypatch):
+    """Lost if it fails: garbage is left out of the accuracy, or a label is compared with another example's."""
+    sampler = ModelSampler(tuned[0], split="train", **ON_CPU)
+    # A run has room for labels: what stands here is what a model might write after each text in turn.
+    words = [" good", " bad", " good, not bad", " goods", "", " BAD!", "." * ANSWER_CHARS + " good"]
+    answers = [words[i % 7] for i in range(48)]
+    monkeypatch.setattr(generate, "generate_labels", lambda *arguments: answers)
+    accuracy = sampler.get_accuracy()
+    seen = ["good", "bad", "good", None, None, "bad", None]
+    true = [films[1][ex.text] for ex in sampler.loader.splits["train"]]
+    assert accuracy == sum(seen[i % 7] == label for i, label in enumerate(true)) / 48
+    assert sampler.result["garbage"] == sum(seen[i % 7] is None for i in range(48)) / 48
+
+
+def test_model_sampler_writes_what_the_tuned_model_writes(tuned, tmp_path):
+    """Lost if it fails: a notebook's sampler answers with the base model, or needs the data set only to write."""
+    folder, model = tuned
+    prompt = "Review: film 3\nSentiment:"
+    ids = gpt2_encoding().encode(prompt)
+    new = []
+    for _ in range(9):  # each token from the whole text, by the model that was saved
+        new.append(model(torch.tensor([ids + new]))[0].argmax().item())
+    expected = gpt2_encoding().decode(new[: new.index(END)] if END in new else new)
+    sampler = ModelSampler(folder, dataset="gone.csv", max_new_tokens=9, temperature=0, **ON_CPU)
+    assert sampler.generate(prompt) == expected
+    base = ModelSampler(str(tmp_path), init_from=sampler.config.init_from, max_new_tokens=9, **ON_CPU)
+    assert base.generate(prompt) != expected and os.listdir(tmp_path) == []
+    drawn = [ModelSampler(folder, temperature=1.0, top_k=200, **ON_CPU).generate(prompt) for _ in range(2)]
+    assert drawn[0] == drawn[1]  # the same seed
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"max_tokens": 5}, ["max_tokens", "max_new_tokens"]),
+        ({"rank": 8}, ["rank=8", "rank=4"]),
+        ({"init_from": "no-such-model"}, ["no-such-model", "gpt2-mini"]),
+        ({"out_dir": "no-such-run"}, ["no-such-run"]),
+    ],
+)
+def test_a_mistake_in_a_program_is_an_error_of_one_line(tuned, settings, words):
+    """Lost if it fails: a mistyped keyword is passed over, or the error comes from deep within."""
+    with pytest.raises((ValueError, OSError)) as e:
+        ModelSampler(**{"out_dir": tuned[0]} | settings | ON_CPU)
+    assert [word for word in words if word not in str(e.value)] == [] and "\n" not in str(e.value)

@@ -14,12 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import dataloader
 import train
 from configurator import configure
-from dataloader import CustomDataLoader, TextLoader
-from lora import load_adapter, lora_state_dict
+from dataloader import CustomDataLoader
 from model import GPT, GPTConfig
+from plumbing import token_cache
+from plumbing.adapter import lora_state_dict
+from plumbing.checkpoint import load_checkpoint
+from plumbing.peft_format import load_adapter
+from plumbing.plain_text import TextLoader
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +119,10 @@ def test_damaged_checkpoint(place, tmp_path):
     def read():
         model = train.build_model(config, "cpu", torch.float32)
         optimizers = train.build_optimizers(config, model)
-        progress = train.load_checkpoint(config, model, optimizers, torch.amp.GradScaler("cpu", enabled=False))
+        progress = load_checkpoint(config.out_dir, model, optimizers, torch.amp.GradScaler("cpu", enabled=False))
         state = numpy({n: p for n, p in model.named_parameters() if p.requires_grad})
         moments = {f"{i} {k}": np.array(v) for i, s in enumerate(optimizers[0].state.values()) for k, v in s.items()}
-        return state | moments | {"iter": np.array(progress["iter"])}
+        return state | moments | {"iter": np.array(progress.iter)}
 
     expected, data = read(), path.read_bytes()
     refused = 0
@@ -148,7 +151,7 @@ def test_damaged_settings(place, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["index", "tokens", "texts", "meta.json"])
 def test_damaged_cache_is_made_anew(place, tmp_path, monkeypatch, name):
     """Lost if it fails: tokens that a disk has changed are trained on, run after run."""
-    monkeypatch.setattr(dataloader, "CACHE", str(tmp_path))
+    monkeypatch.setattr(token_cache, "CACHE", str(tmp_path))
 
     def read():
         loader = CustomDataLoader(str(place / "rows.jsonl"), wanted=("train",))
@@ -259,7 +262,7 @@ def test_checksum_is_of_what_other_readers_see(place):
 
 def test_text_cache_is_made_anew(tmp_path, monkeypatch):
     """Lost if it fails: a damaged token file is pre-trained on."""
-    monkeypatch.setattr(dataloader, "CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(token_cache, "CACHE", str(tmp_path / "cache"))
     (tmp_path / "book.txt").write_text("\n\n".join(f"paragraph {i} of a book" for i in range(2000)))
     first = np.array(TextLoader(str(tmp_path / "book.txt"), context=16).tokens["train"])
     (path,) = (tmp_path / "cache").glob("text-*/train.bin")

@@ -49,6 +49,7 @@ def flags(place, program, *more):
         "--max_iters=2",
         "--eval_interval=2",
         "--batch_size=8",
+        "--template=Review: {text}\\nSentiment: {label}",
         f"--out_dir={place}/out-{program}",
     ]
     if any(flag.startswith("--init_from=resume") for flag in more):
@@ -76,7 +77,8 @@ def refused(capsys, program, argv, words):
 # Flags that are wrong for every program: the flag, what the line names.
 EVERYWHERE = [
     (["--rnak=16"], ["--rnak", "--rank"]),
-    (["--learning_rate=1"], ["--learning_rate"]),
+    (["--learningrate=1"], ["--learningrate", "--learning_rate"]),
+    (["--eval_only=True"], ["--eval_only", "generate.py"]),
     (["--max-iter=5"], ["max_iter", "--max_iters"]),
     (["--lr=fast"], ["--lr=fast", "number"]),
     (["--lr=-1"], ["lr=-1", "at least 0"]),
@@ -104,7 +106,8 @@ EVERYWHERE = [
     (["--temperature=-1"], ["temperature=-1"]),
     (["--top_k=0"], ["top_k=0"]),
     (["--max_new_tokens=0"], ["max_new_tokens=0"]),
-    (["rank=16"], ["rank=16"]),
+    (["rank=16"], ["--rank=16"]),
+    (["--train_examples=-1"], ["train_examples=-1", "at least 0"]),
     (["no_such_config.py"], ["no_such_config.py", "configs/"]),
     (["configs/finetune_mini_config.py", "configs/finetune_params_config.py"], ["one config file"]),
     (["configs"], ["configs"]),
@@ -130,6 +133,7 @@ RUNS = [
     ("train", ["--init_from=gpt3"], ["init_from=gpt3", "gpt2-medium"]),
     ("train", ["--init_from=/no/such/model"], ["/no/such/model"]),
     ("train", ["--init_from=resume", "--out_dir=/no/such/run"], ["/no/such/run"]),
+    ("train", ["--init_from=resume", "--out_dir={place}/out"], ["no run to resume in", "there are runs in: ", "run"]),
     ("train", ["--device=cuda:99"], ["device=cuda:99", "--device=cpu"]),
     ("train", ["--device=toaster"], ["device=toaster", "--device=cpu"]),
     ("train", ["--dataset=no_such.csv"], ["no_such.csv"]),
@@ -147,6 +151,7 @@ RUNS = [
     ("train", ["--template=" + "very " * 80 + "{text} {label}"], ["context of 64"]),
     ("train", ["--n_head=3", "--init_from=scratch", "--rank=0", "--n_embd=16"], ["n_embd=16", "n_head=3"]),
     ("train", ["--task=pretrain", "--dataset=no_such.txt"], ["no_such.txt"]),
+    ("train", ["--task=pretrain", "--train_examples=5"], ["train_examples=5", "--train_examples=0"]),
     ("generate", ["--init_from=resume", "--out_dir=/no/such/run"], ["/no/such/run"]),
     ("generate", ["--init_from=gpt3"], ["gpt3"]),
     ("generate", ["--dataset=no_such.csv"], ["no_such.csv"]),
@@ -168,6 +173,7 @@ RUNS = [
 @pytest.mark.parametrize("program, argv, words", RUNS, ids=lambda v: v if isinstance(v, str) else str(v[0])[:40])
 def test_a_run_that_cannot_be(place, capsys, program, argv, words):
     """Lost if it fails: a run fails late, with a traceback, or not at all."""
+    argv = [flag.replace("{place}", str(place)) for flag in argv]
     refused(capsys, program, flags(place, program, *argv), words)
 
 
