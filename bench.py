@@ -23,18 +23,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
-from configurator import Config, configure, one_line_errors, read_config_file
+from configurator import Config, configure
 from dataloader import CustomDataLoader, end_of_text, gpt2_encoding, instruction_loader, make_loader
 from generate import generate_labels
-from lora import mark_only_lora_as_trainable, write_json
-from model import GPT, GPTConfig, keep_memory, pick_device, pick_dtype
-from train import Processes, build_model, build_optimizers, train_update
+from lora import mark_only_lora_as_trainable
+from model import GPT, GPTConfig
+from plumbing.errors import one_line_errors
+from plumbing.files import write_json
+from plumbing.machine import pick_device, pick_dtype
+from train import set_up, update
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PARTS = "train,score,start,latency,peak"
@@ -66,18 +69,9 @@ class BenchConfig:
 
 
 def train_ours(config):
-    """train.py's own update."""
-    keep_memory()
-    model, processes = build_model(config, config.device, getattr(torch, config.dtype)), Processes(config)
-    loader, [optimizer] = make_loader(config, model.config.block_size), build_optimizers(config, model)
-    scaler = torch.amp.GradScaler(config.device.split(":")[0], enabled=config.dtype == "float16")
-
-    def step(indices):
-        loss = train_update(config, model, loader, processes, indices, 0, scaler)
-        clip_and_step(config, optimizer, scaler)
-        return float(loss)
-
-    return step
+    """train.py's own update, as it stands there."""
+    run = set_up(config)
+    return lambda indices: update(run, indices, 0)
 
 
 def clip_and_step(config, optimizer, scaler):
@@ -329,9 +323,10 @@ def add_share(bench, case, dtype, answers, counts):
 
 
 def settings(bench, shape, rank, batch_size, dtype):
-    """The Config of a case. No dropout; the adapter's scale is 4."""
+    """The Config of a case. No dropout; the adapter's scale is 4; the labels are the texts' own."""
     config = Config(init_from=os.path.join(bench.folder, shape), rank=rank, alpha=4.0 * rank, **bench.data)
-    return replace(config, batch_size=batch_size, dtype=dtype, device=bench.device, lr=1e-4, max_new_tokens=5)
+    config = replace(config, dropout=0.0, label_names=None, lr=1e-4, max_new_tokens=5)
+    return replace(config, batch_size=batch_size, dtype=dtype, device=bench.device)
 
 
 def batches(bench, split, size):
@@ -420,9 +415,11 @@ def seconds_until(sign, command):
 def start_part(bench):
     """Ours is read off the programs' own output: training's line comes after evaluation, checkpoint and update."""
     config = settings(bench, "gpt2-mini", 16, 32, bench.dtypes[0])
-    flags = [f"--{k}={getattr(config, k)}" for k in ("init_from", "dtype", "device", "dataset", "template")]
+    shared = ("init_from", "dtype", "device", "dataset", "template", "label_names")
+    flags = [f"--{key}={getattr(config, key)}" for key in shared]
     flags += [f"--out_dir={bench.folder}/out"]
-    train = ("update 1:", ["train.py", *flags, "--max_iters=1"])
+    lora = [f"--{key}={getattr(config, key)}" for key in ("rank", "alpha", "dropout")]
+    train = ("update 1:", ["train.py", *flags, *lora, "--max_iters=1"])
     generate = ("A film", ["generate.py", *flags, "--start=A film", "--max_new_tokens=1"])
     for what, first, ours in (("train", "update", train), ("generate", "token", generate)):
         case = f"{what}.py, from its start to the first {first}, gpt2-mini"
@@ -476,8 +473,7 @@ def prepare(config, folder):
     if not bench.device.startswith("cuda"):
         bench.left_out.append("figures on a GPU: none is used here")
 
-    assignment = os.path.join(HERE, "configs", "finetune_params_config.py")
-    template = read_config_file(assignment, {f.name: f for f in fields(Config)})["template"]
+    template = Config.template
     sizes = {"train": 2000, "validation": 8, "test": 1000}
     full = CustomDataLoader(config.dataset, template, label_names=config.label_names, wanted=sizes)
     bench.data = {"dataset": os.path.join(folder, "texts.jsonl"), "template": template}

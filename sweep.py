@@ -27,12 +27,20 @@ import torch
 from tqdm import tqdm
 
 from bench import latency, machine, spread, timed
-from configurator import RESUMED, Config, configure, fingerprint, one_line_errors
-from dataloader import instruction_loader
-from generate import SCORED, wilson
-from lora import ADAPTER_WEIGHTS, mark_only_lora_as_trainable, whole_file, write_json
-from model import GPT, GPTConfig, context_size, find_checkpoint, pick_device, pick_dtype, read_config
-from train import CHECKPOINT, Processes, build_model, draw_curves, label_ends, train_update
+from configurator import RUN_CONFIG, Config, configure, fingerprint
+from generate import SCORED
+from lora import mark_only_lora_as_trainable
+from model import GPT, GPTConfig
+from plumbing.adapter import train_also
+from plumbing.checkpoint import CHECKPOINT
+from plumbing.errors import one_line_errors
+from plumbing.files import whole_file, write_json
+from plumbing.gpt2_files import context_size, find_checkpoint, read_config
+from plumbing.machine import pick_device, pick_dtype
+from plumbing.peft_format import ADAPTER_WEIGHTS
+from plumbing.plots import draw_curves, label_ends
+from plumbing.scores import wilson
+from train import set_up, update
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 KINDS = "untuned,lora,full,lr_alpha,latency"
@@ -82,7 +90,7 @@ class Run:
 
     def reached(self):
         """The last update of this very run's training in the folder; None if there is none."""
-        same = (self.read(RESUMED) or {}).get("sha256") == fingerprint(asdict(self.config))
+        same = (self.read(RUN_CONFIG) or {}).get("sha256") == fingerprint(asdict(self.config))
         return self.metrics[-1]["iter"] if same and self.metrics else None
 
     def done(self):
@@ -225,12 +233,9 @@ class Pool:
 
 def seconds_an_update(config):
     """Measured on three batches, the first a warm-up."""
-    device = pick_device(config.device)
-    loader = instruction_loader(config, context_size(config.init_from))
-    model = build_model(config, device, pick_dtype(device, config.dtype))
-    scaler, times = torch.amp.GradScaler(device.split(":")[0], enabled=False), []
-    for batch in loader.order("train", config.batch_size * config.gradient_accumulation_steps, 0)[:3]:
-        times.append(timed(device, train_update, config, model, loader, Processes(config), batch, 0, scaler)[0])
+    run = set_up(config)
+    batches = run.loader.order("train", run.global_batch, 0)[:3]
+    times = [timed(run.processes.device, update, run, batch, 0)[0] for batch in batches]
     return mean(times[1:] or times)
 
 
@@ -280,8 +285,11 @@ def count_parameters(config):
     lora = {"lora_rank": config.rank, "lora_alpha": config.alpha, "lora_targets": config.lora_targets}
     with torch.device("meta"):  # shapes only
         model = GPT(GPTConfig(**read_config(find_checkpoint(config.init_from)[0]), **lora))
-    if config.rank or config.trainable:
-        mark_only_lora_as_trainable(model, config.lora_bias, config.trainable)
+    if config.rank:
+        mark_only_lora_as_trainable(model)
+    elif config.trainable:
+        model.requires_grad_(False)
+    train_also(model, config.lora_bias, config.trainable)
     every = list(model.parameters())
     return sum(p.numel() for p in every if p.requires_grad), sum(p.numel() for p in every)
 

@@ -21,9 +21,11 @@ from transformers import (
 )
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from configurator import one_line_errors
 from dataloader import CustomDataLoader
-from lora import attach_lora, mark_only_lora_as_trainable, parameter_report, save_adapter
+from lora import attach_lora, mark_only_lora_as_trainable
+from plumbing.adapter import parameter_report
+from plumbing.errors import one_line_errors
+from plumbing.peft_format import save_adapter
 
 
 @dataclass

@@ -37,7 +37,10 @@ def name_labels(labels, dataset, names, classify):
     if not all(re.fullmatch(r"-?\d+(\.0)?", label) for label in labels):
         unknown = sorted(set(labels) - set(names or labels))
         if unknown:
-            raise ValueError(f"label_names={','.join(names)}: {dataset} has the label {unknown[0]!r} too")
+            raise ValueError(
+                f"label_names={','.join(names)}: {dataset} has the label {unknown[0]!r} too; "
+                "--label_names=None takes the data's own words"
+            )
         return names or labels, False
     if not names and classify and labels:
         names = [str(i) for i in range(1 + max(int(float(label)) for label in labels))]

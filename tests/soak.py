@@ -4,6 +4,7 @@ with that of an unbroken run, bit for bit.
     python tests/soak.py 300        kills; half of them with LoRA, half training all weights
 """
 
+import contextlib
 import json
 import os
 import random
@@ -30,6 +31,21 @@ def prepare(folder):
         {"text": f"film {i} was {'good' if i % 2 else 'bad'}", "label": "yes" if i % 2 else "no"} for i in range(60)
     ]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+class Quiet(contextlib.nullcontext):
+    """A progress bar that shows nothing: tqdm's own starts a thread."""
+
+    def __init__(self, **options):
+        super().__init__()
+
+    write = staticmethod(lambda text: None)
+
+    def update(self):
+        pass
+
+    def set_postfix(self, **values):
+        pass
 
 
 def attempt(argv, seconds=None, step=None):
@@ -62,9 +78,7 @@ def attempt(argv, seconds=None, step=None):
             signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process at any instant, as SIGKILL does
             signal.setitimer(signal.ITIMER_REAL, seconds)
         train.plot_losses = lambda metrics, path: None  # matplotlib takes most of so short a run's time
-        train.tqdm = type("Quiet", (), {"write": staticmethod(lambda text: None), "__init__": lambda s, *a, **k: None,
-                                        "update": lambda s: None, "set_postfix": lambda s, **k: None,
-                                        "close": lambda s: None})  # fmt: skip
+        train.tqdm = Quiet
         train.train(configure(argv))
         code = 0
     except SystemExit as e:
@@ -99,6 +113,7 @@ def main(n_kills):
         folder = Path(name)
         prepare(folder)
         common = [f"--init_from={folder}/base", f"--dataset={folder}/rows.jsonl", "--device=cpu", "--dtype=float32"]
+        common += ["--label_names=None", "--alpha=64", "--dropout=0"]
         common += ["--max_iters=12", "--eval_interval=3", "--save_interval=1", "--batch_size=8", "--lr=0.01"]
         for kind, flags in (("lora", ["--rank=2"]), ("full", ["--rank=0"])):
             began = time.time()

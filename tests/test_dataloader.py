@@ -225,7 +225,9 @@ def test_add_instruction_finetuning_adds_the_filled_template_and_returns_the_rec
 def test_a_typed_backslash_n_is_a_line_break(tmp_path):
     """Lost if it fails: a template typed in a shell holds a backslash where the user meant a new line."""
     path = write_rows(tmp_path / "rows.csv", some_rows(40))
-    loader = instruction_loader(Config(dataset=path, template="Review: {text}\\nSentiment: {label}"), 64)
+    loader = instruction_loader(
+        Config(dataset=path, label_names=None, template="Review: {text}\\nSentiment: {label}"), 64
+    )
     ex = loader.splits["train"][0]
     assert gpt2_encoding().decode(ex.tokens[: ex.n_prompt]) == f"Review: {ex.text}\nSentiment:"
 
@@ -358,7 +360,8 @@ def test_fewer_examples_are_read_from_the_same_files(three_files):
     """Lost if it fails: each number of examples tokenises the whole data set again and keeps a copy of it."""
     CustomDataLoader(three_files)
     before = sorted(os.listdir(token_cache.CACHE))
-    config = Config(dataset=three_files, train_examples=20)
+    template = "Review: {text}\nSentiment: {label}"
+    config = Config(dataset=three_files, label_names=None, template=template, train_examples=20)
     for loader in (make_loader(config, 1024), instruction_loader(config, 1024)):
         assert [len(examples) for examples in loader.splits.values()] == [20, 40]
         (folder,) = {os.path.dirname(examples.folder) for examples in loader.splits.values()}

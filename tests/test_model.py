@@ -21,7 +21,7 @@ from dataloader import Batch
 from lora import mark_only_lora_as_trainable
 from model import GPT, GPTConfig, KVCache
 from plumbing.adapter import lora_layers
-from train import batch_loss
+from train import compute_loss
 
 TINY = {"n_layer": 3, "n_head": 4, "n_embd": 64, "vocab_size": 301, "block_size": 64}
 CONV1D = ("attn.c_attn.weight", "c_proj.weight", "mlp.c_fc.weight")  # transformers keeps them as (in, out)
@@ -360,7 +360,7 @@ def test_shared_prefix_gives_the_plain_gradient_of_adapters(hf, checkpoint, case
             their.data.copy_(mine.data)
             pairs[f"{name}.{leaf}"] = mine, their
     assert len(pairs) == sum(p.requires_grad for p in theirs.parameters()) == 12
-    loss, reference = batch_loss(model, make_batch(case)[0]), plain_loss(theirs, case)
+    loss, reference = compute_loss(model, make_batch(case)[0]), plain_loss(theirs, case)
     loss.backward()
     reference.backward()
     close(loss.double(), reference, atol=1e-10)
@@ -382,7 +382,7 @@ def same_loss_and_gradients(model, loss, theirs, reference):
 def test_shared_prefix_gives_the_plain_gradient_of_all_weights(hf, checkpoint, case):
     """Otherwise --rank=0 is not the fine-tuning of all weights that it is compared with."""
     model, theirs = GPT.from_pretrained(checkpoint).double(), copy.deepcopy(hf).double()
-    loss, reference = batch_loss(model, make_batch(case)[0]), plain_loss(theirs, case)
+    loss, reference = compute_loss(model, make_batch(case)[0]), plain_loss(theirs, case)
     same_loss_and_gradients(model, loss, theirs, reference)
 
 
@@ -399,7 +399,7 @@ def test_a_long_text_gives_the_plain_gradient():
     text = tokens(1, 561)
     targets = text[:, 11:].clone()
     targets[:, :-2] = -1
-    loss = batch_loss(model, Batch(text[:, :10], text[:, 10:-1], targets))
+    loss = compute_loss(model, Batch(text[:, :10], text[:, 10:-1], targets))
     reference = F.cross_entropy(theirs(text).logits[0, -3:-1], text[0, -2:])
     same_loss_and_gradients(model, loss, theirs, reference)
 
@@ -411,7 +411,7 @@ def test_sampling_all_words_is_the_full_loss(hf, checkpoint):
     """Otherwise --n_sampled trains towards another goal, however many words are drawn."""
     model = GPT.from_pretrained(checkpoint).double()
     full = plain_loss(copy.deepcopy(hf).double(), "long head")
-    loss = batch_loss(model, make_batch("long head")[0], n_sampled=301)
+    loss = compute_loss(model, make_batch("long head")[0], n_sampled=301)
     close(loss.double(), full, atol=1e-10)
 
 

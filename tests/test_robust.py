@@ -12,8 +12,10 @@ import time
 
 import pytest
 import torch
+from filelock import FileLock, SoftFileLock
 
 from model import GPT, GPTConfig
+from plumbing.checkpoint import lock_folder
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -31,7 +33,10 @@ def place(tmp_path_factory):
 def start(place, *flags, limit=None):
     """train.py on the small model; no file may grow beyond `limit` bytes."""
     argv = [f"--init_from={place}/base", f"--dataset={place}/rows.jsonl", "--device=cpu", "--eval_interval=2"]
-    argv = [*argv, "--batch_size=8", "--max_iters=4", *flags]
+    argv = [*argv, "--batch_size=8", "--max_iters=4", "--label_names=None"]
+    if "--init_from=resume" not in flags:
+        argv += ["--rank=16", "--alpha=64"]
+    argv += flags
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     cap = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
     env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -66,6 +71,30 @@ def test_a_second_run_in_the_same_folder_is_refused(place):
         first.communicate()
     third = start(place, f"--out_dir={place}/shared")  # a killed run leaves no lock behind
     assert third.wait(100) == 0
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no flock here"), OSError(38, "Function not implemented")])
+def test_a_file_system_without_locks_is_no_obstacle(place, monkeypatch, capsys, error):
+    """Lost if it fails: on a cluster's file system without locks no run can be started, or each is told that another
+    one is writing there."""
+
+    def acquire(self, **options):
+        raise error
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    lock_folder(str(place / "unlocked"))
+    out = capsys.readouterr().out
+    assert out.startswith("note: ") and str(place / "unlocked") in out and out.count("\n") == 1
+
+
+def test_a_lock_file_that_no_process_holds_is_no_obstacle(place, monkeypatch, capsys):
+    """Lost if it fails: where filelock makes do with a file that exists, a run that was killed cannot be resumed."""
+    out_dir = place / "left-over"
+    out_dir.mkdir()
+    (out_dir / ".lock").write_text("a killed run's")
+    monkeypatch.setattr("plumbing.checkpoint.FileLock", SoftFileLock)
+    lock_folder(str(out_dir))
+    assert "its file system has no locks" in capsys.readouterr().out
 
 
 def test_full_disk(place):

@@ -43,7 +43,7 @@ def place(tmp_path_factory):
 def flags(place, out, **settings):
     values = {"init_from": place / "base", "dataset": place / "reviews.csv", "out_dir": place / out, "device": "cpu"}
     values |= {"dtype": "float32", "ranks": "1,2", "rank": 2, "alpha": 8, "seeds": "1,2", "max_iters": 6, "lr": 0.01}
-    values |= {"batch_size": 8, "eval_interval": 2, "warmup_iters": 0} | settings
+    values |= {"batch_size": 8, "eval_interval": 2, "warmup_iters": 0, "label_names": None, "dropout": 0.0} | settings
     return [f"--{key}={value}" for key, value in values.items()]
 
 

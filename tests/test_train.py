@@ -26,15 +26,18 @@ from conftest import base_folder, finish
 from peft import PeftModel
 from transformers import GPT2LMHeadModel
 
-import dataloader
 import generate
 import train
 from configurator import MODEL_KEYS, Config, configure
 from dataloader import end_of_text, gpt2_encoding
 from model import GPT
+from plumbing import token_cache
+from plumbing.adamw import AdamW
+from plumbing.checkpoint import hash_state
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MEDIUM = "configs/finetune_params_config.py"
+SHORT = "Review: {text}\nSentiment: {label}"
 CUES = {"positive": "wonderful", "negative": "dreadful"}  # the word that gives a made-up review's label away
 
 
@@ -68,7 +71,7 @@ def write_reviews(path, n, cues=CUES):
 def flags(place, out, **settings):
     """The command line of a run on the small model and data into `out`; settings win."""
     values = {"init_from": place / "base", "dataset": place / "reviews", "out_dir": place / out}
-    values |= {"device": "cpu", "dtype": "float32"} | settings
+    values |= {"device": "cpu", "dtype": "float32", "rank": 16, "alpha": 64, "label_names": None} | settings
     return [f"--{key}={value}" for key, value in values.items()]
 
 
@@ -155,7 +158,7 @@ def plain_loss(model, path, template=Config.template):
 @pytest.fixture(scope="module")
 def tuned(place):
     """The folder of a LoRA run, started as the README starts it."""
-    settings = {"rank": 16, "alpha": 64, "max_iters": 80, "eval_interval": 20, "lr": 1e-2}
+    settings = {"max_iters": 80, "eval_interval": 20, "warmup_iters": 10, "lr": 1e-2}
     finish(start("train.py", MEDIUM, *flags(place, "tuned", **settings)))
     return place / "tuned"
 
@@ -211,23 +214,40 @@ def test_the_best_adapter_is_kept(place):
     flipped = dict(zip(CUES, reversed(CUES.values())))  # what training teaches is wrong here, so the loss turns up
     write_reviews(place / "turned" / "validation.csv", 12, flipped)
     settings = {"dataset": place / "turned", "rank": 8, "alpha": 32, "max_iters": 40, "eval_interval": 4, "lr": 2e-2}
+    settings |= {"template": SHORT, "dropout": 0}
     metrics = here(flags(place, "best", **settings))
     losses = [m["val_loss"] for m in metrics]
     assert min(losses) < losses[0] - 1 and min(losses) < losses[-1] - 1, losses  # it fell, and rose again
     model = PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(place / "base"), place / "best")
-    assert plain_loss(model, place / "turned" / "validation.csv") == pytest.approx(min(losses), abs=1e-4)
+    assert plain_loss(model, place / "turned" / "validation.csv", SHORT) == pytest.approx(min(losses), abs=1e-4)
 
 
 def test_accumulated_gradients_equal_one_large_batch(place):
     """Otherwise a user who splits a batch to fit the memory trains something else; label lengths differ here."""
     write_reviews(place / "uneven.csv", 57, {"bad": "dreadful", "truly magnificent work of art": "wonderful"})
     settings = {"dataset": place / "uneven.csv", "rank": 4, "alpha": 16, "max_iters": 8, "eval_interval": 4}
+    settings |= {"dropout": 0, "lr": 1e-3}
     settings |= {"grad_clip": 4.5}  # bites in some updates and not in others: else Adam hides a gradient's size
     small = here(flags(place, "small", **settings, batch_size=2, gradient_accumulation_steps=4))
     large = here(flags(place, "large", **settings, batch_size=8))
     assert largest_difference(place / "small", place / "large") < 1e-6
     for key in ("val_loss", "train_loss"):
         assert small[-1][key] == pytest.approx(large[-1][key], abs=1e-5)
+
+
+def test_update_is_the_loops_own(place):
+    """Otherwise the benchmark and the sweep's estimate of its hours measure something else than a training."""
+    settings = {"rank": 4, "alpha": 16, "dropout": 0.1, "batch_size": 8, "gradient_accumulation_steps": 2}
+    argv = flags(place, "loop", **settings, max_iters=7, lr=5e-3)
+    here(argv)
+    run = train.set_up(configure(list(map(str, argv))))
+    losses = []
+    for it in range(7):
+        epoch, place_in_epoch = divmod(it, 3)  # 48 reviews are three batches of 16
+        losses.append(train.update(run, run.loader.order("train", 16, epoch)[place_in_epoch], it))
+    trained = {name: p.detach() for name, p in run.model.named_parameters() if p.requires_grad}
+    assert leaves(trained) == leaves(read_checkpoint(place / "loop")["trained"])
+    assert read_metrics(place / "loop")[-1]["train_loss"] == sum(losses) / 7
 
 
 # --- stopped and resumed --------------------------------------------------------------------------
@@ -346,14 +366,14 @@ def test_a_new_run_does_not_resume_the_old_one_of_its_folder(place, monkeypatch)
 
 def stop_after(monkeypatch, update):
     """SIGTERM comes while this update is computed."""
-    plain = train.train_update
+    plain = train.compute_gradients
 
-    def train_update(config, model, loader, processes, indices, it, scaler):
+    def compute_gradients(run, indices, it):
         if it == update:
             signal.raise_signal(signal.SIGTERM)
-        return plain(config, model, loader, processes, indices, it, scaler)
+        return plain(run, indices, it)
 
-    monkeypatch.setattr(train, "train_update", train_update)
+    monkeypatch.setattr(train, "compute_gradients", compute_gradients)
 
 
 def test_a_flag_on_a_resumed_run_is_obeyed(place, monkeypatch):
@@ -388,6 +408,7 @@ def test_several_processes_equal_one(place, world, n_train, n_validation, batch_
     write_reviews(data / "validation.csv", n_validation)
     settings = {"dataset": data, "rank": 4, "alpha": 16, "max_iters": 12, "eval_interval": 4, "warmup_iters": 2}
     settings |= {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    settings |= {"dropout": 0, "lr": 1e-3}
     settings |= {"grad_clip": 7}  # bites in some updates and not in others: else Adam hides a gradient's size
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "train.py"]
     many = start(*torchrun, *flags(place, f"{name}-many", **settings))
@@ -412,6 +433,7 @@ def pretrained(place):
     settings = {"task": "pretrain", "init_from": "scratch", "dataset": place / "text.txt", "rank": 0}
     settings |= {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "train_context": 32, "batch_size": 8}
     settings |= {"max_iters": 4, "eval_interval": 3, "warmup_iters": 0, "n_sampled": 50, "muon_lr": 0.02, "lr": 1e-2}
+    settings |= {"dropout": 0, "eval_iters": 0}
     finish(start("train.py", *flags(place, "scratch", **settings), NANOLORA_CACHE=str(place / "cache")))
     assert list((place / "cache").iterdir())
     return place / "scratch", settings
@@ -440,7 +462,7 @@ def test_a_pretrained_model_is_a_base_to_fine_tune(place, pretrained):
 
 def test_a_stopped_pretraining_run_equals_an_unbroken_one(place, pretrained, monkeypatch):
     """Otherwise a night of pre-training is lost with the session: Muon's moments and the sampled words count too."""
-    monkeypatch.setattr(dataloader, "CACHE", str(place / "cache"))
+    monkeypatch.setattr(token_cache, "CACHE", str(place / "cache"))
     here(flags(place, "text", **pretrained[1]))
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         stop_after(patch, 1)
@@ -517,7 +539,9 @@ def test_float16_skips_are_counted_and_shown(place, capsys, monkeypatch):
             scalers.append(self)
 
     monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
-    monkeypatch.setattr(train, "pick_dtype", lambda device, dtype: torch.float16)  # refused on CPUs, for its speed
+    monkeypatch.setattr(
+        train, "pick_dtype", lambda device, dtype, mixed: torch.float16
+    )  # refused on CPUs, for its speed
     settings = {"rank": 2, "alpha": 8, "max_iters": 48, "eval_interval": 8, "lr": 1e-2}
     metrics = here(flags(place, "float16", **settings))
     halved = 40 - math.log2(scalers[0].get_scale())  # each skip halves the scale
@@ -549,7 +573,7 @@ def test_adamw_is_torchs(place):
         return params, optimizer.state_dict()
 
     for resumed in (None, True):
-        ours, state = made(train.AdamW, resumed)
+        ours, state = made(AdamW, resumed)
         theirs, their_state = made(torch.optim.AdamW, fused=True)
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
         assert leaves(state["state"]) == leaves(their_state["state"])
@@ -648,7 +672,7 @@ def test_more_processes_than_examples_end_in_one_line(place, monkeypatch, capfd)
 
 def test_a_text_too_small_to_hold_some_out_ends_in_one_line(place, monkeypatch, capfd):
     """Otherwise the first text that a user tries ends in an error of a library, about a file that is not theirs."""
-    monkeypatch.setattr(dataloader, "CACHE", str(place / "cache"))
+    monkeypatch.setattr(token_cache, "CACHE", str(place / "cache"))
     (place / "small.txt").write_text("A film. " * 50)
     settings = {"task": "pretrain", "init_from": "scratch", "rank": 0, "dataset": place / "small.txt"}
     assert f"dataset={place / 'small.txt'}" in one_line_of(capfd, flags(place, "never", **settings))
@@ -698,6 +722,24 @@ def test_a_checkpoint_of_another_model_is_named(place, tuned, tmp_path, capfd):
     shutil.copy(tmp_path / "other" / "checkpoint.pt", tmp_path / "run" / "checkpoint.pt")
     line = one_line_of(capfd, resume(tmp_path, "run"))
     assert "checkpoint.pt" in line and "lora_A" in line
+
+
+@pytest.mark.parametrize("changed", ["no skipped", "one more", "no scaler"])
+def test_a_checkpoint_of_another_version_is_named(place, tuned, tmp_path, capfd, changed):
+    """Otherwise whoever updates the program in the middle of a run meets a traceback, or loses a count."""
+    shutil.copytree(tuned, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint.pt"
+    state = read_checkpoint(tmp_path / "run")
+    del state["sha256"]
+    if changed == "no skipped":
+        del state["progress"]["skipped"]
+    elif changed == "one more":
+        state["progress"]["epoch"] = 3
+    else:
+        del state["scaler"]
+    torch.save(state | {"sha256": hash_state(state)}, path)
+    line = one_line_of(capfd, resume(tmp_path, "run"))
+    assert str(path) in line and "another version" in line and "--out_dir" in line
 
 
 @pytest.mark.parametrize("damage", [cut_short, emptied, scribbled, removed])

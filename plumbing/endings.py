@@ -1,0 +1,71 @@
+"""How a run ends before its last update: stopped, diverged, out of memory. Each is one line and an exit code."""
+
+import contextlib
+import signal
+import sys
+from typing import NoReturn
+
+import torch
+
+
+class StopSignals:
+    """`with StopSignals() as signals`: the first Ctrl-C or SIGTERM only sets `signals.received`, to its number, so
+    that a run can end between two updates. A second one ends the program at once."""
+
+    def __init__(self):
+        self.received = None
+
+    def __enter__(self):
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._remember) for number in numbers}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number, frame):
+        self.received = self.received or number
+        signal.signal(number, signal.SIG_DFL)
+
+
+def exit_stopped(number: int | None) -> NoReturn:
+    """As the shell expects: 128 + the signal's number; None in a process that got none, while another did."""
+    sys.exit(128 + (number or signal.SIGTERM))
+
+
+def exit_diverged(config, is_first: bool, it: int, what: str) -> NoReturn:
+    """what: the values that are no finite numbers."""
+    if is_first:
+        print(
+            f"error: {what} at update {it}; the last good checkpoint is in {config.out_dir}; "
+            f"try a lower --lr than {config.lr:g}",
+            file=sys.stderr,
+        )
+    sys.exit(3)
+
+
+@contextlib.contextmanager
+def explain_failure(config):
+    """A full disk and too little memory end the program in one line that says how to go on; exit code 2."""
+    try:
+        yield
+    except OSError as e:
+        exit_with(f"{e}; --init_from=resume goes on from the last checkpoint")
+    except RuntimeError as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):  # a GPU's, a CPU's
+            raise
+        exit_with(f"out of memory; the same training in smaller pieces: {smaller_pieces(config)}")
+
+
+def smaller_pieces(config) -> str:
+    """The flags of a smaller batch with the same global batch: of the largest divisor up to its half."""
+    sizes = range(config.batch_size // 2, 0, -1)
+    batch_size = next((n for n in sizes if config.batch_size % n == 0), 1)
+    steps = config.gradient_accumulation_steps * (config.batch_size // batch_size)
+    return f"--batch_size={batch_size} --gradient_accumulation_steps={steps}"
+
+
+def exit_with(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

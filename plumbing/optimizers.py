@@ -1,0 +1,37 @@
+"""Which optimizer takes which parameter: AdamW all of them or, next to Muon, the rest."""
+
+import torch
+
+from plumbing.adamw import AdamW
+
+
+def build_optimizers(config, model) -> list:
+    """AdamW and, with muon_lr > 0, Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) for the
+    blocks' matrices. Each group knows its peak learning rate. Raises ValueError where Muon cannot be had."""
+    if config.muon_lr and config.rank:
+        raise ValueError(f"muon_lr={config.muon_lr}: Muon is for whole matrices; type --rank=0, or --muon_lr=0")
+    if config.muon_lr and not hasattr(torch.optim, "Muon"):
+        raise ValueError(
+            f"muon_lr={config.muon_lr}: torch {torch.__version__} has no Muon (2.9 has); type --muon_lr=0"
+        )
+    for_muon = []
+    matrices = []
+    vectors = []  # biases and LayerNorm's weights: they are not decayed
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if config.muon_lr and p.ndim == 2 and ".h." in name:
+            for_muon.append(p)
+        elif p.ndim >= 2:
+            matrices.append(p)
+        else:
+            vectors.append(p)
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    optimizers = [AdamW(groups, config.lr, (config.beta1, config.beta2))]
+    if for_muon:
+        optimizers.append(torch.optim.Muon(for_muon, lr=config.muon_lr, weight_decay=config.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
