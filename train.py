@@ -93,7 +93,7 @@ def train(config: Config) -> list[dict]:
 
             # --- save, between gradient and step: these weights are known to give a finite loss and gradient.
             # Those after the step are not, and no run should resume from NaN.
-            loss = compute_gradients(run, next(batches), it)
+            loss, norm = compute_gradients(run, next(batches), it)
             (must_stop,) = run.processes.sum([float(signals.received is not None)])
             is_due = config.save_interval and it % config.save_interval == 0
             if (must_stop or is_due) and not is_saved:
@@ -104,7 +104,7 @@ def train(config: Config) -> list[dict]:
                 exit_stopped(signals.received)
 
             # --- update
-            progress.skipped += apply_gradients(run, it)
+            progress.skipped += apply_gradients(run, it, norm)
             progress.losses.append(loss)
             progress.iter += 1
 
@@ -163,6 +163,7 @@ def set_up(config: Config) -> Run:
     params = [p for p in model.parameters() if p.requires_grad]
     optimizers = build_optimizers(config, model)
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == torch.float16)
+    scaler.scale(torch.zeros((), device=device))  # it begins now: a process may have no example in its first update
     if config.compile:
         model.compile(dynamic=True)
     return Run(config, processes, dtype, loader, model, params, optimizers, scaler)
@@ -216,14 +217,14 @@ def draw_batches(run: Run, it: int) -> Iterator[np.ndarray]:
 
 def update(run: Run, indices: np.ndarray, it: int) -> float:
     """One update on the global batch `indices`, as `train` makes it; returns its loss."""
-    loss = compute_gradients(run, indices, it)
-    apply_gradients(run, it)
+    loss, norm = compute_gradients(run, indices, it)
+    apply_gradients(run, it, norm)
     return loss
 
 
-def compute_gradients(run: Run, indices: np.ndarray, it: int) -> float:
+def compute_gradients(run: Run, indices: np.ndarray, it: int) -> tuple[float, float]:
     """The clipped gradient of the global batch's mean loss, on every process, into each parameter's .grad. Returns
-    that loss. Ends the program where loss or gradient are not finite."""
+    that loss and the gradient's norm before clipping. Ends the program where loss or gradient are not finite."""
     config = run.config
     loader = run.loader
     processes = run.processes
@@ -247,10 +248,10 @@ def compute_gradients(run: Run, indices: np.ndarray, it: int) -> float:
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     norm = float(nn.utils.clip_grad_norm_(run.params, config.grad_clip or math.inf))
-    # float16 overflows now and then: there the scaler leaves out the step and tries a smaller scale.
+    # float16 overflows now and then: then the step is left out, and the scaler tries a smaller scale.
     if not math.isfinite(loss) or not (math.isfinite(norm) or run.scaler.is_enabled()):
         exit_diverged(config, processes.is_first, it, f"loss {loss}, gradient norm {norm}")
-    return loss
+    return loss, norm
 
 
 def compute_loss(model: GPT, batch: Batch, n_sampled: int = 0) -> torch.Tensor:
@@ -261,17 +262,21 @@ def compute_loss(model: GPT, batch: Batch, n_sampled: int = 0) -> torch.Tensor:
     return loss
 
 
-def apply_gradients(run: Run, it: int) -> bool:
-    """Steps along the gradients, at update `it`'s learning rate, and clears them. True if float16's scaler found
-    infinite ones, and so made no step."""
+def apply_gradients(run: Run, it: int, norm: float) -> bool:
+    """Steps along the gradients, at update `it`'s learning rate, and clears them. True where no step was made, since
+    float16's gradients overflowed. Ends the program where they do so again and again."""
+    overflowed = not math.isfinite(norm)  # clipping has spread one infinite gradient over all: no optimizer steps
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * schedule(run.config, it)
-        run.scaler.step(optimizer)
+        if not overflowed:
+            run.scaler.step(optimizer)
         optimizer.zero_grad()
-    scale = run.scaler.get_scale()
     run.scaler.update()
-    return run.scaler.get_scale() < scale
+    if overflowed and run.scaler.get_scale() < 1:
+        what = "float16's gradients overflow at any scale (--dtype=float32 has the range)"
+        exit_diverged(run.config, run.processes.is_first, it, what)
+    return overflowed
 
 
 def schedule(config: Config, it: int) -> float:

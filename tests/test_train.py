@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -548,6 +549,61 @@ def test_float16_skips_are_counted_and_shown(place, capsys, monkeypatch):
     assert metrics[-1]["skipped"] == halved > 2
     assert f"skipped {halved:.4f}" in capsys.readouterr().out
     assert metrics[-1]["val_loss"] < metrics[0]["val_loss"]  # and the updates after them count
+
+
+def overflowing(**settings):
+    """A run of two optimizers in float16 on a CPU, whose first parameter has an infinite gradient."""
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizers = [torch.optim.SGD([{"params": [p], "peak_lr": 0.1}], lr=0.1) for p in params]
+    scaler = torch.amp.GradScaler("cpu", init_scale=settings.pop("scale", 2.0**10))
+    scaler.scale(torch.zeros(()))
+    params[0].grad = torch.tensor([1.0, math.inf, 1.0])
+    params[1].grad = torch.ones(3)
+    config = Config(out_dir="nowhere", **settings)
+    processes = SimpleNamespace(is_first=True)
+    return SimpleNamespace(config=config, params=params, optimizers=optimizers, scaler=scaler, processes=processes)
+
+
+def clip(run):
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
+    return float(torch.nn.utils.clip_grad_norm_(run.params, 1.0))
+
+
+def test_where_one_gradient_overflows_no_optimizer_steps():
+    """Otherwise clipping spreads AdamW's infinite gradient over Muon's matrices, and they become NaN for good."""
+    run = overflowing()
+    norm = clip(run)
+    assert train.apply_gradients(run, 30, norm)
+    assert all(torch.equal(p, torch.ones(3)) and p.grad is None for p in run.params)
+    assert run.scaler.get_scale() == 2.0**9
+    for p in run.params:
+        p.grad = torch.full((3,), 2.0**9)
+    assert not train.apply_gradients(run, 30, clip(run))
+    assert all((p < 1).all() for p in run.params)
+
+
+def test_overflow_without_end_ends_the_run(capsys):
+    """Otherwise the scale falls to 0 and every later update is left out, to the end of the run."""
+    run = overflowing(scale=1.0)
+    with pytest.raises(SystemExit) as ended:
+        train.apply_gradients(run, 30, clip(run))
+    assert ended.value.code == 3
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--dtype=float32" in error and "update 30" in error
+
+
+def test_a_process_without_examples_in_its_first_update_goes_on(place, monkeypatch):
+    """Otherwise torchrun in float16 ends in the scaler's assertion where a first batch is short."""
+    monkeypatch.setattr(train, "pick_dtype", lambda device, dtype, mixed: torch.float16)
+    config = configure(flags(place, "short", rank=2, alpha=8, max_iters=2))
+    run = train.set_up(config)
+    for optimizer in run.optimizers:  # as after no scaled loss at all
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
+        run.scaler.unscale_(optimizer)
+    assert not train.apply_gradients(run, 0, 0.0)
 
 
 def test_adamw_is_torchs(place):
