@@ -363,7 +363,7 @@ class GPT(nn.Module):
         out = idx.new_full((B, max_new_tokens), 0 if stop is None else stop)
         rows = torch.arange(B, device=idx.device)  # those that are still being written
         for n in range(max_new_tokens):
-            token = pick_token(self.head(x), temperature, top_k)  # (rows,)
+            token = self.pick_token(x, temperature, top_k)  # (rows,)
             out[rows, n] = token
             ended = token == stop
             if stop is not None and ended.any():  # a finished row costs nothing more
@@ -380,6 +380,26 @@ class GPT(nn.Module):
                 new = torch.cat([idx, out[:, : n + 1]], dim=1)[rows, -(size // 2) :]
             x = self.hidden(new, cache)[:, -1]
         return torch.cat([idx, out], dim=1)
+
+    def pick_token(self, x, temperature, top_k):  # (B, C) -> (B,)
+        logits = self.head(x)  # (B, V)
+        if temperature == 0:
+            return self.pick_likeliest(x, logits)
+        logits = logits.float() / temperature
+        if top_k:
+            least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -math.inf)
+        return torch.multinomial(logits.softmax(-1), 1)[:, 0]
+
+    def pick_likeliest(self, x, logits):  # (B, C), (B, V) -> (B,)
+        """Near -100, where the real GPT-2's logits lie, bfloat16's numbers are 0.5 apart: two labels often get the
+        same one. So the 16 likeliest words' logits are computed again in float32."""
+        if logits.dtype == torch.float32:
+            return logits.argmax(-1)
+        words = logits.topk(min(16, logits.size(-1))).indices  # (B, 16)
+        weights = self.lm_head.weight[words].float()  # (B, 16, C)
+        exact = (weights @ x.float()[:, :, None])[..., 0]  # (B, 16)
+        return words.gather(1, exact.argmax(1, keepdim=True))[:, 0]
 
     # --- storage
 
@@ -422,13 +442,3 @@ class GPT(nn.Module):
         merged = {f"{name}.weight": merged_weight(layer) for name, layer in lora_layers(self).items()}
         tensors = {n: merged.get(n, p) for n, p in self.named_parameters() if "lora_" not in n}
         write_checkpoint(directory, self.config, tensors, dtype)
-
-
-def pick_token(logits, temperature, top_k):  # (B, V) -> (B,)
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k:
-        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    return torch.multinomial(logits.softmax(-1), 1)[:, 0]

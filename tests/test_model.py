@@ -232,6 +232,22 @@ def test_sampling_follows_temperature_and_top_k(hf, checkpoint):
     close(frequencies, (best.values / 0.7).softmax(0), atol=0.04)  # five sigma
 
 
+@pytest.mark.parametrize("offset", [0, -80, -110])
+def test_bfloat16_picks_the_word_that_float32_does(hf, checkpoint, offset):
+    """Otherwise labels are changed by rounding: the real GPT-2's logits lie where bfloat16's steps are 0.5."""
+    torch.manual_seed(0)
+    model = GPT.from_pretrained(checkpoint).set_dtype(torch.bfloat16).eval()
+    x = torch.randn(500, 64).bfloat16()
+    weight = model.lm_head.weight.detach()
+    with torch.no_grad():
+        logits = model.head(x)
+        shifted = (logits.float() + offset).bfloat16()  # as a direction that all words share moves them
+        exact = (x.double() @ weight.double().T).argmax(-1)
+        assert torch.equal(model.pick_likeliest(x, shifted), exact)
+    if offset:
+        assert not torch.equal(shifted.argmax(-1), exact)  # so this test sees rounding where there is some
+
+
 # --- files ---------------------------------------------------------------------------------------
 
 
