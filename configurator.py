@@ -76,6 +76,7 @@ class Config:
     save_interval: int = 0  # updates between checkpoints; 0: at each evaluation
     seed: int = 1337  # of data order, adapters and dropout
     compile: bool = False  # torch.compile the model
+    deterministic: bool = False  # CUDA: the same seed gives the same bits, as it does on a CPU; slower
     # --- machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # auto, float32, bfloat16, float16: of frozen weights and of the arithmetic

@@ -32,12 +32,14 @@ from plumbing.endings import StopSignals, exit_diverged, exit_stopped, explain_f
 from plumbing.errors import one_line_errors
 from plumbing.files import write_json
 from plumbing.gpt2_files import context_size
-from plumbing.machine import Processes, keep_memory, pick_dtype
+from plumbing.machine import Processes, compute_deterministically, keep_memory, pick_dtype
 from plumbing.optimizers import build_optimizers
 from plumbing.peft_format import ADAPTER_WEIGHTS, save_adapter
 from plumbing.plain_text import TextLoader
 from plumbing.plots import plot_losses
 from plumbing.wandb_run import WandbRun
+
+FULL_SAVE_SECONDS = 180  # without LoRA: at least so long between the checkpoints of two evaluations
 
 
 def train(config: Config) -> list[dict]:
@@ -60,6 +62,7 @@ def train(config: Config) -> list[dict]:
     bar = tqdm(total=config.max_iters, initial=progress.iter, unit="update", disable=hidden)
     began = time.time()
     began_at = progress.iter
+    saved = -math.inf
 
     with StopSignals() as signals, bar:
         while True:
@@ -83,8 +86,11 @@ def train(config: Config) -> list[dict]:
                     save_best(run)
                 if is_first:
                     write_metrics(config.out_dir, progress.metrics)
-                save(run, progress)
-                is_saved = True
+                # A checkpoint without LoRA is three times the model, 4.3 GB for gpt2-medium: not at each evaluation.
+                if config.rank or is_last or time.time() - saved > FULL_SAVE_SECONDS:
+                    save(run, progress)
+                    is_saved = True
+                    saved = time.time()
                 wandb.log(metrics, it)
                 began = time.time()
                 began_at = it
@@ -153,6 +159,8 @@ class Run:
 def set_up(config: Config) -> Run:
     """Data, model and optimizers of a config. Raises ValueError or OSError for what cannot be had."""
     keep_memory()
+    if config.deterministic:
+        compute_deterministically()
     processes = Processes(config)
     device = processes.device
     dtype = pick_dtype(device, config.dtype, mixed=getattr(LoRALinear, "mixes_dtypes", False))

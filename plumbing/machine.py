@@ -20,6 +20,13 @@ def keep_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap is not shrunk
 
 
+def compute_deterministically():
+    """The same seed gives the same bits on CUDA too, where the backward pass of attention and of embeddings adds in
+    an order that changes. Raises RuntimeError later, from an operation that has no such way."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(True)
+
+
 def pick_device(device: str = "auto") -> str:
     """ "auto": cuda, else mps, else cpu; a device that computes something else than the CPU is passed over with a
     note. ValueError if the device cannot be had."""

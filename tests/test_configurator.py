@@ -317,6 +317,7 @@ OLD = {
     "save_interval": 0,
     "seed": 1337,
     "compile": False,
+    "deterministic": False,
     "device": "auto",
     "dtype": "auto",
     "wandb_log": False,

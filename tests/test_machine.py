@@ -3,6 +3,7 @@
 python -m pytest tests/test_machine.py
 """
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -85,3 +86,13 @@ def test_several_processes_do_not_share_one_accelerator(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"device=mps: .*--device=cpu"):
         machine.Processes(SimpleNamespace(device="mps", batch_size=8))
+
+
+def test_deterministic_refuses_what_is_not():
+    """Otherwise --deterministic is a word, and two runs on a GPU differ all the same."""
+    machine.compute_deterministically()
+    try:
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
