@@ -33,6 +33,7 @@ from plumbing.errors import one_line_errors
 from plumbing.files import write_json
 from plumbing.gpt2_files import context_size
 from plumbing.machine import Processes, compute_deterministically, keep_memory, pick_dtype
+from plumbing.memory import check_weights
 from plumbing.optimizers import build_optimizers
 from plumbing.peft_format import ADAPTER_WEIGHTS, save_adapter
 from plumbing.plain_text import TextLoader
@@ -199,6 +200,7 @@ def build_model(config: Config, device: str, dtype: torch.dtype, n_classes: int 
         model.requires_grad_(False)
     if config.lora_bias != "none" or also:
         train_also(model, config.lora_bias, also)
+    check_weights(model, device)
     return model.to(device).set_dtype(dtype)
 
 

@@ -45,6 +45,9 @@ def exit_diverged(config, is_first: bool, it: int, what: str) -> NoReturn:
     sys.exit(3)
 
 
+OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory")
+
+
 @contextlib.contextmanager
 def explain_failure(config):
     """A full disk and too little memory end the program in one line that says how to go on; exit code 2."""
@@ -53,7 +56,7 @@ def explain_failure(config):
     except OSError as e:
         exit_with(f"{e}; --init_from=resume goes on from the last checkpoint")
     except RuntimeError as e:
-        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):  # a GPU's, a CPU's
+        if not isinstance(e, torch.OutOfMemoryError) and not any(words in str(e) for words in OUT_OF_MEMORY):
             raise
         exit_with(f"out of memory; the same training in smaller pieces: {smaller_pieces(config)}")
 
