@@ -89,11 +89,11 @@ def name_numbers(labels, places, dataset, names, classify):
         pairs = ", ".join(f"{value} is {name}" for value, name in zip(values, names) if str(value) != name)
         notes = [f"the labels are numbers, and label_names are their words in order: {pairs}"] if pairs else []
         return names, {label: values.index(value) for label, value in value_of.items()}, notes
-    nameless = next(label for label in labels if not 0 <= value_of[label] < len(names))
+    nameless = min((label for label in labels if not 0 <= value_of[label] < len(names)), key=value_of.get)
     remedy = "type one word for each of them, in order"
     if values[0] == 0:
         remedy = "the words are those of 0, 1, 2 and so on: type one for each"
-    elif value_of[nameless] < 0:
+    elif values[0] < 0:
         remedy += ", or take the rows with a negative number out if it means that they have no label"
     raise ValueError(
         f"label_names={','.join(names)}: no word for the label {value_of[nameless]} of {dataset}, first in "

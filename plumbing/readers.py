@@ -133,6 +133,8 @@ def read_csv(path, needed=(), separator=","):
             line = reader.line_num
             if len(fields) == len(columns):
                 swallowed.see(fields, first, line)
+                if "" in fields:
+                    fields = [field or None for field in fields]
                 yield line, dict(zip(columns, fields))
             elif len(fields) > 1 or "".join(fields).strip():  # not a blank line
                 raise UserError(wrong_length(path, line, fields, columns, separator))

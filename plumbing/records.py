@@ -109,7 +109,7 @@ def draw_split(text, seed, drawn):
     It follows from seed and text alone. So rows that are added or moved change no other row's split, and the same
     text is never in two splits.
     """
-    digest = hashlib.sha256(b"%d " % seed + text).digest()
+    digest = hashlib.sha256(b"%d %b" % (seed, text)).digest()
     share = int.from_bytes(digest[:8], "big") / 2**64  # even over [0, 1)
     if share < 0.8:
         return "train"
@@ -124,10 +124,8 @@ def read_records(source, survey, text_field, label_field, seed):
     for word, row in source.rows():
         text = row[text_field]
         label = row[label_field]
-        if is_missing(text) or is_missing(label):
-            continue
-        label = index.get(str(label))
-        if label is None:
+        label = None if is_missing(label) else index.get(str(label))
+        if label is None or is_missing(text):
             continue
         data = str(text).encode("utf-8", "replace")  # half an emoji has no bytes
         split = SPLIT_OF_WORD[word]

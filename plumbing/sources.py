@@ -115,7 +115,7 @@ def name_files(files):
 
 
 def split_word(row):
-    return str(row["split"]).strip().lower() if "split" in row else "train"
+    return str(row["split"] or "").strip().lower() if "split" in row else "train"
 
 
 # --- the library datasets: the hub, and what it has saved ----------------------------------------
