@@ -32,6 +32,7 @@ from plumbing.labels import find_label, normalise_label
 from plumbing.plain_text import TextLoader
 from plumbing.readers import KINDS, read_rows
 from plumbing.records import draw_split
+from plumbing.token_cache import hash_files
 
 ALL = ("train", "validation", "test")
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
@@ -91,6 +92,12 @@ def test_the_digest_is_of_the_content(tmp_path):
     assert load(write_csv(tmp_path / "b.csv", rows)).digest == first  # the name does not count
     rows[37]["text"] += "."
     assert load(write_csv(tmp_path / "c.csv", rows)).digest != first
+    packed = gzip.compress((tmp_path / "a.csv").read_bytes())
+    digests = set()
+    for name in ("a.csv.gz", "a.txt.gz", "a.jsonl.gz"):  # the same bytes, read in other ways
+        (tmp_path / name).write_bytes(packed)
+        digests.add(hash_files([str(tmp_path / name)]))
+    assert len(digests) == 3
     text = "\n\n".join(f"paragraph {i} of a long book" for i in range(1000))
     digests = set()
     for name, content in (("a.txt", text), ("b.txt", text), ("c.txt", text + "!")):
