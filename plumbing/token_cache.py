@@ -176,7 +176,9 @@ def hash_files(paths):
     """SHA-256 of files' kinds and contents."""
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(os.path.splitext(path)[1].lower().encode())
+        name = path.lower()
+        kind = os.path.splitext(name.removesuffix(".gz"))[1] + (".gz" if name.endswith(".gz") else "")
+        digest.update(kind.encode())
         with open(path, "rb") as f:
             while chunk := f.read(1 << 24):
                 digest.update(chunk)

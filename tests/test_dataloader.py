@@ -190,7 +190,9 @@ def test_half_an_emoji_does_not_shift_the_label(tmp_path):
     """Lost if it fails: a text that some tool cut inside an emoji is trained on with its tail as the answer."""
     rows = [{"text": f"film {i} \ud83d", "label": ("bad", "good")[i % 2]} for i in range(40)]
     loader = CustomDataLoader(write_rows(tmp_path / "rows.jsonl", rows), "Review: {text}\nSentiment: {label}")
-    for row, ex in zip(loader.batch("train", range(32)).targets, loader.splits["train"]):
+    n = len(loader.splits["train"])
+    assert n > 20
+    for row, ex in zip(loader.batch("train", range(n)).targets, loader.splits["train"]):
         assert scored_text(row) == " " + loader.label_names[ex.label] + END
 
 
@@ -395,8 +397,9 @@ def test_shared_prefix_is_the_plain_common_prefix(template):
 
 def test_shared_prefix_stops_inside_prompts_that_are_alike(tmp_path):
     """Lost if it fails: data whose prompts are the same text leaves rows without a token to predict from."""
-    path = write_rows(tmp_path / "rows.csv", [{"text": "same", "label": w} for w in ("bad", "good") * 20])
-    loader = CustomDataLoader(path, "Review: {text}\nSentiment: {label}")
+    for split in ("train", "validation"):
+        write_rows(tmp_path / f"{split}.csv", [{"text": "same", "label": w} for w in ("bad", "good") * 20])
+    loader = CustomDataLoader(str(tmp_path), "Review: {text}\nSentiment: {label}")
     prompt = gpt2_encoding().encode("Review: same\nSentiment:")
     assert loader.prefixes["train"] == prompt[:-1]
     batch = loader.batch("train", [0, 1, 2])
@@ -460,9 +463,11 @@ def test_one_file_is_split_by_the_seed_with_nothing_lost(tmp_path, kind):
         loader = CustomDataLoader(path, seed=seed, wanted=("train", "validation", "test"))
         assert loader.label_names == ["bad", "good"]
         splits = loader.splits
-        assert [len(splits[s]) for s in ("train", "validation", "test")] == [80, 10, 10]
-        pairs = {(ex.text, loader.label_names[ex.label]) for split in splits.values() for ex in split}
-        assert pairs == {(row["text"], row["label"]) for row in rows}
+        # Each text falls by itself, so the shares are those of 100 throws: 3 standard deviations are 12, 9 and 9.
+        sizes = [len(splits[s]) for s in ("train", "validation", "test")]
+        assert abs(sizes[0] - 80) <= 12 and abs(sizes[1] - 10) <= 9 and abs(sizes[2] - 10) <= 9
+        pairs = [(ex.text, loader.label_names[ex.label]) for split in splits.values() for ex in split]
+        assert sorted(pairs) == sorted((row["text"], row["label"]) for row in rows)
         return [[ex.text for ex in splits[s]] for s in splits]
 
     assert texts(1) == texts(1) != texts(2)
@@ -488,8 +493,9 @@ def test_directory_without_validation_file_takes_a_tenth_of_training(tmp_path):
     write_rows(tmp_path / "train.csv", rows[:100])
     write_rows(tmp_path / "test.csv", rows[100:])
     splits = CustomDataLoader(str(tmp_path), wanted=("train", "validation", "test")).splits
-    assert [len(splits[s]) for s in ("train", "validation", "test")] == [90, 10, 20]
-    assert {ex.text for s in ("train", "validation") for ex in splits[s]} == {row["text"] for row in rows[:100]}
+    assert 1 <= len(splits["validation"]) <= 19  # 3 standard deviations about 10
+    found = [ex.text for s in ("train", "validation") for ex in splits[s]]
+    assert sorted(found) == sorted(row["text"] for row in rows[:100])
     assert [ex.text for ex in splits["test"]] == [row["text"] for row in rows[100:]]
 
 
@@ -540,9 +546,9 @@ def test_other_columns_and_label_order(tmp_path):
     [
         ("csv", ["bad", "good", ""], None),
         ("jsonl", ["bad", "good", None, ""], None),
-        ("parquet", [0, 1, -1, None], "bad,good"),
-        ("jsonl", [0, 1.0, -1, None], "bad,good"),
-        ("csv", [0, 1, -1, ""], "bad,good"),
+        ("parquet", [0, 1, None], "bad,good"),
+        ("jsonl", [0, 1.0, None], "bad,good"),
+        ("csv", [0, 1, ""], "bad,good"),
         ("jsonl", [0.0, 1.0, math.nan], "bad,good"),
     ],
 )
@@ -572,14 +578,16 @@ GOOD = "text,label\n" + "".join(f"film {i},{('bad', 'good')[i % 2]}\n" for i in 
         ("a.csv", GOOD, {"label_names": "awful,good"}, ["a.csv", "'bad'", "awful,good"]),
         ("a.csv", GOOD, {"label_names": "good,good,bad"}, ["good,good,bad"]),
         ("a.csv", "text,label\n" + "a,good\n" * 20, {}, ["good", "two"]),
-        ("a.csv", GOOD[:40], {}, ["a.csv", "validation"]),
+        ("a.csv", GOOD[:34], {}, ["a.csv", "validation", "2 rows"]),
+        ("a.csv", GOOD[:40], {}, ["a.csv, line 4", "1 fields", "text, label"]),
         ("a.jsonl", '["film", "good"]\n' * 20, {}, ["a.jsonl"]),
         ("a.jsonl", '{"text": "a", "label": ["good"]}\n' * 20, {}, ["good"]),
         ("a.jsonl", '{"text": "a", "label": "good"\n', {}, ["a.jsonl", "jsonl"]),
         ("a.csv", b"text,label\n\xff\xfe film,good\n", {}, ["a.csv"]),
         ("a.parquet", b"PAR1 cut short", {}, ["a.parquet", "parquet"]),
         ("a.parquet", b"", {}, ["a.parquet", "parquet"]),
-        ("a.xlsx", b"PK", {}, ["a.xlsx", "csv, jsonl, parquet"]),
+        ("a.xls", b"PK", {}, ["a.xls", "csv, jsonl, parquet"]),
+        ("a.xlsx", b"PK", {}, ["a.xlsx"]),
         ("notes.md", "nothing", {"dataset": "."}, ["no train"]),
         ("a.csv", GOOD, {"dataset": "b.csv"}, ["b.csv", "no such file"]),
         ("a.csv", GOOD, {"template": "Review: {text}"}, ["'Review: {text}'", "{label}"]),
