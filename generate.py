@@ -32,11 +32,11 @@ ANSWER_CHARS = 40  # a label counts within these first characters of the generat
 
 
 class ModelSampler:
-    """A model that writes: a run's, with its best weights, or a base without tuning.
+    r"""A model that writes: a run's, with its best weights, or a base without tuning.
 
         sampler = ModelSampler("out")                         # the run in the folder out
         sampler.get_accuracy()                                # 0.8027; the whole table is in sampler.result
-        sampler.generate("Review: A joy.\\nSentiment:")        # " positive"
+        sampler.generate("Review: A joy.\nSentiment:")         # " positive"
         ModelSampler(init_from="gpt2-medium").get_accuracy()  # without tuning
 
     out_dir: the run's folder. init_from: "resume" for that run, or a base. settings: other keys of Config (device,
@@ -56,16 +56,16 @@ class ModelSampler:
             check_classes(self.config)
             self.load_data()
             n_classes = len(self.loader.label_names)
-        # A lora.py of one's own may know one dtype alone; ours keeps A and B in float32 next to a bfloat16 weight.
+        # Our layers have A and B in float32 next to a bfloat16 weight. A student's lora.py may know one dtype only.
         mixed = getattr(LoRALinear, "mixes_dtypes", False)
         dtype = pick_dtype(self.device, self.config.dtype, mixed=mixed)
         self.model = load_model(self.config, self.device, dtype, n_classes)
         torch.manual_seed(self.config.seed)
 
     def get_accuracy(self) -> float:
-        """The share of the split's examples after which the model writes the right label: 0 to 1.
+        """The share of the split's prompts that the model answers with the right label: 0 to 1.
 
-        What holds no label is garbage, and wrong: it is not left out. `result` is then the whole table (n, accuracy,
+        An answer without a label is garbage and counts as wrong. `result` is then the whole table (n, accuracy,
         interval, garbage, recall, confusion, label_names), `generated` the texts, `found` the labels in them.
         """
         self.load_data()
@@ -80,7 +80,7 @@ class ModelSampler:
             self.generated = generate_labels(config, self.model, self.loader, config.split, self.answer_tokens)
             # [" positive", " a film", ...] -> [1, None, ...]
             self.found = [find_label(text, names) for text in self.generated]
-        self.result = tabulate(self.found, labels, names)
+        self.result = tabulate(self.found, labels, names)  # accuracy = sum(found == label) / n, and more
         return self.result["accuracy"]
 
     def generate(self, prompt: str) -> str:
@@ -106,7 +106,7 @@ class ModelSampler:
         return torch.tensor([tokens], device=self.device)
 
     def load_data(self) -> None:
-        """Sets `loader`, the split that is scored, its texts cut so that an answer fits the context after them."""
+        """Sets `loader`, with the split that is scored. Long texts are cut, so that an answer fits the context."""
         config = self.config
         if self.loader is not None:
             return
@@ -191,6 +191,7 @@ def find_classes(config: Config, model: GPT, loader: CustomDataLoader, split: st
     found = [None] * len(loader.splits[split])
     for indices in tqdm(loader.order(split, config.batch_size), disable=None, unit="batch"):
         batch = loader.batch(split, indices).to(device)
+        # The targets only say where each text ends: the logits do not depend on their values.
         logits, _ = model(batch.idx, batch.targets)  # (B, n_classes)
         for i, label in zip(indices, logits.argmax(-1).tolist()):
             found[i] = label
