@@ -3,11 +3,11 @@ r"""Records -> prompts -> batches of token ids. Knows text and tokens, no model.
 One review's way through this file, with the template "Review: {text}\nSentiment: {label}":
 
     record     {"text": "A joy.", "label": 1}
-    prompt     "Review: A joy.\nSentiment: positive"
+    filled     "Review: A joy.\nSentiment: positive"        (the prompt is all before " positive")
     tokens     Review   :   A    joy   .   \n   Sent   iment   :     positive   <|endoftext|>
                14832    25  317  8716  13  198  31837  3681    25    3967       50256
     input      14832    25  317  8716  13  198  31837  3681    25    3967
-    target     -        -   -    -     -   -    -      -       3967  50256
+    target     -        -   -    -     -   -    -      -       3967  50256    (the next token, where it is scored)
 
 Such templates come from Wei et al. 2022, Finetuned Language Models Are Zero-Shot Learners, section 2.1.
 """
@@ -35,17 +35,17 @@ from plumbing.tokenizer import encode_all, end_of_text, gpt2_encoding
 
 class CustomDataLoader:
     """A labelled data set as batches of token ids: for instruction fine-tuning or (classify) for a classifier, whose
-    input is the text alone and whose target is the label's number.
+        input is the text alone and whose target is the label's number.
 
-    dataset: rt_reviews, a file, a directory or a name on the hub. block_size: the model's context in tokens.
-    label_names: words for the labels 0, 1, ..., with commas; None: as the data names them. wanted: the splits to
-    load. train_examples: train on so many examples, chosen by the seed; 0, or more than there are: on all.
+        dataset: rt_reviews, a file, a directory or a name on the hub. block_size: the model's context in tokens.
+        label_names: words for the labels 0, 1, ..., with commas; None: as the data names them. wanted: the splits to
+        load. train_examples: train on so many examples, chosen by the seed; 0, or more than there are: on all.
 
-    After that `splits[name]` is a sequence of Example, `prefixes[name]` the first tokens that all prompts of the
-    split have in common, `label_names` a list, `digest` a short text that tells the data set's content. The same
-    arguments and content give the same batches in the same order.
+    After that `splits[name]` is a sequence of Example (tokens, n_prompt, label, text), `prefixes[name]` the first
+    tokens that all prompts of the split have in common, `label_names` a list, `digest` a short text that tells the
+    data set's content. The same arguments and content give the same batches in the same order.
 
-    Raises ValueError or OSError, naming the value, for data or a template that cannot be used.
+        Raises ValueError or OSError, naming the value, for data or a template that cannot be used.
     """
 
     def __init__(

@@ -10,7 +10,6 @@ Scoring writes accuracy.json and predictions.jsonl into out_dir (for an untuned 
 import contextlib
 import json
 import os
-import re
 import sys
 import time
 
@@ -24,19 +23,18 @@ from plumbing.batch import pad
 from plumbing.errors import one_line_errors
 from plumbing.files import whole_file, write_json
 from plumbing.gpt2_files import context_size, find_checkpoint, read_config
+from plumbing.labels import find_label
 from plumbing.machine import keep_memory, pick_device, pick_dtype
 from plumbing.peft_format import ADAPTER_WEIGHTS, load_adapter
 from plumbing.scores import print_errors, print_result, tabulate
 
-ANSWER_CHARS = 40  # a label counts within these first characters of the generated text
-
 
 class ModelSampler:
-    """A model that writes: a run's, with its best weights, or a base without tuning.
+    r"""A model that writes: a run's, with its best weights, or a base without tuning.
 
         sampler = ModelSampler("out")                         # the run in the folder out
         sampler.get_accuracy()                                # 0.8027; the whole table is in sampler.result
-        sampler.generate("Review: A joy.\\nSentiment:")        # " positive"
+        sampler.generate("Review: A joy.\nSentiment:")         # " positive"
         ModelSampler(init_from="gpt2-medium").get_accuracy()  # without tuning
 
     out_dir: the run's folder. init_from: "resume" for that run, or a base. settings: other keys of Config (device,
@@ -56,16 +54,16 @@ class ModelSampler:
             check_classes(self.config)
             self.load_data()
             n_classes = len(self.loader.label_names)
-        # A lora.py of one's own may know one dtype alone; ours keeps A and B in float32 next to a bfloat16 weight.
+        # Our layers have A and B in float32 next to a bfloat16 weight. A student's lora.py may know one dtype only.
         mixed = getattr(LoRALinear, "mixes_dtypes", False)
         dtype = pick_dtype(self.device, self.config.dtype, mixed=mixed)
         self.model = load_model(self.config, self.device, dtype, n_classes)
         torch.manual_seed(self.config.seed)
 
     def get_accuracy(self) -> float:
-        """The share of the split's examples after which the model writes the right label: 0 to 1.
+        """The share of the split's prompts that the model answers with the right label: 0 to 1.
 
-        What holds no label is garbage, and wrong: it is not left out. `result` is then the whole table (n, accuracy,
+        An answer without a label is garbage and counts as wrong. `result` is then the whole table (n, accuracy,
         interval, garbage, recall, confusion, label_names), `generated` the texts, `found` the labels in them.
         """
         self.load_data()
@@ -80,7 +78,7 @@ class ModelSampler:
             self.generated = generate_labels(config, self.model, self.loader, config.split, self.answer_tokens)
             # [" positive", " a film", ...] -> [1, None, ...]
             self.found = [find_label(text, names) for text in self.generated]
-        self.result = tabulate(self.found, labels, names)
+        self.result = tabulate(self.found, labels, names)  # accuracy = sum(found == label) / n, and more
         return self.result["accuracy"]
 
     def generate(self, prompt: str) -> str:
@@ -106,7 +104,7 @@ class ModelSampler:
         return torch.tensor([tokens], device=self.device)
 
     def load_data(self) -> None:
-        """Sets `loader`, the split that is scored, its texts cut so that an answer fits the context after them."""
+        """Sets `loader`, with the split that is scored. Long texts are cut, so that an answer fits the context."""
         config = self.config
         if self.loader is not None:
             return
@@ -173,17 +171,6 @@ def decode_answer(tokens):
     return gpt2_encoding().decode(tokens)
 
 
-def find_label(text: str, label_names: list[str]) -> int | None:
-    """The index of the label that comes first in the text's first characters, as a word of its own in upper or
-    lower case; None if there is none."""
-    words = sorted(label_names, key=len, reverse=True)  # "very good" before "very"
-    pattern = rf"(?<!\w)(?:{'|'.join(f'({re.escape(word)})' for word in words)})(?!\w)"
-    for match in re.finditer(pattern, text, re.IGNORECASE):
-        if match.end() <= ANSWER_CHARS:
-            return label_names.index(words[match.lastindex - 1])
-    return None
-
-
 @torch.no_grad()
 def find_classes(config: Config, model: GPT, loader: CustomDataLoader, split: str) -> list[int]:
     """The class that a classifier finds likeliest for each text of a split, in the split's order."""
@@ -191,6 +178,7 @@ def find_classes(config: Config, model: GPT, loader: CustomDataLoader, split: st
     found = [None] * len(loader.splits[split])
     for indices in tqdm(loader.order(split, config.batch_size), disable=None, unit="batch"):
         batch = loader.batch(split, indices).to(device)
+        # The targets only say where each text ends: the logits do not depend on their values.
         logits, _ = model(batch.idx, batch.targets)  # (B, n_classes)
         for i, label in zip(indices, logits.argmax(-1).tolist()):
             found[i] = label

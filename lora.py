@@ -14,7 +14,7 @@ from plumbing.mergeable import MergeableLinear
 from plumbing.peft_format import load_adapter, save_adapter  # noqa: F401  (adapters from and to PEFT)
 
 
-class LoRALinear(MergeableLinear):  # an nn.Linear that can put its weight W0 aside and take it back
+class LoRALinear(MergeableLinear):  # nn.Linear with merge(): weight = W0 + (alpha / r) B A, and unmerge(): W0 again
     """(..., in_features) -> (..., out_features). With lora_rank=0 it is a plain `nn.Linear`."""
 
     def __init__(
@@ -29,15 +29,15 @@ class LoRALinear(MergeableLinear):  # an nn.Linear that can put its weight W0 as
         lora_dropout: float = 0.0,
     ):
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.has_weights_merged = False
+        self.has_weights_merged = False  # merge and unmerge set it
         if lora_rank:
             adapter.check_rank(lora_rank, in_features, out_features)
-            like = adapter.factory_kwargs(self.weight)  # its device; float32, or float64 as it is
+            like = adapter.factory_kwargs(self.weight)  # W0's device; float32 even where W0 is bfloat16
             self.lora_A = nn.Parameter(torch.empty(lora_rank, in_features, **like), requires_grad=False)
             self.lora_B = nn.Parameter(torch.empty(out_features, lora_rank, **like), requires_grad=False)
             self.lora_scaling = lora_alpha / lora_rank
             self.lora_dropout = nn.Dropout(lora_dropout)
-            self.reset_parameters()
+            self.reset_parameters()  # again, now that A and B are there
 
     def is_lora(self) -> bool:
         return "lora_A" in self._parameters
@@ -46,23 +46,23 @@ class LoRALinear(MergeableLinear):  # an nn.Linear that can put its weight W0 as
         super().reset_parameters()
         if self.is_lora():
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as nn.Linear draws its own weight
-            nn.init.zeros_(self.lora_B)  # so B A = 0: the first step starts from the base model, bit for bit
+            nn.init.zeros_(self.lora_B)  # so B A = 0: training starts from exactly the base model
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # gpt2-medium's c_attn, r = 16: (8, 52, 1024)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # gpt2-medium's c_attn, r = 16: (332, 1024)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        h = F.linear(x, self.weight.to(x.dtype), bias)  # (8, 52, 1024) @ (1024, 3072) -> (8, 52, 3072)
+        h = F.linear(x, self.weight.to(x.dtype), bias)  # x W0^T: (332, 1024) -> (332, 3072)
         if self.is_lora() and not self.has_weights_merged:
-            z = F.linear(self.lora_dropout(x), self.lora_A.to(x.dtype))  # (8, 52, 1024) @ (1024, 16) -> (8, 52, 16)
-            h = h + F.linear(self.lora_scaling * z, self.lora_B.to(x.dtype))  # (8, 52, 16) @ (16, 3072)
+            z = F.linear(self.lora_dropout(x), self.lora_A.to(x.dtype))  # x A^T: (332, 1024) -> (332, 16)
+            h = h + F.linear(self.lora_scaling * z, self.lora_B.to(x.dtype))  # z B^T: (332, 16) -> (332, 3072)
         return h
 
     def delta_weight(self) -> torch.Tensor:
         return self.lora_scaling * (self.lora_B @ self.lora_A)  # (3072, 16) @ (16, 1024) -> (3072, 1024)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True):  # model.train() unmerges every layer, model.eval() merges it
         super().train(mode)
         if self.is_lora() and mode:
-            self.unmerge(self.delta_weight)  # weight is W0 again; it was kept, not computed back
+            self.unmerge(self.delta_weight)  # weight is W0 again: W0 was kept, B A is not subtracted
         elif self.is_lora():
             self.merge(self.delta_weight)  # weight = W0 + (alpha / r) B A: inference costs what the base costs
         return self
@@ -72,7 +72,7 @@ class LoRALinear(MergeableLinear):  # an nn.Linear that can put its weight W0 as
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none", also: str | None = None) -> nn.Module:
-    """Freezes all but A and B and, if asked for, biases ("all", "lora_only") and names that a pattern finds."""
+    """Only A and B train; and biases (bias="all" or "lora_only"), and names that the pattern `also` finds."""
     trainable = adapter.trainable_names(model, bias, also)
     for name, param in model.named_parameters():
         param.requires_grad = name in trainable
@@ -85,11 +85,11 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none", also: str 
 def attach_lora(
     model: nn.Module, targets: str, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False
 ) -> list[str]:
-    """Puts an adapter on every `nn.Linear` and Hugging Face `Conv1D` of `model` whose qualified name the regular
-    expression `targets` finds (`re.search`). Returns the names of the adapted layers. Nothing is frozen here.
+    """Puts an adapter on every `nn.Linear` and Hugging Face `Conv1D` of `model` if the regular expression `targets`
+    finds something in its full name (`re.search`). Returns the names of the adapted layers. Nothing is frozen here.
 
     rslora: scales by alpha / sqrt(rank) ("A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
-    Kalajdzievski 2023), kept as the alpha of the usual scale.
+    Kalajdzievski 2023): alpha sqrt(rank) is stored as alpha, since alpha sqrt(rank) / rank is that scale.
 
     Raises ValueError, before anything is changed, if nothing matches or a matching layer cannot be adapted.
     """
@@ -121,9 +121,10 @@ def check_layer(layer: nn.Module, name: str, targets: str) -> None:
 
 
 def add_adapter(layer: nn.Module, rank: int, alpha: float, dropout: float = 0.0) -> None:
-    """A new adapter on one layer. Where its class knows nothing of adapters, hooks make it count."""
+    """A new adapter on one layer. A plain nn.Linear does not add B A x itself: two hooks do it, one before and one
+    after its forward pass."""
     training = layer.training
-    layer.train()  # W0 is in its place
+    layer.train()  # an adapter that was merged is taken out first
     layer.lora_A, layer.lora_B = adapter.new_matrices(layer, rank)
     layer.lora_scaling = alpha / rank
     layer.lora_dropout = nn.Dropout(dropout)
@@ -136,23 +137,24 @@ def add_adapter(layer: nn.Module, rank: int, alpha: float, dropout: float = 0.0)
     layer.train(training)
 
 
-def add_to_output(layer, args, kwargs, out):
-    """After the layer's forward pass: adds (alpha / r) B A x, or takes the cover off its weight."""
-    was_covered = layer.__dict__.pop("weight", None) is not None
-    if out is not None and not was_covered:  # None: the forward pass raised an error
-        x = next(iter((*args, *kwargs.values())))
-        return adapter.add_low_rank(out, x, layer)
-
-
 def cover_weight(layer, args):
     """Before a forward pass that only evaluates: `layer.weight` reads as W0 + (alpha / r) B A."""
     if layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         layer._merged = None
         return
     state = [(t.data_ptr(), t._version, t.dtype) for t in (layer.weight, layer.lora_A, layer.lora_B)]
+    # _version counts the writes into a tensor.
     if layer._merged is None or layer._merged[0] != state:  # one of them was written since
         layer._merged = (state, adapter.merged_weight(layer))
-    layer.__dict__["weight"] = layer._merged[1]  # is found before the parameter of that name, which stays
+    layer.__dict__["weight"] = layer._merged[1]  # Python finds this one first; the parameter is still there
+
+
+def add_to_output(layer, args, kwargs, out):
+    """After the layer's forward pass: adds (alpha / r) B A x, or takes the cover off its weight."""
+    was_covered = layer.__dict__.pop("weight", None) is not None
+    if out is not None and not was_covered:  # None: the forward pass raised an error
+        x = next(iter((*args, *kwargs.values())))  # the layer's one input, by place or by name
+        return adapter.add_low_rank(out, x, layer)
 
 
 def drop_adapter(layer: nn.Module) -> None:
@@ -177,7 +179,7 @@ def merge_lora(model: nn.Module) -> None:
     """Folds every adapter into its layer's weight, once and for all, and takes it off. Raises ValueError, before
     anything is changed, for a weight that another layer shares."""
     layers = adapter.lora_layers(model)
-    users = {}  # of each parameter: the modules that have it
+    users = {}  # {a parameter's id: names of the modules that use it}
     for module_name, module in model.named_modules():
         for param in module._parameters.values():
             users.setdefault(id(param), []).append(module_name)

@@ -5,8 +5,8 @@ learned positions, the output head tied to the word embedding. Module names are 
 (`transformer.h.0.attn.c_attn` ...), so checkpoints map by name.
 
 Shapes: B rows of T tokens, P tokens of a prefix that all rows share, C = n_embd, H heads of D = C / H,
-V = vocab_size, N scored positions. As an example, gpt2-medium on 8 reviews: B = 8, T = 52, P = 12, C = 1024,
-H = 16, D = 64, V = 50257, N = 16.
+V = vocab_size, N scored positions (and B of LoRA's B A is a matrix). As an example, gpt2-medium on 8 prompts of 52
+tokens, the first 12 the same: B = 8, P = 12, T = 40, C = 1024, H = 16, D = 64, V = 50257, N = 16.
 """
 
 import math
@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from plumbing.adapter import draw_adapter, lora_layers, merged_weight
-from plumbing.cpu_kernels import FastLoRALinear as LoRALinear  # lora.py's, with a faster backward pass on CPUs
+from plumbing.cpu_kernels import FastLoRALinear as LoRALinear  # the same numbers, faster on CPUs
 from plumbing.cpu_kernels import fast_on_cpu
 from plumbing.errors import compile_pattern
 from plumbing.gpt2_files import find_checkpoint, read_config, read_weights, write_checkpoint
 
-ATTENTION = r"attn\.c_(attn|proj)$"  # QKV and output projection: the adapted layers of the original task
+ATTENTION = r"attn\.c_(attn|proj)$"  # QKV and output projection
 
 
 @dataclass
@@ -75,7 +75,7 @@ class KVCache:
             self.real = self.real[rows]
 
     def extend(self, layer, k, v):  # (B, H, T, D) -> (B, H, past + T, D)
-        if layer == len(self.layers):
+        if layer == len(self.layers):  # this layer's first tokens
             self.layers.append((k, v))
         else:
             past_k, past_v = self.layers[layer]
@@ -89,7 +89,7 @@ def put_before(past, new):  # (B or 1, H, P, D), (B, H, T, D) -> (B, H, P + T, D
 
 @dataclass
 class Layout:
-    """Which tokens the rows of x (P + B T, C) are: a prefix of P tokens that all rows share, then B rows of T.
+    """Which token each line of x (P + B T, C) is: first the P of a prefix that all rows share, then B rows of T.
 
     The prefix goes through each layer once, in the same products as the rows: of 8 prompts that begin with the same
     12 tokens, 12 + 8 * 40 = 332 tokens are computed, not 8 * 52 = 416, and every number and gradient is the same.
@@ -99,8 +99,8 @@ class Layout:
     T: int
     P: int
     past: KVCache | None  # tokens before the rows; then x has no prefix
-    mask: torch.Tensor | None  # True where a token may look; None: at itself and all before it
-    scored: torch.Tensor | None = None  # (N,) places in x; of the last layer only they are wanted
+    mask: torch.Tensor | None  # (T, P + T), True where a token may look; None: at itself and all before it
+    scored: torch.Tensor | None = None  # (N,) lines of x: the last layer computes these alone
 
 
 # --- the layers ------------------------------------------------------------------------------------
@@ -114,18 +114,19 @@ class LayerNorm(nn.LayerNorm):
 def attend(q, k, v, mask, dropout):  # (B, H, T, D), k and v (B, H, P + T, D) -> (B T, C)
     """Scaled dot-product attention ("Attention Is All You Need", Vaswani et al. 2017, section 3.2.1):
     softmax(q k^T / sqrt(D)) v, in which a token looks at itself and at those before it."""
-    if mask is None and q.size(2) == k.size(2) > 1:  # an `if`: a symbolic is_causal would break torch.compile's graph
+    # Several tokens with nothing before them: the causal mask. (As an `if`, since torch.compile needs a plain bool.)
+    if mask is None and q.size(2) == k.size(2) > 1:
         y = F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True)
     else:
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
-    return y.transpose(1, 2).flatten(2).flatten(0, 1)  # the heads' outputs side by side
+    return y.transpose(1, 2).flatten(2).flatten(0, 1)  # (B, T, H, D) -> (B T, C)
 
 
 def split_heads(qkv, B):  # (B T, 3, H, D) -> q, k and v, each (B, H, T, D)
-    return qkv.unflatten(0, (B, -1)).permute(2, 0, 3, 1, 4)
+    return qkv.unflatten(0, (B, -1)).permute(2, 0, 3, 1, 4)  # (B, T, 3, H, D) -> (3, B, H, T, D)
 
 
-@fast_on_cpu
+@fast_on_cpu  # the same numbers by another way, where that is faster
 def attend_with_prefix(qkv, layout, dropout=0.0):  # (P + B T, 3, H, D) -> (P + B T, C)
     """The prefix attends to itself, each row to the prefix and to itself."""
     q, k, v = split_heads(qkv[layout.P :], layout.B)
@@ -193,7 +194,7 @@ class Block(nn.Module):
 
 
 def make_embedding(n, n_embd):
-    """Without nn.Embedding's own random numbers: on the meta device they cost a second of imports."""
+    """Without nn.Embedding's own random numbers: they cost a second where only shapes are made (from_pretrained)."""
     return nn.Embedding.from_pretrained(torch.empty(n, n_embd), freeze=False)
 
 
@@ -247,11 +248,11 @@ class GPT(nn.Module):
         scored: torch.Tensor | None = None,
         prefix: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The last layer's normalised states: idx (B, T) of token ids -> (B, T, C). With scored (N,), places in the
-        flattened idx: of those alone, (N, C); the last layer then computes little more than they need.
+        """The last layer's normalised states: idx (B, T) of token ids -> (B, T, C). If scored (N,) is given, places
+        in idx.flatten(), the last layer computes only their states, which are returned: (N, C).
 
         past: tokens before the rows, computed in an earlier call. prefix (1, P): token ids before every row, computed
-        now, once. Raises ValueError beyond the context.
+        now, once. One of the two, not both. Raises ValueError beyond the context.
         """
         B, T = idx.shape
         P = 0 if prefix is None else prefix.size(1)
@@ -261,9 +262,11 @@ class GPT(nn.Module):
         pos = torch.arange(before, before + T, device=idx.device)
         mask = None
         if before and T > 1:
-            mask = torch.ones(T, before + T, dtype=torch.bool, device=idx.device).tril(before)
+            mask = torch.ones(T, before + T, dtype=torch.bool, device=idx.device).tril(
+                before
+            )  # token t sees columns 0 to before + t
         if past is not None and past.real is not None:
-            pos = pos - before + past.real.sum(1, keepdim=True)  # (B, T): padding takes no position
+            pos = pos - before + past.real.sum(1, keepdim=True)  # (B, T): real tokens alone are counted
             past.real = torch.cat([past.real, past.real.new_ones(B, T)], dim=1)
             visible = past.real[:, None, None, :]  # (B, 1, 1, before + T)
             mask = visible.expand(-1, -1, T, -1) if mask is None else mask & visible
@@ -297,7 +300,7 @@ class GPT(nn.Module):
         """
         B, T = idx.shape
         if targets is None:
-            last = torch.arange(T - 1, B * T, T, device=idx.device)
+            last = torch.arange(T - 1, B * T, T, device=idx.device)  # (B,): each row's last token in idx.flatten()
             return self.head(self.hidden(idx, past, last, prefix))[:, None], None
         # Of a review's 52 tokens only the label and the end of text are scored: 2 rows of 50,257 logits, not 52.
         scored = (targets.flatten() >= 0).nonzero()[:, 0]
@@ -307,6 +310,7 @@ class GPT(nn.Module):
             logits, targets = self.sample_softmax(x, targets, n_sampled)
         else:
             logits = self.head(x)
+        # At least float32.
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
         weight = None if class_weights is None else class_weights.to(precise.dtype)
         return logits, F.cross_entropy(precise, targets, weight)
@@ -322,14 +326,15 @@ class GPT(nn.Module):
         is_target = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=x.device)
         is_target[targets] = True
         others = (~is_target).nonzero()[:, 0]
-        # A few more, so that sizes recur and freed memory serves again: else a long run grows by gigabytes.
+        # U + n_sampled is rounded up to a multiple of n_sampled / 3. So there are few different sizes, and memory
+        # that was freed fits again: else a long run grows by gigabytes.
         n_sampled += -(n_sampled + self.config.vocab_size - len(others)) % max(1, n_sampled // 3)
         sampled = others[torch.randperm(len(others), device=x.device)[:n_sampled]]
         words = torch.cat([is_target.nonzero()[:, 0], sampled])
         bias = x.new_zeros(len(words))
         bias[len(words) - len(sampled) :] = math.log(max(1, len(others)) / max(1, len(sampled)))
         logits = F.linear(x, self.lm_head.weight[words].to(x.dtype), bias)
-        return logits, is_target.cumsum(0)[targets] - 1
+        return logits, is_target.cumsum(0)[targets] - 1  # the n-th word that is a target has place n - 1
 
     @torch.no_grad()
     def generate(
@@ -350,14 +355,15 @@ class GPT(nn.Module):
         """
         B, T = idx.shape
         size = self.config.block_size
-        may_slide = past is None and lengths is None
+        may_slide = past is None and lengths is None  # then old tokens are dropped where the context is full
         if not may_slide and (past.length if past else 0) + T + max_new_tokens - 1 > size:
             raise ValueError(f"{T} prompt tokens and {max_new_tokens} new ones exceed the context of {size}")
         cache = KVCache() if past is None else past.fork()
         prompt = idx[:, -size:] if may_slide else idx
         last = (prompt.size(1) if lengths is None else lengths) - 1  # place of each prompt's last token
-        x = self.hidden(prompt, cache, torch.arange(B, device=idx.device) * prompt.size(1) + last)  # (B, C)
-        if lengths is not None:
+        last = last + torch.arange(B, device=idx.device) * prompt.size(1)  # in prompt.flatten()
+        x = self.hidden(prompt, cache, scored=last)  # (B, C)
+        if lengths is not None:  # the padding on the right must not be seen by the tokens that come now
             columns = torch.arange(cache.length, device=idx.device)
             cache.real = columns < (cache.length - T + lengths)[:, None]
         out = idx.new_full((B, max_new_tokens), 0 if stop is None else stop)
@@ -375,6 +381,7 @@ class GPT(nn.Module):
             if n + 1 == max_new_tokens:
                 break
             new = token[:, None]
+            # The context is full: each text starts again with its last half.
             if cache.length == size:
                 cache = KVCache()
                 new = torch.cat([idx, out[:, : n + 1]], dim=1)[rows, -(size // 2) :]
@@ -430,10 +437,10 @@ class GPT(nn.Module):
         if config.n_classes and "score.weight" not in state:  # a new head on a language model
             state["score.weight"] = torch.randn(config.n_classes, config.n_embd, dtype=dtype) * 0.02
         for layer in lora_layers(model).values():
-            draw_adapter(layer, dtype)
+            draw_adapter(layer, dtype)  # where only shapes are made, nothing was drawn
         model.load_state_dict(state, strict=False, assign=True)
         if not config.n_classes:
-            model.lm_head.weight = model.transformer.wte.weight  # assigning broke the tie
+            model.lm_head.weight = model.transformer.wte.weight  # one tensor again
         return model
 
     def save_pretrained(self, directory: str, dtype: torch.dtype | None = None) -> None:

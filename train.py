@@ -59,8 +59,8 @@ def train(config: Config) -> list[dict]:
     first, last = progress.iter, config.max_iters
     print0(run, f"{run.processes.device} {dtype}, {run.n_batches} updates an epoch, from update {first} to {last}")
     batches = draw_batches(run, progress.iter)
-    hidden = None if is_first else True  # None: shown where there is a terminal
-    bar = tqdm(total=config.max_iters, initial=progress.iter, unit="update", disable=hidden)
+    no_bar = None if is_first else True  # None: a bar where there is a terminal
+    bar = tqdm(total=config.max_iters, initial=progress.iter, unit="update", disable=no_bar)
     began = time.time()
     began_at = progress.iter
     saved = -math.inf
@@ -98,9 +98,10 @@ def train(config: Config) -> list[dict]:
             if is_last:
                 break
 
-            # --- save, between gradient and step: these weights are known to give a finite loss and gradient.
-            # Those after the step are not, and no run should resume from NaN.
+            # --- save, between gradient and step: now these weights are known to give a finite loss and gradient.
+            # After the step that is not known yet, and no run should resume from NaN.
             loss, norm = compute_gradients(run, next(batches), it)
+            # Not 0 if any process has got a signal.
             (must_stop,) = run.processes.sum([float(signals.received is not None)])
             is_due = config.save_interval and it % config.save_interval == 0
             if (must_stop or is_due) and not is_saved:
@@ -164,6 +165,7 @@ def set_up(config: Config) -> Run:
         compute_deterministically()
     processes = Processes(config)
     device = processes.device
+    # Our layers have A and B in float32 next to a bfloat16 weight. A student's lora.py may know one dtype only.
     dtype = pick_dtype(device, config.dtype, mixed=getattr(LoRALinear, "mixes_dtypes", False))
     torch.manual_seed(config.seed)
     loader = make_loader(config, context_size(config.init_from) or config.block_size)
@@ -191,11 +193,11 @@ def build_model(config: Config, device: str, dtype: torch.dtype, n_classes: int 
         model = GPT(GPTConfig(**sizes, **options))
     else:
         # What is frozen is stored in the compute dtype from the start; what trains stays float32.
-        is_frozen = config.rank and config.lora_bias == "none" and not also
+        is_frozen = config.rank > 0 and config.lora_bias == "none" and not also
         model = GPT.from_pretrained(config.init_from, dtype=dtype if is_frozen else torch.float32, **options)
 
     if config.rank:
-        mark_only_lora_as_trainable(model)
+        mark_only_lora_as_trainable(model)  # with the model alone: all that a student's own function takes
     elif config.trainable:
         model.requires_grad_(False)
     if config.lora_bias != "none" or also:

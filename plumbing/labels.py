@@ -116,7 +116,8 @@ def name_words(labels, counts, places, dataset, names):
         if spelling not in classes:
             raise ValueError(
                 f"label_names={','.join(names)}: {dataset} has the label {group[0]!r} too, first in "
-                f"{places[group[0]]}; add it to label_names, or take its rows out"
+                f"{places[group[0]]}; add it to label_names, take its rows "
+                "out, or type --label_names=None for the data's own words"
             )
     notes = []
     for spelling, group in spellings.items():

@@ -19,9 +19,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import generate
 from configurator import MODEL_KEYS, Config, configure
 from dataloader import CustomDataLoader, gpt2_encoding
-from generate import ANSWER_CHARS, ModelSampler, find_label, generate_labels, load_model
+from generate import ModelSampler, find_label, generate_labels, load_model
 from model import GPT
 from plumbing.adapter import lora_layers
+from plumbing.labels import ANSWER_CHARS
 from plumbing.peft_format import save_adapter
 from plumbing.scores import tabulate
 
@@ -182,9 +183,15 @@ def films(tmp_path_factory):
     return write_csv(path, rows), dict(rows)
 
 
+def name_splits(n):
+    """Of 20 rows 16 for training, 2 for validation, 2 for testing."""
+    return [{8: "validation", 9: "test"}.get(i // 2 % 10, "train") for i in range(n)]
+
+
 def write_csv(path, rows):
     with open(path, "w", encoding="utf-8", newline="") as f:
-        csv.writer(f).writerows([("text", "label"), *rows])
+        splits = name_splits(len(rows))
+        csv.writer(f).writerows([("text", "label", "split"), *((*row, s) for row, s in zip(rows, splits))])
     return str(path)
 
 
@@ -292,6 +299,7 @@ def test_long_labels_fit_beside_texts_that_fill_the_context(tiny, tmp_path):
 def test_half_an_emoji_in_a_review_is_scored_like_any_text(tiny, tmp_path):
     """Lost if it fails: one text that some tool cut inside an emoji ends the scoring before anything is written."""
     rows = [{"text": f"film {i} \ud83d", "label": ("bad", "good")[i % 2]} for i in range(20)]
+    rows = [row | {"split": split} for row, split in zip(rows, name_splits(20))]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     score(f"--init_from={tiny[1]}", f"--dataset={path}", f"--out_dir={tmp_path}", "--split=train")

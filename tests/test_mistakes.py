@@ -15,6 +15,7 @@ import sweep
 import train
 from configurator import MODEL_KEYS, configure
 from model import GPT, GPTConfig
+from plumbing.records import draw_split
 
 TEXTS = [f"film {i} was {'grand' if i % 2 else 'grim'}" for i in range(40)]
 LABELS = ["good" if i % 2 else "bad" for i in range(40)]
@@ -184,15 +185,17 @@ def test_another_runs_settings_on_resuming(place, capsys):
         refused(capsys, "train", ["--init_from=resume", out, flag], [flag.split("=")[0].strip("-"), "another run"])
 
 
+# Four texts that the seed draws into the training split.
+ALL_TRAIN = [t for t in TEXTS if draw_split(t.encode(), 1337, {"validation", "test"}) == "train"][:4]
 DATA = {  # texts, labels, and what the line names; None: it works
     "one class": (TEXTS, ["good"] * 40, ["good", "two"]),
     "no rows": ([], [], ["empty"]),
     "no label at all": (TEXTS, [None] * 40, ["label"]),
     "labels as numbers without words": (TEXTS, [i % 2 for i in range(40)], ["--label_names="]),
     "a list as label": (TEXTS, [["good"]] * 40, ["good"]),
-    "too few rows for a validation split": (TEXTS[:4], LABELS[:4], ["validation"]),
+    "too few rows for a validation split": (ALL_TRAIN, LABELS[:4], ["validation"]),
     "some labels not a number": (TEXTS, [*LABELS[:38], float("nan"), None], None),
-    "empty texts": ([""] * 20 + TEXTS[:20], LABELS, None),
+    "empty texts": ([""] * 10 + TEXTS[10:], LABELS, None),
     "very long texts": (["long " * 5000, *TEXTS[1:]], LABELS, None),
     "emoji": (["👍🏽👨‍👩‍👧 " + t for t in TEXTS], LABELS, None),
     "half an emoji": ([t + " \ud83d" for t in TEXTS], LABELS, None),
@@ -207,7 +210,7 @@ DATA = {  # texts, labels, and what the line names; None: it works
     ),
     "labels with a null byte": (TEXTS, ["a\0b" if v == "good" else "c" for v in LABELS], None),
     "emoji as labels": (TEXTS, ["👍" if v == "good" else "👎" for v in LABELS], None),
-    "numbers as texts": ([1.5] * 40, LABELS, None),
+    "numbers as texts": ([i + 0.5 for i in range(40)], LABELS, None),
 }
 
 
@@ -224,7 +227,10 @@ def test_odd_data(place, tmp_path, capsys, kind):
     call("generate", ["--init_from=resume", f"--out_dir={tmp_path}/out"])
     lines = (tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    assert {row["label"] for row in rows} <= set(map(str, labels)) and len(rows) == 4
+    labelled = [text for text, label in zip(texts, labels) if isinstance(label, str)]
+    as_bytes = [str(text).encode("utf-8", "replace") for text in labelled]
+    n = sum(draw_split(text, 1337, {"validation", "test"}) == "test" for text in as_bytes)
+    assert {row["label"] for row in rows} <= set(map(str, labels)) and len(rows) == n > 0
 
 
 def test_no_permission_to_write(place, tmp_path, capsys):
