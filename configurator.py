@@ -91,14 +91,18 @@ class Config:
     temperature: float = 0.0  # 0: the likeliest token; higher is more random
     top_k: int | None = None  # sample among the k likeliest tokens; None: all
 
-    resume = False  # not a key: set for init_from=resume
+    # Not keys: set for init_from=resume.
+    resume = False
+    facts: typing.ClassVar[
+        dict
+    ] = {}  # what the run wrote down of itself: its data's digest and the dtype that it computes in
 
 
-RUN_CONFIG = "train_config.json"  # in out_dir: the config that a run was started with
+RUN_CONFIG = "train_config.json"  # in out_dir: the settings of the run, those typed on resuming too
 # A resumed run keeps these: the model's for scoring too, all of them for training.
 MODEL_KEYS = ("rank", "alpha", "lora_targets", "lora_bias", "trainable", "task")
 MODEL_KEYS += ("n_layer", "n_head", "n_embd", "block_size")
-RUN_KEYS = ("dropout", "dataset", "text_field", "label_field", "label_names", "template", "loss_on", "seed", "dtype")
+RUN_KEYS = ("dropout", "dataset", "text_field", "label_field", "label_names", "template", "loss_on", "seed")
 RUN_KEYS += ("train_examples", "balance_classes", "lowercase_share", "train_context", "muon_lr", "n_sampled")
 RUN_KEYS += ("batch_size", "gradient_accumulation_steps")
 
@@ -146,7 +150,7 @@ def combine(typed, from_file, cls, fixed):
     values = from_file | typed
     if values.get("init_from") == "resume":
         out_dir = values.get("out_dir", fields["out_dir"].default)
-        stored = read_run(out_dir, fields)
+        stored, facts = read_run(out_dir, fields)
         refuse_changes(typed, stored, fixed, out_dir)
         values = from_file | stored | typed
     elif names_another_dataset(values, fields):
@@ -156,7 +160,10 @@ def combine(typed, from_file, cls, fixed):
     if stored:
         values["init_from"] = stored["init_from"]
     config = cls(**values)
-    config.resume = bool(stored)
+    if stored:
+        config.resume = True
+        if config.dataset == stored.get("dataset"):
+            config.facts = facts
     return config
 
 
@@ -273,7 +280,7 @@ def check_range(key, value):
 
 
 def read_run(out_dir, fields):
-    """The settings that the run in out_dir was started with, but for its folder, which may have been moved."""
+    """(settings, facts) of the run in out_dir; without its folder's name, since it may have been moved."""
     path = os.path.join(out_dir, RUN_CONFIG)
     try:
         with open(path, encoding="utf-8") as f:
@@ -282,7 +289,8 @@ def read_run(out_dir, fields):
             raise UserError(f"{path} was changed or damaged; to change a setting, type it as a flag")
         if "init_from" not in stored:
             raise UserError(f"{path} is damaged: no init_from in it")
-        return {key: value for key, value in stored.items() if key in fields and key != "out_dir"}
+        settings = {key: value for key, value in stored.items() if key in fields and key != "out_dir"}
+        return settings, stored.get("facts", {})
     except FileNotFoundError:
         runs = find_runs(os.path.dirname(os.path.normpath(out_dir)))
         others = f"; there are runs in: {', '.join(runs)}" if runs else ""
@@ -311,7 +319,7 @@ def refuse_changes(typed, stored, fixed, out_dir):
 
 
 def fingerprint(values: dict) -> str:
-    """SHA-256 of a run's settings, kept among them."""
+    """SHA-256 of all that train_config.json holds, kept in it."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -20,6 +20,7 @@ from configurator import MODEL_KEYS, Config, configure, make_config
 from dataloader import CustomDataLoader, end_of_text, gpt2_encoding, instruction_loader
 from model import GPT, KVCache, LoRALinear
 from plumbing.batch import pad
+from plumbing.checkpoint import check_same_data
 from plumbing.errors import one_line_errors
 from plumbing.files import whole_file, write_json
 from plumbing.gpt2_files import context_size, find_checkpoint, read_config
@@ -126,7 +127,9 @@ class ModelSampler:
 
 
 def load_split(config, block_size) -> CustomDataLoader:
-    return instruction_loader(config, block_size, wanted=(config.split,))
+    loader = instruction_loader(config, block_size, wanted=(config.split,))
+    check_same_data(config, loader, scored=config.split)
+    return loader
 
 
 # --- answers to a whole split ----------------------------------------------------------------------

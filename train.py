@@ -27,7 +27,15 @@ from dataloader import Batch, CustomDataLoader, make_loader
 from lora import mark_only_lora_as_trainable
 from model import GPT, GPTConfig, LoRALinear
 from plumbing.adapter import parameter_report, train_also
-from plumbing.checkpoint import CHECKPOINT, Progress, load_checkpoint, lock_folder, save_checkpoint, write_metrics
+from plumbing.checkpoint import (
+    CHECKPOINT,
+    Progress,
+    check_same_data,
+    load_checkpoint,
+    lock_folder,
+    save_checkpoint,
+    write_metrics,
+)
 from plumbing.endings import StopSignals, exit_diverged, exit_stopped, explain_failure
 from plumbing.errors import one_line_errors
 from plumbing.files import write_json
@@ -166,9 +174,11 @@ def set_up(config: Config) -> Run:
     processes = Processes(config)
     device = processes.device
     # Our layers have A and B in float32 next to a bfloat16 weight. A student's lora.py may know one dtype only.
-    dtype = pick_dtype(device, config.dtype, mixed=getattr(LoRALinear, "mixes_dtypes", False))
+    mixed = getattr(LoRALinear, "mixes_dtypes", False)
+    dtype = pick_dtype(device, config.dtype, mixed, before=config.facts.get("dtype"))
     torch.manual_seed(config.seed)
     loader = make_loader(config, context_size(config.init_from) or config.block_size)
+    check_same_data(config, loader)
     n_classes = len(loader.label_names) if config.task == "classify" else 0
     model = build_model(config, device, dtype, n_classes)
     params = [p for p in model.parameters() if p.requires_grad]
@@ -347,18 +357,27 @@ def make_metrics(run: Run, progress: Progress, val_loss: float, seconds: float, 
 
 
 def open_folder(run: Run) -> Progress:
-    """A resumed run's progress, with its checkpoint loaded; or a new run's, with its config in out_dir."""
+    """A resumed run's progress, with its checkpoint loaded, or a new run's. Writes the run's settings: those typed on
+    resuming count from here on, however often the run is stopped again."""
     config = run.config
+    progress = Progress()
     if config.resume:
-        return load_checkpoint(config.out_dir, run.model, run.optimizers, run.scaler)
+        progress = load_checkpoint(config.out_dir, run.model, run.optimizers, run.scaler)
+    if config.max_iters < progress.iter:
+        raise ValueError(
+            f"max_iters={config.max_iters}: the run in {config.out_dir} has made {progress.iter} updates already; "
+            "type at least that many, or start another run with another --out_dir"
+        )
     if run.processes.is_first:
         os.makedirs(config.out_dir, exist_ok=True)
-        for old in (CHECKPOINT, "metrics.jsonl"):  # or a resume would go on with another run's
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(config.out_dir, old))
-        settings = asdict(config)
-        write_json(os.path.join(config.out_dir, RUN_CONFIG), settings | {"sha256": fingerprint(settings)})
-    return Progress()
+        if not config.resume:
+            for old in (CHECKPOINT, "metrics.jsonl"):  # or a resume would go on with another run's
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(config.out_dir, old))
+        facts = {"data": run.loader.digest, "dtype": str(run.dtype).removeprefix("torch.")}
+        values = asdict(config) | {"facts": facts}
+        write_json(os.path.join(config.out_dir, RUN_CONFIG), values | {"sha256": fingerprint(values)})
+    return progress
 
 
 def save(run: Run, progress: Progress) -> None:

@@ -50,7 +50,7 @@ def save_checkpoint(out_dir, progress, model, optimizers, scaler) -> None:
         moments = [t for s in states for t in s.values() if torch.is_tensor(t)]
         room = sum(t.nbytes for t in [*trained.values(), *moments]) / 1e6
         raise OSError(
-            f"{path} could not be written, it takes {room:.0f} MB beside the last one, which is whole "
+            f"{path} could not be written, it takes {room:.0f} MB more than the last one, which is whole "
             f"({first_line(e, 120)})"
         ) from e
 
@@ -73,8 +73,26 @@ def load_checkpoint(out_dir, model, optimizers, scaler) -> Progress:
             param.copy_(theirs[name])
     for optimizer, saved in zip(optimizers, state["optimizers"]):
         load_optimizer(optimizer, saved)
-    scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty: no float16 until now, so there is no scale to take over
+        scaler.load_state_dict(state["scaler"])
     return state["progress"]
+
+
+def check_same_data(config, loader, scored: str | None = None) -> None:
+    """Raises ValueError if the data of a resumed run are no longer those that it was trained on. A split that is only
+    `scored` may have changed if the data set names it itself; then a line says so."""
+    before = config.facts.get("data")
+    if before in (None, loader.digest):
+        return
+    changed = f"dataset={config.dataset} has changed since the run in {config.out_dir} began"
+    if scored is None:
+        raise ValueError(f"{changed}; put its old content back, or start another run with another --out_dir")
+    if loader.split_is_drawn(scored):
+        raise ValueError(
+            f"{changed}, and the seed draws its {scored} split: some of its rows may have been trained on; put the "
+            "old content back, or name the rows to score by a file test.csv or a column split"
+        )
+    print(f"note: {changed}; its own {scored} split is scored as it is now")
 
 
 def read_checkpoint(path):

@@ -76,9 +76,28 @@ def try_device(device: str) -> list[torch.Tensor]:
     return [loss.detach().cpu(), gradients.cpu(), idx.cpu().float()]
 
 
-def pick_dtype(device, dtype="auto", mixed=True):
-    """ "auto": bfloat16 where the hardware multiplies in it, float16 on older GPUs, else float32. mixed=False:
-    float32 in any case, for layers that cannot have a weight in one dtype and an adapter in another."""
+def pick_dtype(device: str, dtype: str = "auto", mixed: bool = True, before: str | None = None) -> torch.dtype:
+    """The dtype to compute in. "auto": bfloat16 where the hardware multiplies in it, float16 on older GPUs, else
+    float32. mixed=False: float32 in any case, for layers that cannot have a weight in one dtype and an adapter in
+    another. before: what a resumed run computed in until now. It stays, unless another is typed or this machine does
+    not have it; then a line says so. Raises ValueError for a dtype that the device does not have."""
+    if before is None:
+        return find_dtype(device, dtype, mixed)
+    if dtype in ("auto", before):
+        try:
+            picked = find_dtype(device, before, mixed)
+        except ValueError:
+            picked = find_dtype(device, "auto", mixed)
+    else:
+        picked = find_dtype(device, dtype, mixed)
+    after = str(picked).removeprefix("torch.")
+    if after != before:
+        print(f"note: the run computed in {before} until now, and goes on in {after}")
+    return picked
+
+
+def find_dtype(device, dtype, mixed):
+    """`pick_dtype` for a run that begins."""
     if not mixed:
         if dtype not in ("auto", "float32"):
             print(f"note: the layers of this lora.py know one dtype: float32 instead of {dtype}")

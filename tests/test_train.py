@@ -32,7 +32,7 @@ import train
 from configurator import MODEL_KEYS, Config, configure
 from dataloader import end_of_text, gpt2_encoding
 from model import GPT
-from plumbing import token_cache
+from plumbing import machine, token_cache
 from plumbing.adamw import AdamW
 from plumbing.checkpoint import hash_state
 
@@ -388,6 +388,136 @@ def test_a_flag_on_a_resumed_run_is_obeyed(place, monkeypatch):
     after = read_checkpoint(place / "slower")
     assert before["trained"]["transformer.h.0.attn.c_attn.lora_B"].any()
     assert leaves(before["trained"]) == leaves(after["trained"])  # four more updates, each of size 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_typed_on_resuming_counts_from_then_on(place, monkeypatch, seed):
+    """Otherwise a run that was resumed with a flag, killed, and resumed by the line that it printed becomes another
+    run, or takes itself for finished. Two runs are resumed three times with the same flags; one of them is also
+    killed between two of its files each time, and resumed without flags."""
+    rng = random.Random(seed)
+    possible = {
+        "lr": (1e-4, 3e-3, 1e-2),
+        "weight_decay": (0.0, 0.1),
+        "eval_interval": (2, 3, 5),
+        "warmup_iters": (0, 4),
+        "decay_share": (0.0, 0.9),
+        "grad_clip": (0.0, 0.5),
+        "beta2": (0.9, 0.99),
+    }
+    first = {"rank": 2, "alpha": 8, "dropout": 0.1, "max_iters": 6, "eval_interval": 2, "seed": seed}
+    one = f"chain-{seed}"
+    other = f"chain-{seed}-killed"
+    for name in (one, other):
+        here(flags(place, name, **first))
+    reached = 6
+    for _ in range(3):
+        typed = {key: rng.choice(possible[key]) for key in rng.sample(sorted(possible), 3)}
+        typed["max_iters"] = reached + rng.randint(6, 9)
+        stop = reached + rng.randint(3, 5)
+        kill = rng.randint(1, 4)
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            stop_after(patch, stop)
+            here(resume(place, one, **typed))
+        with monkeypatch.context() as patch, pytest.raises((SystemExit, Killed)) as end:
+            stop_after(patch, stop)
+            kill_at_rename(patch, kill)
+            here(resume(place, other, **typed))
+        if end.type is Killed:
+            with monkeypatch.context() as patch, pytest.raises(SystemExit):
+                stop_after(patch, stop)
+                here(resume(place, other))
+        reached = stop
+    for name in (one, other):
+        here(resume(place, name))
+    assert read_metrics(place / one)[-1]["iter"] == typed["max_iters"]
+    assert differences(place / one, place / other) == []
+
+
+def test_a_run_cannot_end_before_where_it_is(place, capsys):
+    """Otherwise a typing mistake in max_iters ends in "best validation loss" and exit code 0, and the run's settings
+    say that it was shorter than it is."""
+    here(flags(place, "six", rank=2, alpha=8, max_iters=6))
+    before = (place / "six" / "train_config.json").read_bytes()
+    with pytest.raises(SystemExit) as end:
+        here(resume(place, "six", max_iters=5))
+    assert end.value.code == 2
+    assert "max_iters=5: the run in" in capsys.readouterr().err
+    assert (place / "six" / "train_config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "began, has, goes_on",
+    [("bfloat16", "float16", "float16"), ("float32", "float16", "float32"), ("float16", "float32", "float32")],
+    ids=["A100 to T4", "CPU to T4", "T4 to CPU"],
+)
+def test_a_run_goes_on_where_the_machine_has_another_dtype(place, monkeypatch, capsys, began, has, goes_on):
+    """Otherwise a run that began on one of Colab's machines ends in a traceback on the next, or changes its
+    arithmetic without a word. A machine is what `find_dtype` says of it."""
+
+    def machine_with(*dtypes):
+        def find_dtype(device, dtype, mixed):
+            picked = dtypes[0] if dtype == "auto" else dtype
+            if picked not in dtypes:
+                raise ValueError(f"no {picked}")
+            return getattr(torch, picked)
+
+        return find_dtype
+
+    name = f"{began}-{has}"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(machine, "find_dtype", machine_with(began))
+        stop_after(patch, 2)
+        here(flags(place, name, rank=2, alpha=8, max_iters=4, dtype="auto"))
+    capsys.readouterr()
+    monkeypatch.setattr(machine, "find_dtype", machine_with(has, "float32"))
+    here(resume(place, name))
+    out = capsys.readouterr().out
+    assert f"cpu {goes_on}, " in out
+    assert (f"computed in {began} until now, and goes on in {goes_on}" in out) == (began != goes_on)
+    assert read_metrics(place / name)[-1]["iter"] == 4
+    assert bool(read_checkpoint(place / name)["scaler"]) == (goes_on == "float16")
+    here(resume(place, name, max_iters=5, dtype="float32"))  # a dtype that is typed wins
+    assert "cpu float32, " in capsys.readouterr().out
+
+
+def change_labels(path):
+    """Every label becomes the other one."""
+    words = list(CUES)
+    text = path.read_text().replace(words[0], "OTHER").replace(words[1], words[0]).replace("OTHER", words[1])
+    path.write_text(text)
+
+
+@pytest.mark.parametrize("names_test", [False, True], ids=["drawn", "a file of its own"])
+def test_a_run_knows_its_data(place, capsys, names_test):
+    """Otherwise a run goes on with other labels than it began with, or scores rows that it was trained on, and both
+    look like results."""
+    data = place / f"data-{names_test}"
+    data.mkdir()
+    write_reviews(data / "train.csv", 200)
+    if names_test:
+        write_reviews(data / "test.csv", 20)
+    name = f"run-{names_test}"
+    here(flags(place, name, dataset=data, rank=2, alpha=8, max_iters=2))
+    here(resume(place, name, max_iters=3))
+    change_labels(data / "train.csv")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        here(resume(place, name, max_iters=4))
+    assert end.value.code == 2
+    assert "has changed since the run in" in capsys.readouterr().err
+    config = configure(resume(place, name), fixed=MODEL_KEYS)
+    if names_test:
+        generate.main(config)
+        assert "its own test split is scored as it is now" in capsys.readouterr().out
+    else:
+        with pytest.raises(SystemExit) as end:
+            generate.main(config)
+        assert end.value.code == 2
+        assert "the seed draws its test split" in capsys.readouterr().err
+    other = configure(resume(place, name, dataset=place / "reviews"), fixed=MODEL_KEYS)
+    generate.main(other)  # other data than the run's were never trained on
+    assert "has changed" not in capsys.readouterr().out
 
 
 # --- several processes --------------------------------------------------------------------------------
