@@ -93,9 +93,7 @@ class Config:
 
     # Not keys: set for init_from=resume.
     resume = False
-    facts: typing.ClassVar[
-        dict
-    ] = {}  # what the run wrote down of itself: its data's digest and the dtype that it computes in
+    facts: typing.ClassVar[dict] = {}  # what the run wrote down of its data and its arithmetic
 
 
 RUN_CONFIG = "train_config.json"  # in out_dir: the settings of the run, those typed on resuming too
