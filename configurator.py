@@ -93,7 +93,8 @@ class Config:
 
     # Not keys: set for init_from=resume.
     resume = False
-    facts: typing.ClassVar[dict] = {}  # what the run wrote down of its data and its arithmetic
+    trained_on = None  # the digest of the run's data
+    computed_in = None  # the run's dtype
 
 
 RUN_CONFIG = "train_config.json"  # in out_dir: the settings of the run, those typed on resuming too
@@ -160,8 +161,9 @@ def combine(typed, from_file, cls, fixed):
     config = cls(**values)
     if stored:
         config.resume = True
+        config.computed_in = facts.get("dtype")
         if config.dataset == stored.get("dataset"):
-            config.facts = facts
+            config.trained_on = facts.get("data")
     return config
 
 

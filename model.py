@@ -17,10 +17,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from plumbing.adapter import draw_adapter, lora_layers, merged_weight
+from plumbing.batch import find_scored
 from plumbing.cpu_kernels import FastLoRALinear as LoRALinear  # the same numbers, faster on CPUs
 from plumbing.cpu_kernels import fast_on_cpu
 from plumbing.errors import compile_pattern
 from plumbing.gpt2_files import find_checkpoint, read_config, read_weights, write_checkpoint
+from plumbing.kv_cache import KVCache, put_before
+from plumbing.sampled_softmax import sample_softmax
 
 ATTENTION = r"attn\.c_(attn|proj)$"  # QKV and output projection
 
@@ -46,45 +49,26 @@ class GPTConfig:
         return {"lora_rank": rank, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
 
 
-class KVCache:
-    """Keys and values of the tokens seen before, for each layer (B or 1, H, T, D).
-
-    A model call with `past=cache` continues after them and appends its own. One row serves a batch of any size.
-    `real` (B, T) is False at padding; None means that every position is real.
-    """
-
-    def __init__(self):
-        self.layers = []
-        self.real = None
-
-    @property
-    def length(self) -> int:
-        return self.layers[0][0].size(2) if self.layers else 0
-
-    def fork(self) -> "KVCache":
-        """A cache that goes on from here and leaves this one as it is. Nothing is copied."""
-        other = KVCache()
-        other.layers = list(self.layers)
-        other.real = self.real
-        return other
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Only these rows (bool or int, one dimension) stay."""
-        self.layers = [(k[rows], v[rows]) for k, v in self.layers]
-        if self.real is not None:
-            self.real = self.real[rows]
-
-    def extend(self, layer, k, v):  # (B, H, T, D) -> (B, H, past + T, D)
-        if layer == len(self.layers):  # this layer's first tokens
-            self.layers.append((k, v))
-        else:
-            past_k, past_v = self.layers[layer]
-            self.layers[layer] = (put_before(past_k, k), put_before(past_v, v))
-        return self.layers[layer]
+# --- the layers ------------------------------------------------------------------------------------
 
 
-def put_before(past, new):  # (B or 1, H, P, D), (B, H, T, D) -> (B, H, P + T, D)
-    return torch.cat([past.expand(new.size(0), -1, -1, -1), new], dim=2)
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):  # weights that train are float32 while x may be bfloat16
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class MLP(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        C = config.n_embd
+        name = f"transformer.h.{layer}.mlp"
+        self.c_fc = LoRALinear(C, 4 * C, **config.lora(f"{name}.c_fc"))
+        self.c_proj = LoRALinear(4 * C, C, **config.lora(f"{name}.c_proj"))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # (332, 1024) -> (332, 4096)
+        return self.dropout(self.c_proj(x))
 
 
 @dataclass
@@ -101,14 +85,6 @@ class Layout:
     past: KVCache | None  # tokens before the rows; then x has no prefix
     mask: torch.Tensor | None  # (T, P + T), True where a token may look; None: at itself and all before it
     scored: torch.Tensor | None = None  # (N,) lines of x: the last layer computes these alone
-
-
-# --- the layers ------------------------------------------------------------------------------------
-
-
-class LayerNorm(nn.LayerNorm):
-    def forward(self, x):  # weights that train are float32 while x may be bfloat16
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 def attend(q, k, v, mask, dropout):  # (B, H, T, D), k and v (B, H, P + T, D) -> (B T, C)
@@ -161,20 +137,6 @@ class Attention(nn.Module):
         if layout.scored is not None:
             y = y[layout.scored]
         return self.resid_dropout(self.c_proj(y))
-
-
-class MLP(nn.Module):
-    def __init__(self, config, layer):
-        super().__init__()
-        C = config.n_embd
-        name = f"transformer.h.{layer}.mlp"
-        self.c_fc = LoRALinear(C, 4 * C, **config.lora(f"{name}.c_fc"))
-        self.c_proj = LoRALinear(4 * C, C, **config.lora(f"{name}.c_proj"))
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x):
-        x = F.gelu(self.c_fc(x), approximate="tanh")  # (332, 1024) -> (332, 4096)
-        return self.dropout(self.c_proj(x))
 
 
 class Block(nn.Module):
@@ -262,9 +224,8 @@ class GPT(nn.Module):
         pos = torch.arange(before, before + T, device=idx.device)
         mask = None
         if before and T > 1:
-            mask = torch.ones(T, before + T, dtype=torch.bool, device=idx.device).tril(
-                before
-            )  # token t sees columns 0 to before + t
+            # Token t of a row sees columns 0 to before + t.
+            mask = torch.ones(T, before + T, dtype=torch.bool, device=idx.device).tril(before)
         if past is not None and past.real is not None:
             pos = pos - before + past.real.sum(1, keepdim=True)  # (B, T): real tokens alone are counted
             past.real = torch.cat([past.real, past.real.new_ones(B, T)], dim=1)
@@ -289,52 +250,33 @@ class GPT(nn.Module):
         head = self.score if self.config.n_classes else self.lm_head
         return F.linear(x, head.weight.to(x.dtype))
 
-    def forward(self, idx, targets=None, past=None, prefix=None, n_sampled=0, class_weights=None):
+    def forward(self, idx, targets=None, past=None, prefix=None, n_sampled=0, class_weights=None, scored=None):
         """idx (B, T) token ids -> (logits, loss), as nanoGPT's.
 
         Without targets: logits (B, 1, V) of the last position, loss None. With targets (B, T), each the id that
         should follow or negative where nothing is scored: logits (N, V) of the scored positions alone, in reading
         order, and their mean cross-entropy. past: a KVCache to continue from, or prefix (1, P): token ids before
-        every row; gradient flows into both. n_sampled > 0: see `sample_softmax`. A classifier's targets are classes,
-        at each text's last token; class_weights (n_classes,) make the mean a weighted one.
+        every row; gradient flows into both. n_sampled > 0: the loss of `sample_softmax`. A classifier's targets are
+        classes, at each text's last token; class_weights (n_classes,) make the mean a weighted one. scored (N,): the
+        scored targets' places in targets.flatten(), if they are known; to find them, Python waits for a GPU.
         """
         B, T = idx.shape
         if targets is None:
             last = torch.arange(T - 1, B * T, T, device=idx.device)  # (B,): each row's last token in idx.flatten()
             return self.head(self.hidden(idx, past, last, prefix))[:, None], None
         # Of a review's 52 tokens only the label and the end of text are scored: 2 rows of 50,257 logits, not 52.
-        scored = (targets.flatten() >= 0).nonzero()[:, 0]
+        if scored is None:
+            scored = find_scored(targets)
         targets = targets.flatten()[scored]  # (N,)
         x = self.hidden(idx, past, scored, prefix)  # (N, C)
         if n_sampled:
-            logits, targets = self.sample_softmax(x, targets, n_sampled)
+            logits, targets = sample_softmax(self.lm_head.weight, x, targets, n_sampled)
         else:
             logits = self.head(x)
         # At least float32.
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
         weight = None if class_weights is None else class_weights.to(precise.dtype)
         return logits, F.cross_entropy(precise, targets, weight)
-
-    def sample_softmax(self, x, targets, n_sampled):  # (N, C), (N,) -> (N, U + n_sampled), (N,)
-        """Logits over the U words that are targets here and n_sampled (or a few more) other words instead of all V,
-        and the targets' places among them.
-
-        Each sampled word stands for (V - U) / n_sampled others: the logarithm of that is added to its logit. So the
-        softmax's denominator is estimated without bias ("On Using Very Large Target Vocabulary", Jean et al. 2015,
-        section 3).
-        """
-        is_target = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=x.device)
-        is_target[targets] = True
-        others = (~is_target).nonzero()[:, 0]
-        # U + n_sampled is rounded up to a multiple of n_sampled / 3. So there are few different sizes, and memory
-        # that was freed fits again: else a long run grows by gigabytes.
-        n_sampled += -(n_sampled + self.config.vocab_size - len(others)) % max(1, n_sampled // 3)
-        sampled = others[torch.randperm(len(others), device=x.device)[:n_sampled]]
-        words = torch.cat([is_target.nonzero()[:, 0], sampled])
-        bias = x.new_zeros(len(words))
-        bias[len(words) - len(sampled) :] = math.log(max(1, len(others)) / max(1, len(sampled)))
-        logits = F.linear(x, self.lm_head.weight[words].to(x.dtype), bias)
-        return logits, is_target.cumsum(0)[targets] - 1  # the n-th word that is a target has place n - 1
 
     @torch.no_grad()
     def generate(

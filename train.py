@@ -60,20 +60,13 @@ def train(config: Config) -> list[dict]:
     with one_line_errors():
         run = set_up(config)
         progress = open_folder(run)
-    is_first = run.processes.is_first
-    wandb = WandbRun(config, wanted=config.wandb_log and is_first)
-    print0(run, parameter_report(run.model))
-    dtype = str(run.dtype).removeprefix("torch.")
-    first, last = progress.iter, config.max_iters
-    print0(run, f"{run.processes.device} {dtype}, {run.n_batches} updates an epoch, from update {first} to {last}")
+    print_start(run, progress)
+    wandb = WandbRun(config, wanted=config.wandb_log and run.processes.is_first)
     batches = draw_batches(run, progress.iter)
-    no_bar = None if is_first else True  # None: a bar where there is a terminal
-    bar = tqdm(total=config.max_iters, initial=progress.iter, unit="update", disable=no_bar)
-    began = time.time()
-    began_at = progress.iter
-    saved = -math.inf
+    watch = Stopwatch(progress.iter)
+    saved_at = -math.inf  # seconds
 
-    with StopSignals() as signals, bar:
+    with StopSignals() as signals, open_bar(run, progress) as bar:
         while True:
             it = progress.iter
             is_last = it >= config.max_iters
@@ -81,40 +74,27 @@ def train(config: Config) -> list[dict]:
 
             # --- evaluate, keep the best weights
             if (it % config.eval_interval == 0 or is_last) and it != progress.evaluated_at:
-                seconds = time.time() - began
-                val_loss = evaluate(run)
-                if not math.isfinite(val_loss):
-                    exit_diverged(config, is_first, it, f"validation loss {val_loss}")
-                metrics = make_metrics(run, progress, val_loss, seconds, it - began_at)
-                shown = [f"{key} {value:.4f}" for key, value in metrics.items() if isinstance(value, float)]
-                print0(run, f"update {it}: " + ", ".join(shown))
-                progress.metrics.append(metrics)
-                progress.losses = []
-                if val_loss < progress.best:
-                    progress.best = val_loss
-                    save_best(run)
-                if is_first:
-                    write_metrics(config.out_dir, progress.metrics)
+                speed = watch.updates_per_s(it)
+                metrics = make_metrics(run, progress, speed, val_loss=evaluate(run))
+                record(run, progress, metrics)
+                wandb.log(metrics, it)
                 # A checkpoint without LoRA is three times the model, 4.3 GB for gpt2-medium: not at each evaluation.
-                if config.rank or is_last or time.time() - saved > FULL_SAVE_SECONDS:
+                if config.rank or is_last or time.time() - saved_at > FULL_SAVE_SECONDS:
                     save(run, progress)
                     is_saved = True
-                    saved = time.time()
-                wandb.log(metrics, it)
-                began = time.time()
-                began_at = it
+                    saved_at = time.time()
+                watch = Stopwatch(it)
             if is_last:
                 break
 
             # --- save, between gradient and step: now these weights are known to give a finite loss and gradient.
             # After the step that is not known yet, and no run should resume from NaN.
             loss, norm = compute_gradients(run, next(batches), it)
-            # Not 0 if any process has got a signal.
-            (must_stop,) = run.processes.sum([float(signals.received is not None)])
+            (n_stopped,) = run.processes.sum([float(signals.received is not None)])  # processes that got a signal
             is_due = config.save_interval and it % config.save_interval == 0
-            if (must_stop or is_due) and not is_saved:
+            if (n_stopped or is_due) and not is_saved:
                 save(run, progress)
-            if must_stop:
+            if n_stopped:
                 command = f"python train.py --init_from=resume --out_dir={config.out_dir}"
                 print0(run, f"stopped at update {it}, saved; to go on: {command}")
                 exit_stopped(signals.received)
@@ -128,14 +108,9 @@ def train(config: Config) -> list[dict]:
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
-    if is_first:
-        plot_losses(progress.metrics, os.path.join(config.out_dir, "loss.png"))
-        path = os.path.join(config.out_dir, ADAPTER_WEIGHTS if config.rank else "model.safetensors")
-        print0(run, f"best validation loss {progress.best:.4f}, plotted in {config.out_dir}/loss.png")
-        print0(run, f"saved: {path} ({os.path.getsize(path) / 1e6:.2f} MB)")
+    print_end(run, progress)
     wandb.finish()
-    if run.processes.world_size > 1:
-        torch.distributed.destroy_process_group()
+    run.processes.leave()
     return progress.metrics
 
 
@@ -175,7 +150,7 @@ def set_up(config: Config) -> Run:
     device = processes.device
     # Our layers have A and B in float32 next to a bfloat16 weight. A student's lora.py may know one dtype only.
     mixed = getattr(LoRALinear, "mixes_dtypes", False)
-    dtype = pick_dtype(device, config.dtype, mixed, before=config.facts.get("dtype"))
+    dtype = pick_dtype(device, config.dtype, mixed, before=config.computed_in)
     torch.manual_seed(config.seed)
     loader = make_loader(config, context_size(config.init_from) or config.block_size)
     check_same_data(config, loader)
@@ -279,8 +254,8 @@ def compute_gradients(run: Run, indices: np.ndarray, it: int) -> tuple[float, fl
 def compute_loss(model: GPT, batch: Batch, n_sampled: int = 0) -> torch.Tensor:
     """Mean loss over a batch's targets. The prefix that the prompts share goes through the model once, with its
     gradient, and every row continues from it."""
-    options = {"prefix": batch.prefix, "class_weights": batch.class_weights, "n_sampled": n_sampled}
-    _, loss = model(batch.idx, batch.targets, **options)
+    options = {"prefix": batch.prefix, "scored": batch.scored, "class_weights": batch.class_weights}
+    _, loss = model(batch.idx, batch.targets, n_sampled=n_sampled, **options)
     return loss
 
 
@@ -338,13 +313,15 @@ def evaluate(run: Run) -> float:
     return total / count
 
 
-def make_metrics(run: Run, progress: Progress, val_loss: float, seconds: float, n_updates: int) -> dict:
-    """One line of metrics.jsonl. seconds, n_updates: since the last evaluation, in this process."""
+def make_metrics(run: Run, progress: Progress, updates_per_s: float, val_loss: float) -> dict:
+    """One line of metrics.jsonl. Ends the program where the loss is no finite number."""
     it = progress.iter
+    if not math.isfinite(val_loss):
+        exit_diverged(run.config, run.processes.is_first, it, f"validation loss {val_loss}")
     metrics = {"iter": it, "epoch": it / run.n_batches, "val_loss": val_loss}
     if progress.losses:
         metrics["train_loss"] = sum(progress.losses) / len(progress.losses)
-        metrics["examples_per_s"] = n_updates * run.global_batch / seconds
+        metrics["examples_per_s"] = updates_per_s * run.global_batch
     if run.scaler.is_enabled():
         metrics["skipped"] = float(progress.skipped)
     if run.config.task == "pretrain":
@@ -380,6 +357,20 @@ def open_folder(run: Run) -> Progress:
     return progress
 
 
+def record(run: Run, progress: Progress, metrics: dict) -> None:
+    """Prints an evaluation, adds it to the progress and to metrics.jsonl, and keeps the weights if they are the
+    best."""
+    shown = [f"{key} {value:.4f}" for key, value in metrics.items() if isinstance(value, float)]
+    print0(run, f"update {progress.iter}: " + ", ".join(shown))
+    progress.metrics.append(metrics)
+    progress.losses = []
+    if metrics["val_loss"] < progress.best:
+        progress.best = metrics["val_loss"]
+        save_best(run)
+    if run.processes.is_first:
+        write_metrics(run.config.out_dir, progress.metrics)
+
+
 def save(run: Run, progress: Progress) -> None:
     if run.processes.is_first:
         save_checkpoint(run.config.out_dir, progress, run.model, run.optimizers, run.scaler)
@@ -394,10 +385,47 @@ def save_best(run: Run) -> None:
         run.model.save_pretrained(config.out_dir, dtype=run.dtype)
 
 
+# --- what a run shows ------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """How fast the updates are, from update `it` on, in this process."""
+
+    def __init__(self, it: int):
+        self.it = it
+        self.began = time.time()
+
+    def updates_per_s(self, it: int) -> float:
+        return (it - self.it) / (time.time() - self.began)
+
+
+def open_bar(run: Run, progress: Progress) -> tqdm:
+    no_bar = None if run.processes.is_first else True  # None: a bar where there is a terminal
+    return tqdm(total=run.config.max_iters, initial=progress.iter, unit="update", disable=no_bar)
+
+
 def print0(run: Run, text: str) -> None:
     """Prints above the bar, on the first process alone."""
     if run.processes.is_first:
         tqdm.write(text)
+
+
+def print_start(run: Run, progress: Progress) -> None:
+    print0(run, parameter_report(run.model))
+    dtype = str(run.dtype).removeprefix("torch.")
+    updates = f"from update {progress.iter} to {run.config.max_iters}"
+    print0(run, f"{run.processes.device} {dtype}, {run.n_batches} updates an epoch, {updates}")
+
+
+def print_end(run: Run, progress: Progress) -> None:
+    """Draws loss.png and prints where the best weights are."""
+    if not run.processes.is_first:
+        return
+    folder = run.config.out_dir
+    plot_losses(progress.metrics, os.path.join(folder, "loss.png"))
+    path = os.path.join(folder, ADAPTER_WEIGHTS if run.config.rank else "model.safetensors")
+    print0(run, f"best validation loss {progress.best:.4f}, plotted in {folder}/loss.png")
+    print0(run, f"saved: {path} ({os.path.getsize(path) / 1e6:.2f} MB)")
 
 
 # --- the program ----------------------------------------------------------------------------------

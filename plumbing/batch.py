@@ -11,15 +11,26 @@ IGNORE = -1  # a target that is not scored
 @dataclass
 class Batch:
     """What a forward pass needs. The shared prefix (1, P) comes before every row of idx (B, T); targets (B, T) are
-    IGNORE where nothing is scored. class_weights (n_classes,), if any, weigh a classifier's targets."""
+    IGNORE where nothing is scored. class_weights (n_classes,), if any, weigh a classifier's targets. scored (N,): the
+    places of the scored targets in targets.flatten(), found before the batch goes to a GPU."""
 
     prefix: torch.Tensor
     idx: torch.Tensor
     targets: torch.Tensor
     class_weights: torch.Tensor | None = None
+    scored: torch.Tensor | None = None
+
+    def __post_init__(self):
+        if self.scored is None:
+            self.scored = find_scored(self.targets)
 
     def to(self, device):
         return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in vars(self).values()))
+
+
+def find_scored(targets: torch.Tensor) -> torch.Tensor:  # (B, T) -> (N,)
+    """The places in targets.flatten() that are scored, in reading order."""
+    return (targets.flatten() >= 0).nonzero()[:, 0]
 
 
 def pad(rows, value):

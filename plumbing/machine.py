@@ -152,6 +152,10 @@ class Processes:
             raise ValueError(f"device={config.device}: several processes need GPUs of their own, or --device=cpu")
         dist.init_process_group("nccl" if on_cuda else "gloo")
 
+    def leave(self):
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
     def sum(self, values):
         """Sum over the processes of a list of floats."""
         if self.world_size == 1:
