@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Collection
@@ -32,20 +33,23 @@ from plumbing.sources import find_source
 from plumbing.token_cache import Example, Examples, ExampleWriter, cache_folder, read_meta, whole_folder, write_meta
 from plumbing.tokenizer import encode_all, end_of_text, gpt2_encoding
 
+CACHE_VERSION = 5  # one more whenever the same data and settings would give other tokens
+
 
 class CustomDataLoader:
     """A labelled data set as batches of token ids: for instruction fine-tuning or (classify) for a classifier, whose
-        input is the text alone and whose target is the label's number.
+    input is the text alone and whose target is the label's number.
 
-        dataset: rt_reviews, a file, a directory or a name on the hub. block_size: the model's context in tokens.
-        label_names: words for the labels 0, 1, ..., with commas; None: as the data names them. wanted: the splits to
-        load. train_examples: train on so many examples, chosen by the seed; 0, or more than there are: on all.
+    dataset: rt_reviews, a file, a directory or a name on the hub. block_size: the model's context in tokens.
+    label_names: words for the labels 0, 1, ..., with commas; None: as the data names them. loss_on: "label" (its
+    tokens and end-of-text are scored) or "all" (every token is). wanted: the splits to load. train_examples: train
+    on so many examples, chosen by the seed; 0, or more than there are: on all.
 
     After that `splits[name]` is a sequence of Example (tokens, n_prompt, label, text), `prefixes[name]` the first
     tokens that all prompts of the split have in common, `label_names` a list, `digest` a short text that tells the
     data set's content. The same arguments and content give the same batches in the same order.
 
-        Raises ValueError or OSError, naming the value, for data or a template that cannot be used.
+    Raises ValueError or OSError, naming the value, for data or a template that cannot be used.
     """
 
     def __init__(
@@ -98,13 +102,15 @@ class CustomDataLoader:
             tokens = tokens or [end_of_text()]  # an empty text
             return Example(tokens, len(tokens), rec["label"], rec["text"])
         # Prompt and label are tokenised as one text, as GPT-2 read them in its training: the space before a label is
-        # part of its token, " positive". So the label is the last tokens that together hold its bytes.
+        # part of its token, " positive". So the label is the last tokens that together hold its bytes: here one of 9
+        # bytes, the space and "positive".
         n_prompt = len(tokens)
         label_bytes = len(self.label_names[rec["label"]].encode())
         while label_bytes > 0:
             n_prompt -= 1
             label_bytes -= len(self.encoding.decode_single_token_bytes(tokens[n_prompt]))
-        if n_prompt == 0:  # an empty text and nothing else: GPT-2 begins texts after end-of-text
+        # Template "{text}{label}" and an empty text: the prompt is end-of-text, after which GPT-2's texts begin.
+        if n_prompt == 0:
             tokens = [end_of_text(), *tokens]
             n_prompt = 1
         return Example([*tokens, end_of_text()], n_prompt, rec["label"], rec["text"])
@@ -117,16 +123,16 @@ class CustomDataLoader:
             return ex.tokens, [IGNORE] * (len(ex.tokens) - 1) + [ex.label]
         # Each place predicts the next token. The prompt's tokens are given, not answered: only the label and
         # end-of-text are scored, 2 places of 10 in the review above. The first is the prompt's last token.
-        first = 0 if self.loss_on == "all" else ex.n_prompt - 1
-        return ex.tokens[:-1], [IGNORE] * first + ex.tokens[first + 1 :]
+        n_given = 1 if self.loss_on == "all" else ex.n_prompt  # tokens that no place has to find
+        return ex.tokens[:-1], [IGNORE] * (n_given - 1) + ex.tokens[n_given:]
 
     def batch(self, split: str, indices) -> Batch:
         """The examples with these indices as one Batch; short rows are filled up with end-of-text, not scored."""
         examples = [self.splits[split][i] for i in indices]
-        # All prompts begin alike, here with "Review:". What they share goes through the model once a batch, as
-        # `prefix`, and the rows hold the rest: "Classify the sentiment of the following movie review as positive or
-        # negative.\n\nReview:" has 18 tokens, a third of all that 32 rows hold.
-        prefix = self.prefixes[split] if len(examples) > 1 else []
+        # All prompts begin alike, those above with "Review:". What they share goes through the model once a batch, as
+        # `prefix`, and the rows hold the rest. The assignment's template begins with "Classify the sentiment of the
+        # following movie review as positive or negative.\n\nReview:": 18 tokens, a third of all that 32 rows hold.
+        prefix = self.prefixes[split] if len(examples) > 1 else []  # with one row there is nothing to save
         P = len(prefix)
         inputs = []
         targets = []
@@ -139,7 +145,7 @@ class CustomDataLoader:
             idx=pad(inputs, end_of_text()),  # (B, T)
             targets=pad(targets, IGNORE),  # (B, T)
             class_weights=self.class_weights,
-        )
+        )  # it finds the places of the scored targets by itself
 
     # --- batches -> an epoch
 
@@ -160,7 +166,7 @@ class CustomDataLoader:
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def n_batches(self, split: str, size: int) -> int:
-        return -(-len(self.splits[split]) // size)
+        return math.ceil(len(self.splits[split]) / size)
 
     def n_scored(self, split: str, indices) -> float:
         """How many targets these examples have; with class weights, the sum of theirs. A mean over several batches
@@ -171,8 +177,8 @@ class CustomDataLoader:
             return self.class_weights[torch.from_numpy(examples.labels[indices])].sum().item()
         if self.classify:
             return len(indices)
-        first = 1 if self.loss_on == "all" else examples.n_prompt[indices]
-        return int((examples.lengths[indices] - first).sum())
+        n_given = 1 if self.loss_on == "all" else examples.n_prompt[indices]
+        return int((examples.lengths[indices] - n_given).sum())
 
     def _weigh_classes(self):
         """(n_classes,): a class with half as many examples weighs twice as much; the mean over examples is 1."""
@@ -189,12 +195,12 @@ class CustomDataLoader:
         names = source.names.get(self.label_field)
         if label_names:
             names = [name.strip() for name in label_names.split(",")]
-        # All that the tokens follow from. The number counts versions of what this file makes of it.
-        key = [5, source.digest, self.template, self.text_field, self.label_field, names, self.loss_on]
+        # All that the tokens follow from.
+        key = [CACHE_VERSION, source.digest, self.template, self.text_field, self.label_field, names, self.loss_on]
         key += [self.block_size, self.seed, self.classify]
         folder = cache_folder("examples", json.dumps(key))
-        survey = self._survey(source, names, os.path.join(folder, "survey"))
-        self.label_names = survey["label_names"]
+        self.label_names = names
+        survey = self._survey(source, os.path.join(folder, "survey"))
         self.drawn = survey["drawn"]
         self._print_notes(survey)
         metas = {split: read_meta(os.path.join(folder, split)) for split in wanted}
@@ -208,12 +214,16 @@ class CustomDataLoader:
         if n_cut:
             print(f"note: {n_cut} texts were cut to fit the context of {self.block_size} tokens")
 
-    def _survey(self, source, names, folder):
-        """What `survey_rows` says: from its folder in the cache, or written there."""
+    def _survey(self, source, folder):
+        """What `survey_rows` says of all rows: label_names (which are set here), the splits that are drawn, how many
+        rows are used and why others are not, notes. From its folder in the cache, or written there."""
         survey = read_meta(folder)
-        if survey is None:
-            survey = survey_rows(source, self.dataset, self.text_field, self.label_field, names, self.classify)
-            self.label_names = survey["label_names"]
+        is_new = survey is None
+        if is_new:
+            fields = (self.text_field, self.label_field)
+            survey = survey_rows(source, self.dataset, *fields, self.label_names, self.classify)
+        self.label_names = survey["label_names"]
+        if is_new:
             self._check_labels()
             with whole_folder(folder) as new:
                 write_meta(new, **survey)
@@ -232,12 +242,12 @@ class CustomDataLoader:
 
     def _tokenise(self, records, folder, wanted, n_rows):
         """Writes the wanted splits as files for `Examples`. Returns what each one's meta.json says."""
-        room = self.block_size if self.classify else self.block_size - 1  # end-of-text takes a place
+        room = self.block_size if self.classify else self.block_size - 1  # with end-of-text it is one more
         with contextlib.ExitStack() as stack:
             pool = stack.enter_context(ThreadPoolExecutor())
             writers = {split: ExampleWriter(stack, os.path.join(folder, split)) for split in wanted}
-            records = ((split, rec) for split, rec in records if split in writers)
-            while part := list(itertools.islice(records, 10_000)):
+            wanted_records = ((split, rec) for split, rec in records if split in writers)
+            while part := list(itertools.islice(wanted_records, 10_000)):  # 10,000 at a time, until none is left
                 texts = [rec["text"] for _, rec in part]
                 if not self.classify:
                     texts = [self._add_instruction_finetuning(rec)["instr_tuned_text"] for _, rec in part]
@@ -249,6 +259,7 @@ class CustomDataLoader:
             for split, writer in writers.items():
                 if writer.n == 0:
                     self._refuse_empty(split, n_rows)
+            # Where every token is scored the prefix is too, in each row; and a classifier's input has no template.
             shares_prefix = self.loss_on == "label" and not self.classify
             return {split: writer.finish(shares_prefix) for split, writer in writers.items()}
 
@@ -257,7 +268,8 @@ class CustomDataLoader:
         if self.classify:
             return rec, tokens[:room]
         text_tokens = self.encoding.encode_ordinary(rec["text"])
-        while len(tokens) > room:  # the cut may fall inside an emoji, whose half takes other tokens
+        # Again and again: a text that is cut, decoded and encoded once more may have more tokens than it was cut to.
+        while len(tokens) > room:
             if not text_tokens:
                 raise ValueError(f"template={self.template!r} alone is longer than the context of {self.block_size}")
             n_kept = max(0, len(text_tokens) - (len(tokens) - room))

@@ -14,7 +14,7 @@ from plumbing.mergeable import MergeableLinear
 from plumbing.peft_format import load_adapter, save_adapter  # noqa: F401  (adapters from and to PEFT)
 
 
-class LoRALinear(MergeableLinear):  # nn.Linear with merge(): weight = W0 + (alpha / r) B A, and unmerge(): W0 again
+class LoRALinear(MergeableLinear):  # nn.Linear with merge(delta): weight = W0 + delta, and unmerge(delta): W0 again
     """(..., in_features) -> (..., out_features). With lora_rank=0 it is a plain `nn.Linear`."""
 
     def __init__(
@@ -30,14 +30,14 @@ class LoRALinear(MergeableLinear):  # nn.Linear with merge(): weight = W0 + (alp
     ):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.has_weights_merged = False  # merge and unmerge set it
-        if lora_rank:
+        if lora_rank:  # A and B do not train until mark_only_lora_as_trainable, below
             adapter.check_rank(lora_rank, in_features, out_features)
             like = adapter.factory_kwargs(self.weight)  # W0's device; float32 even where W0 is bfloat16
             self.lora_A = nn.Parameter(torch.empty(lora_rank, in_features, **like), requires_grad=False)
             self.lora_B = nn.Parameter(torch.empty(out_features, lora_rank, **like), requires_grad=False)
             self.lora_scaling = lora_alpha / lora_rank
             self.lora_dropout = nn.Dropout(lora_dropout)
-            self.reset_parameters()  # again, now that A and B are there
+            self.reset_parameters()  # nn.Linear's __init__ called it before A and B were there
 
     def is_lora(self) -> bool:
         return "lora_A" in self._parameters
@@ -48,7 +48,7 @@ class LoRALinear(MergeableLinear):  # nn.Linear with merge(): weight = W0 + (alp
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as nn.Linear draws its own weight
             nn.init.zeros_(self.lora_B)  # so B A = 0: training starts from exactly the base model
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # gpt2-medium's c_attn, r = 16: (332, 1024)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # gpt2-medium's c_attn, 332 tokens, r = 16: (332, 1024)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         h = F.linear(x, self.weight.to(x.dtype), bias)  # x W0^T: (332, 1024) -> (332, 3072)
         if self.is_lora() and not self.has_weights_merged:
@@ -62,12 +62,12 @@ class LoRALinear(MergeableLinear):  # nn.Linear with merge(): weight = W0 + (alp
     def train(self, mode: bool = True):  # model.train() unmerges every layer, model.eval() merges it
         super().train(mode)
         if self.is_lora() and mode:
-            self.unmerge(self.delta_weight)  # weight is W0 again: W0 was kept, B A is not subtracted
+            self.unmerge(self.delta_weight)  # weight is W0 again: the W0 that was kept, so nothing is rounded
         elif self.is_lora():
             self.merge(self.delta_weight)  # weight = W0 + (alpha / r) B A: inference costs what the base costs
         return self
 
-    def eval(self):
+    def eval(self):  # nn.Module's own does the same; here it is in sight
         return self.train(False)
 
 
@@ -86,7 +86,8 @@ def attach_lora(
     model: nn.Module, targets: str, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False
 ) -> list[str]:
     """Puts an adapter on every `nn.Linear` and Hugging Face `Conv1D` of `model` if the regular expression `targets`
-    finds something in its full name (`re.search`). Returns the names of the adapted layers. Nothing is frozen here.
+    finds something in its full name (`re.search`). Returns the names of the adapted layers. What trains is as before:
+    call mark_only_lora_as_trainable after it.
 
     rslora: scales by alpha / sqrt(rank) ("A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
     Kalajdzievski 2023): alpha sqrt(rank) is stored as alpha, since alpha sqrt(rank) / rank is that scale.
@@ -101,6 +102,8 @@ def attach_lora(
     if not chosen:
         some = ", ".join([*list(linear)[:4], *list(linear)[-1:]]) or "none"
         raise ValueError(f"targets={targets}: matches no linear layer's name; there are {len(linear)}: {some}")
+    for alternative in adapter.useless_alternatives(targets, linear):
+        print(f"note: targets={targets}: {alternative} finds no linear layer")
     for name, layer in chosen.items():
         check_layer(layer, name, targets)
         n_out, n_in = adapter.sizes(layer)
@@ -121,14 +124,15 @@ def check_layer(layer: nn.Module, name: str, targets: str) -> None:
 
 
 def add_adapter(layer: nn.Module, rank: int, alpha: float, dropout: float = 0.0) -> None:
-    """A new adapter on one layer. A plain nn.Linear does not add B A x itself: two hooks do it, one before and one
-    after its forward pass."""
+    """A new adapter on one layer. A plain nn.Linear does not add B A x itself, so it gets two hooks. In training,
+    `add_to_output` adds B A x after its forward pass. In evaluation, `cover_weight` lets it use W0 + B A instead,
+    which costs what W0 costs."""
     training = layer.training
-    layer.train()  # an adapter that was merged is taken out first
+    layer.train()
     layer.lora_A, layer.lora_B = adapter.new_matrices(layer, rank)
     layer.lora_scaling = alpha / rank
     layer.lora_dropout = nn.Dropout(dropout)
-    if not hasattr(layer, "is_lora") and not hasattr(layer, "_lora_hooks"):
+    if not isinstance(layer, LoRALinear) and not hasattr(layer, "_lora_hooks"):
         layer._merged = None
         layer._lora_hooks = (
             layer.register_forward_pre_hook(cover_weight),
@@ -146,7 +150,9 @@ def cover_weight(layer, args):
     # _version counts the writes into a tensor.
     if layer._merged is None or layer._merged[0] != state:  # one of them was written since
         layer._merged = (state, adapter.merged_weight(layer))
-    layer.__dict__["weight"] = layer._merged[1]  # Python finds this one first; the parameter is still there
+    # Parameters are kept in layer._parameters, where Python looks only if layer.__dict__ has no such name. So this
+    # tensor hides the parameter until add_to_output takes it away.
+    layer.__dict__["weight"] = layer._merged[1]
 
 
 def add_to_output(layer, args, kwargs, out):
@@ -155,6 +161,7 @@ def add_to_output(layer, args, kwargs, out):
     if out is not None and not was_covered:  # None: the forward pass raised an error
         x = next(iter((*args, *kwargs.values())))  # the layer's one input, by place or by name
         return adapter.add_low_rank(out, x, layer)
+    return None  # to torch: the output stays as it is
 
 
 def drop_adapter(layer: nn.Module) -> None:

@@ -4,9 +4,10 @@
 learned positions, the output head tied to the word embedding. Module names are Hugging Face's
 (`transformer.h.0.attn.c_attn` ...), so checkpoints map by name.
 
-Shapes: B rows of T tokens, P tokens of a prefix that all rows share, C = n_embd, H heads of D = C / H,
-V = vocab_size, N scored positions (and B of LoRA's B A is a matrix). As an example, gpt2-medium on 8 prompts of 52
-tokens, the first 12 the same: B = 8, P = 12, T = 40, C = 1024, H = 16, D = 64, V = 50257, N = 16.
+Shapes: B rows of T tokens, after P tokens that all rows begin with (a prefix); C = n_embd, H heads of D = C / H,
+V = vocab_size, N positions whose next token is scored. (B of LoRA's B A is a matrix.) As an example, gpt2-medium on 8
+texts of 52 tokens, the first 12 the same, 2 of each scored: B = 8, P = 12, T = 40, N = 16, C = 1024, H = 16, D = 64,
+V = 50257.
 """
 
 import math
@@ -18,7 +19,7 @@ from torch import nn
 
 from plumbing.adapter import draw_adapter, lora_layers, merged_weight
 from plumbing.batch import find_scored
-from plumbing.cpu_kernels import FastLoRALinear as LoRALinear  # the same numbers, faster on CPUs
+from plumbing.cpu_kernels import FastLoRALinear as LoRALinear  # lora.py's, with a faster forward pass for CPUs
 from plumbing.cpu_kernels import fast_on_cpu
 from plumbing.errors import compile_pattern
 from plumbing.gpt2_files import find_checkpoint, read_config, read_weights, write_checkpoint
@@ -73,9 +74,10 @@ class MLP(nn.Module):
 
 @dataclass
 class Layout:
-    """Which token each line of x (P + B T, C) is: first the P of a prefix that all rows share, then B rows of T.
+    """Where each token is in x. Between the layers x is not (B, T, C) but flat, a line for each token: (P + B T, C),
+    first the P of the prefix that all rows share, then B rows of T.
 
-    The prefix goes through each layer once, in the same products as the rows: of 8 prompts that begin with the same
+    So the prefix goes through each layer once, in the same products as the rows: of 8 texts that begin with the same
     12 tokens, 12 + 8 * 40 = 332 tokens are computed, not 8 * 52 = 416, and every number and gradient is the same.
     """
 
@@ -83,14 +85,17 @@ class Layout:
     T: int
     P: int
     past: KVCache | None  # tokens before the rows; then x has no prefix
-    mask: torch.Tensor | None  # (T, P + T), True where a token may look; None: at itself and all before it
+    # True where a token may look: (T, P or past + T), or (B, 1, T, past + T) where rows differ; None: at itself and
+    # all before it.
+    mask: torch.Tensor | None
     scored: torch.Tensor | None = None  # (N,) lines of x: the last layer computes these alone
 
 
 def attend(q, k, v, mask, dropout):  # (B, H, T, D), k and v (B, H, P + T, D) -> (B T, C)
     """Scaled dot-product attention ("Attention Is All You Need", Vaswani et al. 2017, section 3.2.1):
     softmax(q k^T / sqrt(D)) v, in which a token looks at itself and at those before it."""
-    # Several tokens with nothing before them: the causal mask. (As an `if`, since torch.compile needs a plain bool.)
+    # Several tokens with nothing before them: the causal mask. (An `if`, since torch.compile needs is_causal to be a
+    # plain True or False.)
     if mask is None and q.size(2) == k.size(2) > 1:
         y = F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True)
     else:
@@ -149,14 +154,14 @@ class Block(nn.Module):
 
     def forward(self, x, layout):  # (P + B T, C) -> the same, or (N, C) of the scored places
         y = self.attn(self.ln_1(x), layout)
-        if layout.scored is not None:
+        if layout.scored is not None:  # only now: the keys and values of attention came from every token
             x = x[layout.scored]
         x = y + x
         return x + self.mlp(self.ln_2(x))
 
 
 def make_embedding(n, n_embd):
-    """Without nn.Embedding's own random numbers: they cost a second where only shapes are made (from_pretrained)."""
+    """Draws no random numbers: GPT.from_pretrained, which makes only shapes, would lose a second to them."""
     return nn.Embedding.from_pretrained(torch.empty(n, n_embd), freeze=False)
 
 
@@ -190,7 +195,7 @@ class GPT(nn.Module):
             raise ValueError(
                 f"lora_targets={config.lora_targets!r} matches no layer, such as transformer.h.0.attn.c_attn"
             )
-        if self.transformer.wte.weight.device.type != "meta":
+        if self.transformer.wte.weight.device.type != "meta":  # meta: shapes without numbers (from_pretrained)
             self._init_weights()
 
     def _init_weights(self):
@@ -226,6 +231,7 @@ class GPT(nn.Module):
         if before and T > 1:
             # Token t of a row sees columns 0 to before + t.
             mask = torch.ones(T, before + T, dtype=torch.bool, device=idx.device).tril(before)
+        # past.real (B, before) is False at the padding after short prompts: it is not seen and takes no position.
         if past is not None and past.real is not None:
             pos = pos - before + past.real.sum(1, keepdim=True)  # (B, T): real tokens alone are counted
             past.real = torch.cat([past.real, past.real.new_ones(B, T)], dim=1)
@@ -256,15 +262,16 @@ class GPT(nn.Module):
         Without targets: logits (B, 1, V) of the last position, loss None. With targets (B, T), each the id that
         should follow or negative where nothing is scored: logits (N, V) of the scored positions alone, in reading
         order, and their mean cross-entropy. past: a KVCache to continue from, or prefix (1, P): token ids before
-        every row; gradient flows into both. n_sampled > 0: the loss of `sample_softmax`. A classifier's targets are
-        classes, at each text's last token; class_weights (n_classes,) make the mean a weighted one. scored (N,): the
-        scored targets' places in targets.flatten(), if they are known; to find them, Python waits for a GPU.
+        every row; gradient flows into both. n_sampled > 0: the softmax is over the targets and so many other words,
+        not all V. A classifier's targets are classes, at each text's last token; class_weights (n_classes,) make the
+        mean a weighted one. scored (N,): the scored targets' places in targets.flatten(), if they are known: how
+        many there are is a number that Python would have to wait for a GPU to get.
         """
         B, T = idx.shape
         if targets is None:
             last = torch.arange(T - 1, B * T, T, device=idx.device)  # (B,): each row's last token in idx.flatten()
             return self.head(self.hidden(idx, past, last, prefix))[:, None], None
-        # Of a review's 52 tokens only the label and the end of text are scored: 2 rows of 50,257 logits, not 52.
+        # Of a review's 52 tokens only the label and the end of text are scored: 2 times 50,257 logits, not 52 times.
         if scored is None:
             scored = find_scored(targets)
         targets = targets.flatten()[scored]  # (N,)
@@ -298,14 +305,18 @@ class GPT(nn.Module):
         B, T = idx.shape
         size = self.config.block_size
         may_slide = past is None and lengths is None  # then old tokens are dropped where the context is full
-        if not may_slide and (past.length if past else 0) + T + max_new_tokens - 1 > size:
+        n_read = (past.length if past else 0) + T + max_new_tokens - 1  # the last new token is not read again
+        if not may_slide and n_read > size:
             raise ValueError(f"{T} prompt tokens and {max_new_tokens} new ones exceed the context of {size}")
         cache = KVCache() if past is None else past.fork()
         prompt = idx[:, -size:] if may_slide else idx
-        last = (prompt.size(1) if lengths is None else lengths) - 1  # place of each prompt's last token
-        last = last + torch.arange(B, device=idx.device) * prompt.size(1)  # in prompt.flatten()
+        # Places of the prompts' last tokens in prompt.flatten(): of two prompts of 3 and 5 tokens, 2 and 5 + 4.
+        width = prompt.size(1)
+        row_starts = torch.arange(0, B * width, width, device=idx.device)
+        last = row_starts + (width if lengths is None else lengths) - 1  # (B,)
         x = self.hidden(prompt, cache, scored=last)  # (B, C)
-        if lengths is not None:  # the padding on the right must not be seen by the tokens that come now
+        # Until now the padding stood after each text, where no token looks. The tokens that come now stand after it.
+        if lengths is not None:
             columns = torch.arange(cache.length, device=idx.device)
             cache.real = columns < (cache.length - T + lengths)[:, None]
         out = idx.new_full((B, max_new_tokens), 0 if stop is None else stop)
@@ -379,7 +390,7 @@ class GPT(nn.Module):
         if config.n_classes and "score.weight" not in state:  # a new head on a language model
             state["score.weight"] = torch.randn(config.n_classes, config.n_embd, dtype=dtype) * 0.02
         for layer in lora_layers(model).values():
-            draw_adapter(layer, dtype)  # where only shapes are made, nothing was drawn
+            draw_adapter(layer, dtype)  # on the meta device nothing was drawn; dtype is that of the layer's weight
         model.load_state_dict(state, strict=False, assign=True)
         if not config.n_classes:
             model.lm_head.weight = model.transformer.wte.weight  # one tensor again

@@ -73,7 +73,8 @@ def train(config: Config) -> list[dict]:
             is_saved = False
 
             # --- evaluate, keep the best weights
-            if (it % config.eval_interval == 0 or is_last) and it != progress.evaluated_at:
+            is_due = it % config.eval_interval == 0 or is_last
+            if is_due and it != progress.evaluated_at:  # a resumed run may have done it already
                 speed = watch.updates_per_s(it)
                 metrics = make_metrics(run, progress, speed, val_loss=evaluate(run))
                 record(run, progress, metrics)
@@ -88,10 +89,11 @@ def train(config: Config) -> list[dict]:
                 break
 
             # --- save, between gradient and step: now these weights are known to give a finite loss and gradient.
-            # After the step that is not known yet, and no run should resume from NaN.
+            # After the step that is not known yet, and no run should resume from NaN. A resumed run computes this
+            # gradient again.
             loss, norm = compute_gradients(run, next(batches), it)
             (n_stopped,) = run.processes.sum([float(signals.received is not None)])  # processes that got a signal
-            is_due = config.save_interval and it % config.save_interval == 0
+            is_due = config.save_interval > 0 and it % config.save_interval == 0
             if (n_stopped or is_due) and not is_saved:
                 save(run, progress)
             if n_stopped:
@@ -148,7 +150,8 @@ def set_up(config: Config) -> Run:
         compute_deterministically()
     processes = Processes(config)
     device = processes.device
-    # Our layers have A and B in float32 next to a bfloat16 weight. A student's lora.py may know one dtype only.
+    # Our layers have A and B in float32 next to a bfloat16 weight. A lora.py of your own, put in place of ours, may
+    # know one dtype only: then it does not say mixes_dtypes.
     mixed = getattr(LoRALinear, "mixes_dtypes", False)
     dtype = pick_dtype(device, config.dtype, mixed, before=config.computed_in)
     torch.manual_seed(config.seed)
@@ -159,7 +162,9 @@ def set_up(config: Config) -> Run:
     params = [p for p in model.parameters() if p.requires_grad]
     optimizers = build_optimizers(config, model)
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == torch.float16)
-    scaler.scale(torch.zeros((), device=device))  # it begins now: a process may have no example in its first update
+    # A scaler makes its state when it is first used, and fails without it: a process may have no example in its first
+    # update.
+    scaler.scale(torch.zeros((), device=device))
     if config.compile:
         model.compile(dynamic=True)
     return Run(config, processes, dtype, loader, model, params, optimizers, scaler)
@@ -182,10 +187,10 @@ def build_model(config: Config, device: str, dtype: torch.dtype, n_classes: int 
         model = GPT.from_pretrained(config.init_from, dtype=dtype if is_frozen else torch.float32, **options)
 
     if config.rank:
-        mark_only_lora_as_trainable(model)  # with the model alone: all that a student's own function takes
-    elif config.trainable:
+        mark_only_lora_as_trainable(model)
+    elif config.trainable:  # without LoRA, what this pattern names trains alone
         model.requires_grad_(False)
-    if config.lora_bias != "none" or also:
+    if config.lora_bias != "none" or also:  # not mark_only_...'s arguments: a lora.py of your own may lack them
         train_also(model, config.lora_bias, also)
     check_weights(model, device)
     return model.to(device).set_dtype(dtype)
@@ -213,7 +218,7 @@ def draw_batches(run: Run, it: int) -> Iterator[np.ndarray]:
 
 
 def update(run: Run, indices: np.ndarray, it: int) -> float:
-    """One update on the global batch `indices`, as `train` makes it; returns its loss."""
+    """One update on the global batch `indices`, as `train` makes it; returns its loss. What bench.py times."""
     loss, norm = compute_gradients(run, indices, it)
     apply_gradients(run, it, norm)
     return loss
@@ -225,7 +230,8 @@ def compute_gradients(run: Run, indices: np.ndarray, it: int) -> tuple[float, fl
     config = run.config
     loader = run.loader
     processes = run.processes
-    # Chance depends on the update alone: a resumed run draws the same dropout, and no random state is stored.
+    # Dropout depends on seed, update and process alone: a resumed run draws the same, and no random state is stored.
+    # (Primes, so that no two of them give the same sum.)
     torch.manual_seed((config.seed * 1_000_003 + it * 1009 + processes.world_rank) % 2**63)
     n_scored = loader.n_scored("train", indices)
     loss = 0.0
@@ -246,7 +252,8 @@ def compute_gradients(run: Run, indices: np.ndarray, it: int) -> tuple[float, fl
         run.scaler.unscale_(optimizer)
     norm = float(nn.utils.clip_grad_norm_(run.params, config.grad_clip or math.inf))
     # float16 overflows now and then: then the step is left out, and the scaler tries a smaller scale.
-    if not math.isfinite(loss) or not (math.isfinite(norm) or run.scaler.is_enabled()):
+    may_overflow = run.scaler.is_enabled()
+    if not math.isfinite(loss) or (not math.isfinite(norm) and not may_overflow):
         exit_diverged(config, processes.is_first, it, f"loss {loss}, gradient norm {norm}")
     return loss, norm
 
@@ -262,7 +269,8 @@ def compute_loss(model: GPT, batch: Batch, n_sampled: int = 0) -> torch.Tensor:
 def apply_gradients(run: Run, it: int, norm: float) -> bool:
     """Steps along the gradients, at update `it`'s learning rate, and clears them. True where no step was made, since
     float16's gradients overflowed. Ends the program where they do so again and again."""
-    overflowed = not math.isfinite(norm)  # clipping has spread one infinite gradient over all: no optimizer steps
+    # Clipping multiplies all gradients by grad_clip / norm. With an infinite norm that is 0, and 0 * inf is NaN.
+    overflowed = not math.isfinite(norm)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * schedule(run.config, it)
@@ -334,8 +342,8 @@ def make_metrics(run: Run, progress: Progress, updates_per_s: float, val_loss: f
 
 
 def open_folder(run: Run) -> Progress:
-    """A resumed run's progress, with its checkpoint loaded, or a new run's. Writes the run's settings: those typed on
-    resuming count from here on, however often the run is stopped again."""
+    """A resumed run's progress, with its checkpoint loaded, or a new run's. Writes the run's settings, with those
+    that are typed on resuming: so each later resume keeps them."""
     config = run.config
     progress = Progress()
     if config.resume:
@@ -400,8 +408,8 @@ class Stopwatch:
 
 
 def open_bar(run: Run, progress: Progress) -> tqdm:
-    no_bar = None if run.processes.is_first else True  # None: a bar where there is a terminal
-    return tqdm(total=run.config.max_iters, initial=progress.iter, unit="update", disable=no_bar)
+    disable = None if run.processes.is_first else True  # tqdm's None: a bar only in a terminal
+    return tqdm(total=run.config.max_iters, initial=progress.iter, unit="update", disable=disable)
 
 
 def print0(run: Run, text: str) -> None:

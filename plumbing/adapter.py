@@ -28,6 +28,24 @@ def sizes(layer) -> tuple[int, int]:
     return tuple(layer.weight.shape[::-1] if is_conv1d(layer) else layer.weight.shape)
 
 
+def useless_alternatives(pattern: str, names) -> list[str]:
+    """The alternatives of a regular expression, such as `gate` of `up|gate` or of `mlp.(up|gate)$`, with which alone
+    it finds none of the names. Looks at the outermost ones and at groups without another group in them."""
+    groups = [match.span(1) for match in re.finditer(r"(?<!\\)\((?:\?:)?([^()]*)\)", pattern)]
+    if "(" not in pattern:
+        groups.append((0, len(pattern)))
+    useless = []
+    for start, end in groups:
+        group = pattern[start:end]
+        if "|" not in group or group.startswith("?") or "[" in group or r"\|" in group:
+            continue
+        for alternative in group.split("|"):
+            alone = re.compile(pattern[:start] + alternative + pattern[end:])
+            if not any(alone.search(name) for name in names):
+                useless.append(alternative)
+    return useless
+
+
 def check_rank(rank: int, n_in: int, n_out: int, name: str = "a layer") -> None:
     """Raises ValueError for a rank that a layer of this size cannot have."""
     largest = min(n_in, n_out)

@@ -1,13 +1,16 @@
-"""Files are whole or the old one, and a damaged one is told: writing, reading, checksums."""
+"""Files are whole or the old one, and a damaged one is found out: writing, reading, checksums."""
 
 import contextlib
 import hashlib
 import json
 import os
+import time
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+
+from plumbing.errors import first_line
 
 ASSETS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets")
 
@@ -22,11 +25,29 @@ def whole_file(path):
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.replace(new, path)
+        put_in_place(new, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.remove(new)
         raise
+
+
+def put_in_place(new, path):
+    """Renames a file or folder to `path`. Windows refuses that while another program (a virus scanner, an editor, a
+    process that has the file mapped) has the old one open: then it is tried for three seconds."""
+    for seconds in (0.1, 0.2, 0.4, 0.8, 1.6, None):
+        try:
+            return os.replace(new, path)
+        except OSError as e:
+            is_open = isinstance(e, PermissionError) or getattr(e, "winerror", None) == 1224  # mapped
+            if not is_open:
+                raise
+            if seconds is None:
+                raise OSError(
+                    f"{path} cannot be replaced ({first_line(e)}): close the program that has it open; what was "
+                    "there is whole"
+                ) from e
+        time.sleep(seconds)
 
 
 def write_json(path, value):

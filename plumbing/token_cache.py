@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from plumbing.files import put_in_place
+
 CACHE = os.environ.get("NANOLORA_CACHE", os.path.join(os.path.expanduser("~"), ".cache", "nanolora"))
 
 
@@ -142,8 +144,11 @@ def whole_folder(folder):
     new = tempfile.mkdtemp(dir=CACHE)
     try:
         yield new
-        with contextlib.suppress(OSError):  # it is there by now
-            os.rename(new, folder)
+        try:
+            put_in_place(new, folder)
+        except OSError:
+            if not os.path.exists(folder):
+                raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
