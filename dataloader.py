@@ -33,7 +33,7 @@ from plumbing.sources import find_source
 from plumbing.token_cache import Example, Examples, ExampleWriter, cache_folder, read_meta, whole_folder, write_meta
 from plumbing.tokenizer import encode_all, end_of_text, gpt2_encoding
 
-CACHE_VERSION = 5  # one more whenever the same data and settings would give other tokens
+CACHE_VERSION = 5  # to be raised where a change of code gives other tokens for the same data and settings
 
 
 class CustomDataLoader:
@@ -102,8 +102,8 @@ class CustomDataLoader:
             tokens = tokens or [end_of_text()]  # an empty text
             return Example(tokens, len(tokens), rec["label"], rec["text"])
         # Prompt and label are tokenised as one text, as GPT-2 read them in its training: the space before a label is
-        # part of its token, " positive". So the label is the last tokens that together hold its bytes: here one of 9
-        # bytes, the space and "positive".
+        # part of its token, " positive". So the label is the last tokens that together hold its bytes: here one
+        # token, whose 9 bytes hold the 8 of "positive".
         n_prompt = len(tokens)
         label_bytes = len(self.label_names[rec["label"]].encode())
         while label_bytes > 0:
@@ -122,16 +122,17 @@ class CustomDataLoader:
         if self.classify:  # the last token alone has seen the whole text
             return ex.tokens, [IGNORE] * (len(ex.tokens) - 1) + [ex.label]
         # Each place predicts the next token. The prompt's tokens are given, not answered: only the label and
-        # end-of-text are scored, 2 places of 10 in the review above. The first is the prompt's last token.
-        n_given = 1 if self.loss_on == "all" else ex.n_prompt  # tokens that no place has to find
+        # end-of-text are targets, at 2 places of 10 in the review above. The first of these places reads the prompt's
+        # last token.
+        n_given = 1 if self.loss_on == "all" else ex.n_prompt  # so many first tokens are no targets
         return ex.tokens[:-1], [IGNORE] * (n_given - 1) + ex.tokens[n_given:]
 
     def batch(self, split: str, indices) -> Batch:
         """The examples with these indices as one Batch; short rows are filled up with end-of-text, not scored."""
         examples = [self.splits[split][i] for i in indices]
         # All prompts begin alike, those above with "Review:". What they share goes through the model once a batch, as
-        # `prefix`, and the rows hold the rest. The assignment's template begins with "Classify the sentiment of the
-        # following movie review as positive or negative.\n\nReview:": 18 tokens, a third of all that 32 rows hold.
+        # `prefix`, and the rows hold the rest. The default template begins with "Classify the sentiment of the
+        # following movie review as positive or negative.\n\nReview:". Those 18 tokens are a third of each row.
         prefix = self.prefixes[split] if len(examples) > 1 else []  # with one row there is nothing to save
         P = len(prefix)
         inputs = []
@@ -195,13 +196,13 @@ class CustomDataLoader:
         names = source.names.get(self.label_field)
         if label_names:
             names = [name.strip() for name in label_names.split(",")]
-        # All that the tokens follow from.
+        # The cache's key: all that decides what the tokens are.
         key = [CACHE_VERSION, source.digest, self.template, self.text_field, self.label_field, names, self.loss_on]
         key += [self.block_size, self.seed, self.classify]
         folder = cache_folder("examples", json.dumps(key))
-        self.label_names = names
+        self.label_names = names  # as they are asked for, or None; _survey sets the final ones
         survey = self._survey(source, os.path.join(folder, "survey"))
-        self.drawn = survey["drawn"]
+        self.drawn = survey["drawn"]  # the splits that the data set does not name: the seed chooses their examples
         self._print_notes(survey)
         metas = {split: read_meta(os.path.join(folder, split)) for split in wanted}
         missing = [split for split in wanted if metas[split] is None]
@@ -259,7 +260,8 @@ class CustomDataLoader:
             for split, writer in writers.items():
                 if writer.n == 0:
                     self._refuse_empty(split, n_rows)
-            # Where every token is scored the prefix is too, in each row; and a classifier's input has no template.
+            # Where every token is scored, the prefix is scored in each row, so it stays there. A classifier's input
+            # has no template, so no prefix.
             shares_prefix = self.loss_on == "label" and not self.classify
             return {split: writer.finish(shares_prefix) for split, writer in writers.items()}
 
@@ -300,7 +302,8 @@ class CustomDataLoader:
             raise ValueError(f"template={self.template!r}: {{label}} comes last, so that it is what the model writes")
 
     def _check_labels(self):
-        """The words must differ, and the prompt's tokens must not depend on which of them follows."""
+        """The words must differ, and the prompt's tokens must not depend on which of them follows. (After a template
+        that ends in "it was un", the label "true" makes the token "untrue", which is neither.)"""
         names = self.label_names
         spellings = {normalise_label(name) for name in names}
         if len(names) < 2 or len(spellings) < len(names) or "" in spellings:

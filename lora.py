@@ -14,7 +14,7 @@ from plumbing.mergeable import MergeableLinear
 from plumbing.peft_format import load_adapter, save_adapter  # noqa: F401  (adapters from and to PEFT)
 
 
-class LoRALinear(MergeableLinear):  # nn.Linear with merge(delta): weight = W0 + delta, and unmerge(delta): W0 again
+class LoRALinear(MergeableLinear):  # nn.Linear with merge: weight = W0 + delta, and unmerge: weight = W0 again
     """(..., in_features) -> (..., out_features). With lora_rank=0 it is a plain `nn.Linear`."""
 
     def __init__(
@@ -48,7 +48,7 @@ class LoRALinear(MergeableLinear):  # nn.Linear with merge(delta): weight = W0 +
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as nn.Linear draws its own weight
             nn.init.zeros_(self.lora_B)  # so B A = 0: training starts from exactly the base model
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # gpt2-medium's c_attn, 332 tokens, r = 16: (332, 1024)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # 332 tokens in gpt2-medium's c_attn, r = 16: (332, 1024)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         h = F.linear(x, self.weight.to(x.dtype), bias)  # x W0^T: (332, 1024) -> (332, 3072)
         if self.is_lora() and not self.has_weights_merged:
@@ -62,7 +62,7 @@ class LoRALinear(MergeableLinear):  # nn.Linear with merge(delta): weight = W0 +
     def train(self, mode: bool = True):  # model.train() unmerges every layer, model.eval() merges it
         super().train(mode)
         if self.is_lora() and mode:
-            self.unmerge(self.delta_weight)  # weight is W0 again: the W0 that was kept, so nothing is rounded
+            self.unmerge(self.delta_weight)  # weight = the W0 that merge kept; (if none was kept: weight - delta)
         elif self.is_lora():
             self.merge(self.delta_weight)  # weight = W0 + (alpha / r) B A: inference costs what the base costs
         return self
@@ -72,7 +72,8 @@ class LoRALinear(MergeableLinear):  # nn.Linear with merge(delta): weight = W0 +
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none", also: str | None = None) -> nn.Module:
-    """Only A and B train; and biases (bias="all" or "lora_only"), and names that the pattern `also` finds."""
+    """Only A and B train. Also all biases (bias="all") or those of the adapted layers (bias="lora_only"), and the
+    parameters whose names the regular expression `also` finds."""
     trainable = adapter.trainable_names(model, bias, also)
     for name, param in model.named_parameters():
         param.requires_grad = name in trainable
@@ -114,41 +115,45 @@ def attach_lora(
 
 
 def check_layer(layer: nn.Module, name: str, targets: str) -> None:
-    """Raises ValueError for a layer that cannot carry one more adapter by hooks."""
+    """Raises ValueError for a layer that cannot get an adapter."""
     if "lora_A" in layer._parameters:
         raise ValueError(f"targets={targets}: {name} has an adapter already; detach_lora takes it off")
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        raise ValueError(f"targets={targets}: nn.MultiheadAttention reads {name}.weight itself, past any hook")
+        raise ValueError(
+            f"targets={targets}: nn.MultiheadAttention reads {name}.weight itself, without calling the layer"
+        )
     if not layer.weight.is_floating_point():
         raise ValueError(f"targets={targets}: {name} is stored in {layer.weight.dtype}, not in floating point")
 
 
 def add_adapter(layer: nn.Module, rank: int, alpha: float, dropout: float = 0.0) -> None:
-    """A new adapter on one layer. A plain nn.Linear does not add B A x itself, so it gets two hooks. In training,
-    `add_to_output` adds B A x after its forward pass. In evaluation, `cover_weight` lets it use W0 + B A instead,
-    which costs what W0 costs."""
+    """A new adapter on one layer. A LoRALinear of rank 0 computes B A x by itself from now on. Any other layer gets
+    two hooks, functions that torch calls before and after its forward pass. Where gradients are computed,
+    `add_to_output` adds B A x. Where not, `cover_weight` lets the layer use W0 + B A, at the cost of W0."""
     training = layer.training
-    layer.train()
+    layer.train()  # a LoRALinear with weights that are merged takes its W0 back
     layer.lora_A, layer.lora_B = adapter.new_matrices(layer, rank)
     layer.lora_scaling = alpha / rank
     layer.lora_dropout = nn.Dropout(dropout)
-    if not isinstance(layer, LoRALinear) and not hasattr(layer, "_lora_hooks"):
+    is_hooked = hasattr(layer, "_lora_hooks")  # load_adapter puts a new adapter in an old one's place
+    if not isinstance(layer, LoRALinear) and not is_hooked:
         layer._merged = None
         layer._lora_hooks = (
             layer.register_forward_pre_hook(cover_weight),
+            # After an error too (always_call), or the weight would stay covered.
             layer.register_forward_hook(add_to_output, with_kwargs=True, always_call=True),
         )
     layer.train(training)
 
 
 def cover_weight(layer, args):
-    """Before a forward pass that only evaluates: `layer.weight` reads as W0 + (alpha / r) B A."""
+    """Before a forward pass without gradients, in evaluation: `layer.weight` reads as W0 + (alpha / r) B A."""
     if layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         layer._merged = None
         return
+    # The sum is made again only if one of the three is another tensor (data_ptr) or was written into (_version).
     state = [(t.data_ptr(), t._version, t.dtype) for t in (layer.weight, layer.lora_A, layer.lora_B)]
-    # _version counts the writes into a tensor.
-    if layer._merged is None or layer._merged[0] != state:  # one of them was written since
+    if layer._merged is None or layer._merged[0] != state:
         layer._merged = (state, adapter.merged_weight(layer))
     # Parameters are kept in layer._parameters, where Python looks only if layer.__dict__ has no such name. So this
     # tensor hides the parameter until add_to_output takes it away.

@@ -85,8 +85,8 @@ class Layout:
     T: int
     P: int
     past: KVCache | None  # tokens before the rows; then x has no prefix
-    # True where a token may look: (T, P or past + T), or (B, 1, T, past + T) where rows differ; None: at itself and
-    # all before it.
+    # True where a token of a row may look, `before` being the number of tokens before it (P, or past.length):
+    # (T, before + T), or (B, 1, T, before + T) where rows differ. None: at itself and all tokens before it.
     mask: torch.Tensor | None
     scored: torch.Tensor | None = None  # (N,) lines of x: the last layer computes these alone
 
@@ -98,7 +98,7 @@ def attend(q, k, v, mask, dropout):  # (B, H, T, D), k and v (B, H, P + T, D) ->
     # plain True or False.)
     if mask is None and q.size(2) == k.size(2) > 1:
         y = F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True)
-    else:
+    else:  # by the mask; or one token, which sees all
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
     return y.transpose(1, 2).flatten(2).flatten(0, 1)  # (B, T, H, D) -> (B T, C)
 
@@ -161,7 +161,7 @@ class Block(nn.Module):
 
 
 def make_embedding(n, n_embd):
-    """Draws no random numbers: GPT.from_pretrained, which makes only shapes, would lose a second to them."""
+    """nn.Embedding would draw random numbers, for a second, which a checkpoint or _init_weights replaces anyway."""
     return nn.Embedding.from_pretrained(torch.empty(n, n_embd), freeze=False)
 
 
@@ -233,7 +233,8 @@ class GPT(nn.Module):
             mask = torch.ones(T, before + T, dtype=torch.bool, device=idx.device).tril(before)
         # past.real (B, before) is False at the padding after short prompts: it is not seen and takes no position.
         if past is not None and past.real is not None:
-            pos = pos - before + past.real.sum(1, keepdim=True)  # (B, T): real tokens alone are counted
+            n_real = past.real.sum(1, keepdim=True)  # (B, 1)
+            pos = n_real + torch.arange(T, device=idx.device)  # (B, T)
             past.real = torch.cat([past.real, past.real.new_ones(B, T)], dim=1)
             visible = past.real[:, None, None, :]  # (B, 1, 1, before + T)
             mask = visible.expand(-1, -1, T, -1) if mask is None else mask & visible
@@ -262,10 +263,10 @@ class GPT(nn.Module):
         Without targets: logits (B, 1, V) of the last position, loss None. With targets (B, T), each the id that
         should follow or negative where nothing is scored: logits (N, V) of the scored positions alone, in reading
         order, and their mean cross-entropy. past: a KVCache to continue from, or prefix (1, P): token ids before
-        every row; gradient flows into both. n_sampled > 0: the softmax is over the targets and so many other words,
+        every row; gradient flows into both. n_sampled > 0: the softmax is over the targets and n_sampled other words,
         not all V. A classifier's targets are classes, at each text's last token; class_weights (n_classes,) make the
-        mean a weighted one. scored (N,): the scored targets' places in targets.flatten(), if they are known: how
-        many there are is a number that Python would have to wait for a GPU to get.
+        mean a weighted one. scored (N,): the scored targets' places in targets.flatten(), where they are known. Else
+        they are found here, and Python waits for the GPU to say how many they are.
         """
         B, T = idx.shape
         if targets is None:
@@ -300,7 +301,8 @@ class GPT(nn.Module):
 
         temperature 0 takes the likeliest token; top_k samples among the k likeliest. A row ends at the token `stop`,
         with which the rest of the row is filled. past: a KVCache of tokens before idx, left as it is. lengths (B,):
-        idx is padded on the right beyond them. A text that outgrows the context goes on from its last half.
+        idx is padded on the right beyond them. A text that fills the context goes on from its last block_size / 2
+        tokens.
         """
         B, T = idx.shape
         size = self.config.block_size
@@ -315,10 +317,12 @@ class GPT(nn.Module):
         row_starts = torch.arange(0, B * width, width, device=idx.device)
         last = row_starts + (width if lengths is None else lengths) - 1  # (B,)
         x = self.hidden(prompt, cache, scored=last)  # (B, C)
-        # Until now the padding stood after each text, where no token looks. The tokens that come now stand after it.
+        # Until now the padding stood after each text, where no token looks. The new tokens come after the padding and
+        # would see it, so it is marked as not real.
         if lengths is not None:
+            n_past = cache.length - T
             columns = torch.arange(cache.length, device=idx.device)
-            cache.real = columns < (cache.length - T + lengths)[:, None]
+            cache.real = columns < (n_past + lengths)[:, None]
         out = idx.new_full((B, max_new_tokens), 0 if stop is None else stop)
         rows = torch.arange(B, device=idx.device)  # those that are still being written
         for n in range(max_new_tokens):
@@ -334,10 +338,10 @@ class GPT(nn.Module):
             if n + 1 == max_new_tokens:
                 break
             new = token[:, None]
-            # The context is full: each text starts again with its last half.
-            if cache.length == size:
+            if cache.length == size:  # the context is full: each text starts again from its last tokens
                 cache = KVCache()
-                new = torch.cat([idx, out[:, : n + 1]], dim=1)[rows, -(size // 2) :]
+                written = torch.cat([idx, out[:, : n + 1]], dim=1)[rows]
+                new = written[:, -(size // 2) :]
             x = self.hidden(new, cache)[:, -1]
         return torch.cat([idx, out], dim=1)
 

@@ -73,8 +73,8 @@ def train(config: Config) -> list[dict]:
             is_saved = False
 
             # --- evaluate, keep the best weights
-            is_due = it % config.eval_interval == 0 or is_last
-            if is_due and it != progress.evaluated_at:  # a resumed run may have done it already
+            evaluation_is_due = it % config.eval_interval == 0 or is_last
+            if evaluation_is_due and it != progress.evaluated_at:  # the last of progress.metrics, in a resumed run
                 speed = watch.updates_per_s(it)
                 metrics = make_metrics(run, progress, speed, val_loss=evaluate(run))
                 record(run, progress, metrics)
@@ -93,8 +93,8 @@ def train(config: Config) -> list[dict]:
             # gradient again.
             loss, norm = compute_gradients(run, next(batches), it)
             (n_stopped,) = run.processes.sum([float(signals.received is not None)])  # processes that got a signal
-            is_due = config.save_interval > 0 and it % config.save_interval == 0
-            if (n_stopped or is_due) and not is_saved:
+            save_is_due = config.save_interval > 0 and it % config.save_interval == 0
+            if (n_stopped or save_is_due) and not is_saved:
                 save(run, progress)
             if n_stopped:
                 command = f"python train.py --init_from=resume --out_dir={config.out_dir}"
@@ -102,7 +102,8 @@ def train(config: Config) -> list[dict]:
                 exit_stopped(signals.received)
 
             # --- update
-            progress.skipped += apply_gradients(run, it, norm)
+            was_skipped = apply_gradients(run, it, norm)
+            progress.skipped += was_skipped
             progress.losses.append(loss)
             progress.iter += 1
 
@@ -130,7 +131,9 @@ class Run:
     model: GPT
     params: list[nn.Parameter]  # those that train
     optimizers: list
-    scaler: torch.amp.GradScaler  # for float16 alone; else it changes nothing
+    # For float16, whose small numbers end at 6e-8: multiplies the loss, and so all gradients, by a large number and
+    # divides the gradients by it before the step. Else it changes nothing.
+    scaler: torch.amp.GradScaler
 
     @property
     def global_batch(self) -> int:
@@ -150,9 +153,10 @@ def set_up(config: Config) -> Run:
         compute_deterministically()
     processes = Processes(config)
     device = processes.device
-    # Our layers have A and B in float32 next to a bfloat16 weight. A lora.py of your own, put in place of ours, may
-    # know one dtype only: then it does not say mixes_dtypes.
+    # You may put a lora.py of your own in place of ours. Ours has A and B in float32 next to a bfloat16 weight, and
+    # says so by mixes_dtypes; yours may know one dtype only.
     mixed = getattr(LoRALinear, "mixes_dtypes", False)
+    # computed_in: the dtype of the run that is resumed, if one is.
     dtype = pick_dtype(device, config.dtype, mixed, before=config.computed_in)
     torch.manual_seed(config.seed)
     loader = make_loader(config, context_size(config.init_from) or config.block_size)
@@ -162,8 +166,8 @@ def set_up(config: Config) -> Run:
     params = [p for p in model.parameters() if p.requires_grad]
     optimizers = build_optimizers(config, model)
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == torch.float16)
-    # A scaler makes its state when it is first used, and fails without it: a process may have no example in its first
-    # update.
+    # Used once here, since unscale_ fails with a scaler that was never used: that of a process which has no example
+    # in its first update.
     scaler.scale(torch.zeros((), device=device))
     if config.compile:
         model.compile(dynamic=True)
@@ -231,7 +235,7 @@ def compute_gradients(run: Run, indices: np.ndarray, it: int) -> tuple[float, fl
     loader = run.loader
     processes = run.processes
     # Dropout depends on seed, update and process alone: a resumed run draws the same, and no random state is stored.
-    # (Primes, so that no two of them give the same sum.)
+    # (The factors are primes, so that another seed, update or process is hardly ever the same sum.)
     torch.manual_seed((config.seed * 1_000_003 + it * 1009 + processes.world_rank) % 2**63)
     n_scored = loader.n_scored("train", indices)
     loss = 0.0
@@ -241,7 +245,7 @@ def compute_gradients(run: Run, indices: np.ndarray, it: int) -> tuple[float, fl
         if len(mine) == 0:
             continue
         # Labels differ in length, so a mean of means is not the mean. Each part counts by its share of the scored
-        # tokens: 8 reviews with 17 of them, out of 32 reviews with 64, count 17 / 64.
+        # tokens: 8 reviews with 17 of them, out of 32 reviews with 70, count 17 / 70.
         share = loader.n_scored("train", mine) / n_scored
         part = share * compute_loss(run.model, loader.batch("train", mine).to(processes.device), config.n_sampled)
         run.scaler.scale(part).backward()
@@ -342,8 +346,8 @@ def make_metrics(run: Run, progress: Progress, updates_per_s: float, val_loss: f
 
 
 def open_folder(run: Run) -> Progress:
-    """A resumed run's progress, with its checkpoint loaded, or a new run's. Writes the run's settings, with those
-    that are typed on resuming: so each later resume keeps them."""
+    """A resumed run's progress, with its checkpoint loaded, or a new run's. Writes the run's settings. Flags that are
+    typed on resuming are among them, so each later resume keeps them."""
     config = run.config
     progress = Progress()
     if config.resume:
@@ -408,7 +412,7 @@ class Stopwatch:
 
 
 def open_bar(run: Run, progress: Progress) -> tqdm:
-    disable = None if run.processes.is_first else True  # tqdm's None: a bar only in a terminal
+    disable = None if run.processes.is_first else True  # None: tqdm shows a bar if it writes to a terminal
     return tqdm(total=run.config.max_iters, initial=progress.iter, unit="update", disable=disable)
 
 
@@ -441,7 +445,7 @@ def print_end(run: Run, progress: Progress) -> None:
 
 def main(argv: list[str]) -> None:
     config = configure(argv)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if int(os.environ.get("RANK", 0)) == 0:  # torchrun's number of this process, not LoRA's rank
         with one_line_errors():
             lock = lock_folder(config.out_dir)  # noqa: F841  (while this name stands, the folder is locked)
     with explain_failure(config):
