@@ -71,7 +71,7 @@ class CustomDataLoader:
         self.dataset = dataset
         self.template = template
         self.batch_size = batch_size
-        self.eval_batch_size = batch_size
+        self.eval_batch_size = batch_size  # TextLoader's is another
         self.block_size = block_size
         self.text_field = text_field
         self.label_field = label_field
@@ -109,7 +109,8 @@ class CustomDataLoader:
         while label_bytes > 0:
             n_prompt -= 1
             label_bytes -= len(self.encoding.decode_single_token_bytes(tokens[n_prompt]))
-        # Template "{text}{label}" and an empty text: the prompt is end-of-text, after which GPT-2's texts begin.
+        # Template "{text} {label}" and an empty text: the label is all there is. The prompt is then end-of-text,
+        # after which GPT-2's texts begin.
         if n_prompt == 0:
             tokens = [end_of_text(), *tokens]
             n_prompt = 1
@@ -131,7 +132,7 @@ class CustomDataLoader:
         """The examples with these indices as one Batch; short rows are filled up with end-of-text, not scored."""
         examples = [self.splits[split][i] for i in indices]
         # All prompts begin alike, those above with "Review:". What they share goes through the model once a batch, as
-        # `prefix`, and the rows hold the rest. The default template begins with "Classify the sentiment of the
+        # `prefix`, and the rows hold the rest. train.py's default template begins with "Classify the sentiment of the
         # following movie review as positive or negative.\n\nReview:". Those 18 tokens are a third of each row.
         prefix = self.prefixes[split] if len(examples) > 1 else []  # with one row there is nothing to save
         P = len(prefix)
@@ -244,7 +245,7 @@ class CustomDataLoader:
     def _tokenise(self, records, folder, wanted, n_rows):
         """Writes the wanted splits as files for `Examples`. Returns what each one's meta.json says."""
         room = self.block_size if self.classify else self.block_size - 1  # with end-of-text it is one more
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:  # closes the pool and all writers at the end, after an error too
             pool = stack.enter_context(ThreadPoolExecutor())
             writers = {split: ExampleWriter(stack, os.path.join(folder, split)) for split in wanted}
             wanted_records = ((split, rec) for split, rec in records if split in writers)
@@ -288,8 +289,8 @@ class CustomDataLoader:
         if split not in self.drawn:
             raise ValueError(problem)
         raise ValueError(
-            f"{problem}: its {n_rows} rows, or their different texts, are too few to draw one; type another --seed, "
-            "or name the splits by files (train.csv, validation.csv, test.csv) or a column split"
+            f"{problem}: its {n_rows} rows (equal texts count once) are too few to draw it from; type another "
+            "--seed, or name the splits by files (train.csv, validation.csv, test.csv) or a column split"
         )
 
     def _check_template(self):
@@ -303,7 +304,7 @@ class CustomDataLoader:
 
     def _check_labels(self):
         """The words must differ, and the prompt's tokens must not depend on which of them follows. (After a template
-        that ends in "it was un", the label "true" makes the token "untrue", which is neither.)"""
+        that ends in "it was un", the label "true" makes the one token "untrue", neither prompt nor label.)"""
         names = self.label_names
         spellings = {normalise_label(name) for name in names}
         if len(names) < 2 or len(spellings) < len(names) or "" in spellings:

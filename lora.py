@@ -48,7 +48,7 @@ class LoRALinear(MergeableLinear):  # nn.Linear with merge: weight = W0 + delta,
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as nn.Linear draws its own weight
             nn.init.zeros_(self.lora_B)  # so B A = 0: training starts from exactly the base model
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # 332 tokens in gpt2-medium's c_attn, r = 16: (332, 1024)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # e.g. 332 tokens, gpt2-medium's c_attn, r = 16: (332, 1024)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         h = F.linear(x, self.weight.to(x.dtype), bias)  # x W0^T: (332, 1024) -> (332, 3072)
         if self.is_lora() and not self.has_weights_merged:
@@ -62,7 +62,7 @@ class LoRALinear(MergeableLinear):  # nn.Linear with merge: weight = W0 + delta,
     def train(self, mode: bool = True):  # model.train() unmerges every layer, model.eval() merges it
         super().train(mode)
         if self.is_lora() and mode:
-            self.unmerge(self.delta_weight)  # weight = the W0 that merge kept; (if none was kept: weight - delta)
+            self.unmerge(self.delta_weight)  # weight = W0, which merge kept
         elif self.is_lora():
             self.merge(self.delta_weight)  # weight = W0 + (alpha / r) B A: inference costs what the base costs
         return self
@@ -91,7 +91,7 @@ def attach_lora(
     call mark_only_lora_as_trainable after it.
 
     rslora: scales by alpha / sqrt(rank) ("A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
-    Kalajdzievski 2023): alpha sqrt(rank) is stored as alpha, since alpha sqrt(rank) / rank is that scale.
+    Kalajdzievski 2023). add_adapter divides by rank, so it gets alpha sqrt(rank).
 
     Raises ValueError, before anything is changed, if nothing matches or a matching layer cannot be adapted.
     """
@@ -118,7 +118,7 @@ def check_layer(layer: nn.Module, name: str, targets: str) -> None:
     """Raises ValueError for a layer that cannot get an adapter."""
     if "lora_A" in layer._parameters:
         raise ValueError(f"targets={targets}: {name} has an adapter already; detach_lora takes it off")
-    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):  # nn.MultiheadAttention's out_proj
         raise ValueError(
             f"targets={targets}: nn.MultiheadAttention reads {name}.weight itself, without calling the layer"
         )
@@ -129,7 +129,7 @@ def check_layer(layer: nn.Module, name: str, targets: str) -> None:
 def add_adapter(layer: nn.Module, rank: int, alpha: float, dropout: float = 0.0) -> None:
     """A new adapter on one layer. A LoRALinear of rank 0 computes B A x by itself from now on. Any other layer gets
     two hooks, functions that torch calls before and after its forward pass. Where gradients are computed,
-    `add_to_output` adds B A x. Where not, `cover_weight` lets the layer use W0 + B A, at the cost of W0."""
+    `add_to_output` adds B A x. Where not, `cover_weight` lets the layer use W0 + B A, as fast as W0 alone."""
     training = layer.training
     layer.train()  # a LoRALinear with weights that are merged takes its W0 back
     layer.lora_A, layer.lora_B = adapter.new_matrices(layer, rank)
@@ -148,8 +148,9 @@ def add_adapter(layer: nn.Module, rank: int, alpha: float, dropout: float = 0.0)
 
 def cover_weight(layer, args):
     """Before a forward pass without gradients, in evaluation: `layer.weight` reads as W0 + (alpha / r) B A."""
+    # (torch.compile cannot follow a weight that is exchanged.)
     if layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        layer._merged = None
+        layer._merged = None  # in training it would only take memory
         return
     # The sum is made again only if one of the three is another tensor (data_ptr) or was written into (_version).
     state = [(t.data_ptr(), t._version, t.dtype) for t in (layer.weight, layer.lora_A, layer.lora_B)]

@@ -215,8 +215,8 @@ class GPT(nn.Module):
         scored: torch.Tensor | None = None,
         prefix: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The last layer's normalised states: idx (B, T) of token ids -> (B, T, C). If scored (N,) is given, places
-        in idx.flatten(), the last layer computes only their states, which are returned: (N, C).
+        """The last layer's normalised states: idx (B, T) of token ids -> (B, T, C). scored (N,) are places in
+        idx.flatten(). If they are given, the last layer computes the states of these places alone: -> (N, C).
 
         past: tokens before the rows, computed in an earlier call. prefix (1, P): token ids before every row, computed
         now, once. One of the two, not both. Raises ValueError beyond the context.
@@ -263,10 +263,11 @@ class GPT(nn.Module):
         Without targets: logits (B, 1, V) of the last position, loss None. With targets (B, T), each the id that
         should follow or negative where nothing is scored: logits (N, V) of the scored positions alone, in reading
         order, and their mean cross-entropy. past: a KVCache to continue from, or prefix (1, P): token ids before
-        every row; gradient flows into both. n_sampled > 0: the softmax is over the targets and n_sampled other words,
-        not all V. A classifier's targets are classes, at each text's last token; class_weights (n_classes,) make the
-        mean a weighted one. scored (N,): the scored targets' places in targets.flatten(), where they are known. Else
-        they are found here, and Python waits for the GPU to say how many they are.
+        every row; gradient flows through the states of both. n_sampled > 0: the softmax is over the targets and
+        n_sampled other words, not all V. A classifier's targets are classes, at each text's last token;
+        class_weights (n_classes,) make the mean a weighted one. scored (N,): the scored targets' places in
+        targets.flatten(), where they are known. Else they are found here, and Python waits for the GPU to say how
+        many they are.
         """
         B, T = idx.shape
         if targets is None:
@@ -394,7 +395,9 @@ class GPT(nn.Module):
         if config.n_classes and "score.weight" not in state:  # a new head on a language model
             state["score.weight"] = torch.randn(config.n_classes, config.n_embd, dtype=dtype) * 0.02
         for layer in lora_layers(model).values():
-            draw_adapter(layer, dtype)  # on the meta device nothing was drawn; dtype is that of the layer's weight
+            draw_adapter(layer, dtype)  # on the meta device nothing was drawn; float32, or float64 if dtype is
+        # assign: the tensors of `state` become the parameters, which have no numbers yet to copy over. strict=False:
+        # there are no A and B among them.
         model.load_state_dict(state, strict=False, assign=True)
         if not config.n_classes:
             model.lm_head.weight = model.transformer.wte.weight  # one tensor again

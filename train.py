@@ -6,7 +6,7 @@
 
 In out_dir: adapter_model.safetensors and adapter_config.json (the best adapter, PEFT's format) or, without
 LoRA, model.safetensors and config.json; checkpoint.pt (to resume from), train_config.json, metrics.jsonl,
-loss.png.
+loss.png. Training knows losses alone; generate.py finds the accuracy.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ def train(config: Config) -> list[dict]:
 
             # --- evaluate, keep the best weights
             evaluation_is_due = it % config.eval_interval == 0 or is_last
-            if evaluation_is_due and it != progress.evaluated_at:  # the last of progress.metrics, in a resumed run
+            if evaluation_is_due and it != progress.evaluated_at:  # not again in a resumed run
                 speed = watch.updates_per_s(it)
                 metrics = make_metrics(run, progress, speed, val_loss=evaluate(run))
                 record(run, progress, metrics)
@@ -89,8 +89,8 @@ def train(config: Config) -> list[dict]:
                 break
 
             # --- save, between gradient and step: now these weights are known to give a finite loss and gradient.
-            # After the step that is not known yet, and no run should resume from NaN. A resumed run computes this
-            # gradient again.
+            # After the step we would not know this yet, and no run should resume from NaN. A resumed run computes
+            # this gradient again.
             loss, norm = compute_gradients(run, next(batches), it)
             (n_stopped,) = run.processes.sum([float(signals.received is not None)])  # processes that got a signal
             save_is_due = config.save_interval > 0 and it % config.save_interval == 0
@@ -153,8 +153,8 @@ def set_up(config: Config) -> Run:
         compute_deterministically()
     processes = Processes(config)
     device = processes.device
-    # You may put a lora.py of your own in place of ours. Ours has A and B in float32 next to a bfloat16 weight, and
-    # says so by mixes_dtypes; yours may know one dtype only.
+    # You may put a lora.py of your own in place of ours. Our layers have A and B in float32 next to a bfloat16
+    # weight, and MergeableLinear says so by mixes_dtypes; yours may know one dtype only.
     mixed = getattr(LoRALinear, "mixes_dtypes", False)
     # computed_in: the dtype of the run that is resumed, if one is.
     dtype = pick_dtype(device, config.dtype, mixed, before=config.computed_in)
@@ -166,8 +166,7 @@ def set_up(config: Config) -> Run:
     params = [p for p in model.parameters() if p.requires_grad]
     optimizers = build_optimizers(config, model)
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == torch.float16)
-    # Used once here, since unscale_ fails with a scaler that was never used: that of a process which has no example
-    # in its first update.
+    # unscale_ fails if the scaler was never used, and a process may have no example in its first update.
     scaler.scale(torch.zeros((), device=device))
     if config.compile:
         model.compile(dynamic=True)
@@ -194,7 +193,9 @@ def build_model(config: Config, device: str, dtype: torch.dtype, n_classes: int 
         mark_only_lora_as_trainable(model)
     elif config.trainable:  # without LoRA, what this pattern names trains alone
         model.requires_grad_(False)
-    if config.lora_bias != "none" or also:  # not mark_only_...'s arguments: a lora.py of your own may lack them
+    if (
+        config.lora_bias != "none" or also
+    ):  # apart, since your own lora.py's mark_only_... may take no more than the model
         train_also(model, config.lora_bias, also)
     check_weights(model, device)
     return model.to(device).set_dtype(dtype)
@@ -273,7 +274,8 @@ def compute_loss(model: GPT, batch: Batch, n_sampled: int = 0) -> torch.Tensor:
 def apply_gradients(run: Run, it: int, norm: float) -> bool:
     """Steps along the gradients, at update `it`'s learning rate, and clears them. True where no step was made, since
     float16's gradients overflowed. Ends the program where they do so again and again."""
-    # Clipping multiplies all gradients by grad_clip / norm. With an infinite norm that is 0, and 0 * inf is NaN.
+    # Clipping multiplies all gradients by grad_clip / norm. With an infinite norm that is 0, and 0 * inf is NaN. So
+    # no optimizer makes a step.
     overflowed = not math.isfinite(norm)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
@@ -365,7 +367,8 @@ def open_folder(run: Run) -> Progress:
                     os.remove(os.path.join(config.out_dir, old))
         facts = {"data": run.loader.digest, "dtype": str(run.dtype).removeprefix("torch.")}
         values = asdict(config) | {"facts": facts}
-        write_json(os.path.join(config.out_dir, RUN_CONFIG), values | {"sha256": fingerprint(values)})
+        values["sha256"] = fingerprint(values)  # a resume refuses a file that was changed by hand or damaged
+        write_json(os.path.join(config.out_dir, RUN_CONFIG), values)
     return progress
 
 
