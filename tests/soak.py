@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a process with threads cannot be forked
@@ -37,7 +38,7 @@ class Quiet(contextlib.nullcontext):
     """A progress bar that shows nothing: tqdm's own starts a thread."""
 
     def __init__(self, **options):
-        super().__init__()
+        super().__init__(self)
 
     write = staticmethod(lambda text: None)
 
@@ -83,6 +84,8 @@ def attempt(argv, seconds=None, step=None):
         code = 0
     except SystemExit as e:
         code = e.code or 0
+    except Exception:
+        traceback.print_exc()
     finally:
         os._exit(code)
 
