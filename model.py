@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from plumbing.adapter import draw_adapter, lora_layers, merged_weight
+from plumbing.attention import scaled_dot_product_attention
 from plumbing.batch import find_scored
 from plumbing.cpu_kernels import FastLoRALinear as LoRALinear  # lora.py's, with a faster forward pass for CPUs
 from plumbing.cpu_kernels import fast_on_cpu
@@ -97,9 +98,9 @@ def attend(q, k, v, mask, dropout):  # (B, H, T, D), k and v (B, H, P + T, D) ->
     # Several tokens with nothing before them: the causal mask. (An `if`, since torch.compile needs is_causal to be a
     # plain True or False.)
     if mask is None and q.size(2) == k.size(2) > 1:
-        y = F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True)
+        y = scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True)
     else:  # by the mask; or one token, which sees all
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        y = scaled_dot_product_attention(q, k, v, mask, dropout)
     return y.transpose(1, 2).flatten(2).flatten(0, 1)  # (B, T, H, D) -> (B T, C)
 
 

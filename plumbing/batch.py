@@ -25,7 +25,9 @@ class Batch:
             self.scored = find_scored(self.targets)
 
     def to(self, device):
-        return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in vars(self).values()))
+        # On mps a copy that is not waited for reads memory that is freed by then (pytorch issues 139550, 189690).
+        on_cuda = torch.device(device).type == "cuda"
+        return Batch(*(t if t is None else t.to(device, non_blocking=on_cuda) for t in vars(self).values()))
 
 
 def find_scored(targets: torch.Tensor) -> torch.Tensor:  # (B, T) -> (N,)

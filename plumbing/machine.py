@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from plumbing.attention import scaled_dot_product_attention
 from plumbing.errors import first_line
 
 
@@ -30,6 +31,8 @@ def compute_deterministically():
 def pick_device(device: str = "auto") -> str:
     """ "auto": cuda, else mps, else cpu; a device that computes something else than the CPU is passed over with a
     note. ValueError if the device cannot be had."""
+    # cuDNN's attention comes first on newer GPUs and plans again for each new shape, half a second each.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if device != "auto":
         try:
             torch.empty(1, device=device)
@@ -68,7 +71,7 @@ def try_device(device: str) -> list[torch.Tensor]:
     x = F.embedding(idx, embedding)  # (3, 9, 32)
     q, k, v = F.linear(x, weight).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)  # each (3, 2, 9, 16)
     mask = torch.ones(9, 9, dtype=torch.bool, device=device).tril()
-    y = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+    y = scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
     logits = F.linear(F.gelu(y, approximate="tanh"), embedding)
     loss = F.cross_entropy(logits.flatten(0, 1), idx.flatten())
     loss.backward()
@@ -111,9 +114,14 @@ def find_dtype(device, dtype, mixed):
             cpu_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
             dtype = "bfloat16" if device == "cpu" and cpu_bf16() else "float32"
     elif dtype == "bfloat16" and on_cuda and not bf16_cuda:
-        raise ValueError(f"dtype=bfloat16: {torch.cuda.get_device_name()} has none; type --dtype=float16")
-    elif dtype == "float16" and not on_cuda:
-        raise ValueError(f"dtype=float16 is orders of magnitude too slow on {device}; type --dtype=auto")
+        raise ValueError(f"dtype=bfloat16: {torch.cuda.get_device_name(device)} has none; type --dtype=float16")
+    elif dtype == "float16" and device == "cpu":
+        raise ValueError("dtype=float16 is orders of magnitude too slow on cpu; type --dtype=auto")
+    elif dtype == "float16" and device.startswith("mps") and torch.__version__ < (2, 8):
+        raise ValueError(
+            f"dtype=float16: the gradient scaler of torch {torch.__version__} needs float64, which mps has not (2.8 "
+            "does without); type --dtype=float32"
+        )
     return getattr(torch, dtype)
 
 
@@ -128,9 +136,6 @@ class Processes:
         if self.world_size > 1:
             self._join(config)
         self.device = pick_device(self.device)
-        if self.device.startswith("cuda"):
-            # cuDNN's attention comes first on newer GPUs and plans again for each new shape, half a second each.
-            torch.backends.cuda.enable_cudnn_sdp(False)
 
     def _join(self, config):
         """Takes this process's own device and meets the others."""

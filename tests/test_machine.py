@@ -8,8 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import tokens
+from torch.torch_version import TorchVersion
 
+from model import GPT, KVCache
 from plumbing import machine
+from plumbing.attention import attend_plainly, scaled_dot_product_attention
+from plumbing.batch import Batch
 
 LIES = {
     "the loss": lambda loss, grad, idx: [loss + 0.1, grad, idx],
@@ -56,6 +62,13 @@ def test_an_honest_device_is_taken(fake_mps, capsys):
     assert not capsys.readouterr().out
 
 
+def test_cudnns_attention_is_off_in_training_and_in_scoring():
+    """Otherwise newer GPUs plan half a second for each new length of a batch, longer than they compute."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    machine.pick_device("cpu")  # what train.py and generate.py begin with
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_layers_of_one_dtype_get_float32(capsys):
     """Otherwise a lora.py of one's own ends in an error about dtypes on machines with bfloat16."""
     assert machine.pick_dtype("cpu", "auto", mixed=False) == torch.float32
@@ -96,3 +109,78 @@ def test_deterministic_refuses_what_is_not():
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_float16_where_the_scaler_works(monkeypatch):
+    """Otherwise float16 is refused on a Mac for a reason that is false there, or ends in torch's traceback."""
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.7.1"))
+    with pytest.raises(ValueError, match=r"dtype=float16: .*--dtype=float32"):
+        machine.pick_dtype("mps", "float16")
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.10.0"))
+    assert machine.pick_dtype("mps", "float16") == torch.float16
+    assert machine.pick_dtype("mps") == torch.float32
+
+
+# --- Apple's mps ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device, waits", [("mps", True), ("cpu", True), ("cuda:1", False)])
+def test_a_copy_is_waited_for_but_on_cuda(monkeypatch, device, waits):
+    """Otherwise a Mac trains on garbage token ids, read from memory that was freed."""
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *args, **options: asked.append((args, options)) or t)
+    Batch(torch.ones(1, 2), torch.ones(3, 4), torch.ones(3, 4)).to(device)
+    assert asked == [((device,), {"non_blocking": not waits})] * 4
+
+
+class OnMps(torch.Tensor):
+    """A tensor that says it is on mps; it computes on the CPU."""
+
+    device = property(lambda self: torch.device("mps"))
+
+
+CASES = {  # mask, is_causal for 3 rows of 2 heads, 5 tokens and 7 before them
+    "one token sees all": (None, False),
+    "the causal mask": (None, True),
+    "a mask for all rows": (torch.ones(5, 12, dtype=torch.bool).tril(7), False),
+    "a mask for each row": (torch.arange(12) > torch.tensor([0, 3, 5])[:, None, None, None], False),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_attention_on_mps_is_written_out(monkeypatch, case):
+    """Otherwise a Mac's user gets what torch's own attention gives there, which has been wrong without an error."""
+    mask, is_causal = CASES[case]
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 3, 12, 2, 16).transpose(2, 3).double()  # each (3, 2, 12, 16), permuted
+    if not is_causal:
+        q = q[:, :, -5:]
+    expected = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
+    q, k, v = (t.float().as_subclass(OnMps) for t in (q, k, v))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)
+    if is_causal:
+        monkeypatch.setattr(torch, "ones", lambda *args, device, ones=torch.ones, **options: ones(*args, **options))
+    y = scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
+    torch.testing.assert_close(y.as_subclass(torch.Tensor).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_does_without_torchs_attention(monkeypatch, checkpoint):
+    """Otherwise training, scoring or writing on a Mac still goes through it somewhere."""
+    model = GPT.from_pretrained(checkpoint, dropout=1e-30).train()  # with dropout, not by the way for CPUs
+    idx = tokens(2, 9)
+
+    def results():
+        _, loss = model(idx, idx, prefix=tokens(1, 4))
+        past = KVCache()
+        model.hidden(tokens(1, 4), past)
+        written = model.generate(idx, 6, temperature=0, past=past, lengths=torch.tensor([9, 5]))
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters())), written]
+
+    expected = results()
+
+    def written_out(q, k, v, mask=None, dropout=0.0, is_causal=False):
+        return attend_plainly(q, k, v, mask, dropout, is_causal)
+
+    monkeypatch.setattr("model.scaled_dot_product_attention", written_out)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)
+    torch.testing.assert_close(results(), expected, rtol=1e-4, atol=1e-5)

@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from conftest import base_folder, finish
 from peft import PeftModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import GPT2LMHeadModel
 
 import generate
@@ -768,6 +770,39 @@ def test_a_run_does_without_the_compiler(place):
     code = "import sys, train; from configurator import configure; train.train(configure(sys.argv[1:]))"
     code += "; assert 'torch._dynamo' not in sys.modules"
     finish(start("-c", code, *flags(place, "lean", rank=2, alpha=8, max_iters=2)))
+
+
+class Float64s(TorchDispatchMode):
+    """Notes each operation of torch's that takes or gives float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        # torch.tensor(a NumPy array, dtype=float32) first looks at it as it is, and then converts it, on the CPU.
+        looked_at = {"lift_fresh": (), "_to_copy": (out,)}.get(name, (args, out))
+        if any(torch.is_tensor(t) and t.dtype == torch.float64 for t in tree_leaves(looked_at)):
+            self.found.add(name)
+        return out
+
+
+@pytest.mark.parametrize("task", ["instruct", "classify"])
+def test_no_number_of_a_run_is_float64(place, task):
+    """Otherwise a training on a Mac ends in a TypeError: mps has no float64."""
+    settings = {"task": task, "rank": 2, "alpha": 8, "max_iters": 3, "eval_interval": 2, "dropout": 0.1}
+    if task == "classify":
+        settings |= {"balance_classes": True}
+    with Float64s() as seen:
+        here(flags(place, f"no-float64-{task}", **settings))
+        sampler = generate.ModelSampler(str(place / f"no-float64-{task}"), device="cpu")
+        sampler.get_accuracy()
+        if task == "instruct":
+            sampler.config.temperature = 1.0
+            sampler.generate("The plot")
+    assert not seen.found
 
 
 # --- a run that diverges --------------------------------------------------------------------------
