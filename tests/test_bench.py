@@ -1,0 +1,22 @@
+"""bench.py: what is measured is what was asked for.
+
+python -m pytest tests/test_bench.py
+"""
+
+import torch
+
+import bench
+
+
+def test_a_named_gpu_is_the_one_that_is_measured(monkeypatch):
+    """Otherwise --device=cuda:1 waits for cuda:0, and its figures are those of launching work, not of doing it."""
+    memory = {"cuda:0": 10, "cuda:1": 20}
+    events = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device="cuda:0": events.append(device))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device="cuda:0": memory[device])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device="cuda:0": f"the name of {device}")
+    seconds, result = bench.timed("cuda:1", lambda x: events.append("work") or x, 5)
+    assert events == ["cuda:1", "work", "cuda:1"] and seconds >= 0 and result == 5
+    assert bench.peak_memory("cuda:1") == 20
+    assert bench.machine("cuda:1")["gpu"] == "the name of cuda:1"
+    assert bench.machine("cpu")["gpu"] == "none"
