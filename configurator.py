@@ -120,7 +120,7 @@ def configure(argv: list[str], cls: type = Config, fixed: tuple[str, ...] = MODE
         if path:
             from_file = read_config_file(find_config_file(path), fields)
         config = combine(flags, from_file, cls, fixed)
-        if not config.resume:
+        if (from_file | flags).get("init_from") != "resume":
             note_scale(flags, from_file, fields)
     return config
 

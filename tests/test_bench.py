@@ -6,6 +6,13 @@ python -m pytest tests/test_bench.py
 import torch
 
 import bench
+from configurator import configure
+
+
+def test_its_own_flags_are_read():
+    """Otherwise the benchmark ends before it begins: its config has no run to resume, as that of train.py has."""
+    config = configure(["--quick", "--steps=3"], cls=bench.BenchConfig, fixed=())
+    assert config.quick and config.steps == 3
 
 
 def test_a_named_gpu_is_the_one_that_is_measured(monkeypatch):
