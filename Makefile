@@ -1,10 +1,11 @@
 # make demo   installs, fine-tunes the shipped model on real reviews, scores it before and after
 # make test   installs what the tests need and runs them
+# make gpu    on a machine with a GPU: the tests that need one, then the benchmark; writes gpu.json
 PYTHON ?= python3
 BIN = .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint soak
+.PHONY: demo test gpu lint soak
 
 .venv/installed: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv
@@ -26,6 +27,9 @@ lint: .venv/installed-dev
 
 test: lint
 	$(BIN)/python -m pytest
+
+gpu: .venv/installed-dev
+	$(BIN)/python -m pytest -vv -rs -m gpu tests/test_gpu.py
 
 # 300 kills instead of the 20 of `make test`
 soak: .venv/installed-dev

@@ -43,15 +43,21 @@ def check_weights(model, device: str) -> None:
         )
 
 
-def make_table(batch_size: int = 32, length: int = 60) -> str:
-    """Training of each size, with LoRA of rank 128 in the attention and without: GB, and the cards that have them."""
+def training_bytes(name: str, kind: str, batch_size: int = 32, length: int = 60) -> int:
+    """Training of a base by this name: kind "LoRA", of rank 128 in the attention, or "full"."""
+    n_layer, n_embd, millions = SHAPES[name]
+    n_base = millions * 10**6
+    n_lora = n_layer * 128 * (n_embd + 3 * n_embd + n_embd + n_embd)  # A and B of QKV and projection
+    weights = weights_bytes(n_base, n_lora) if kind == "LoRA" else weights_bytes(0, n_base)
+    return weights + activations_bytes(n_layer, n_embd, batch_size * length, 2 * batch_size, kind)
+
+
+def make_table() -> str:
+    """Training of each size, with LoRA and without: GB, and the cards that have them."""
     lines = ["| base | training | GB | fits |", "| --- | --- | --- | --- |"]
-    for name, (n_layer, n_embd, millions) in SHAPES.items():
-        n_lora = n_layer * 128 * (n_embd + 3 * n_embd + n_embd + n_embd)  # A and B of QKV and projection
+    for name in SHAPES:
         for kind in ("LoRA", "full"):
-            n_base = millions * 10**6
-            weights = weights_bytes(n_base, n_lora) if kind == "LoRA" else weights_bytes(0, n_base)
-            total = weights + activations_bytes(n_layer, n_embd, batch_size * length, 2 * batch_size, kind)
+            total = training_bytes(name, kind)
             fits = [card for card, gb in CARDS.items() if total / 1e9 < 0.9 * gb]
             what = "LoRA, r = 128" if kind == "LoRA" else "every weight"
             lines.append(f"| {name} | {what} | {total / 1e9:.1f} | {fits[0] + ' and larger' if fits else 'none'} |")

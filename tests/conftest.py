@@ -21,6 +21,11 @@ os.environ["NANOLORA_CACHE"] = token_cache.CACHE = OWN.name
 SIZES = {"n_layer": 3, "n_head": 4, "n_embd": 64, "vocab_size": 301, "n_positions": 64}
 
 
+def pytest_addoption(parser):
+    text = "where the tests with the marker gpu run: cuda:1, or cpu to try them without a GPU"
+    parser.addoption("--gpu-device", help=text)
+
+
 def tokens(*shape, seed=1):
     return torch.randint(0, 300, shape, generator=torch.Generator().manual_seed(seed))
 

@@ -62,6 +62,20 @@ def test_activations_are_foreseen():
         assert 0.5 < (sum(kept.values()) - logits - copies) / foreseen < 1.2, kind
 
 
+@pytest.mark.parametrize("name", memory.SHAPES)
+def test_the_tables_sizes_are_the_models(name):
+    """Otherwise the table foresees the memory of a model of another size."""
+    n_layer, n_embd, _ = memory.SHAPES[name]
+    lora = {"lora_rank": 128, "lora_alpha": 512}
+    with torch.device("meta"):  # shapes alone: no 6 GB for gpt2-xl
+        model = GPT(GPTConfig(n_layer=n_layer, n_head=n_embd // 64, n_embd=n_embd, **lora))
+    n_lora = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    n_base = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)
+    expected = {"LoRA": 2 * n_base + 18 * n_lora, "full": 18 * n_base}
+    for kind, n_bytes in expected.items():
+        assert memory.training_bytes(name, kind, batch_size=0) == pytest.approx(n_bytes, rel=0.01)
+
+
 @pytest.mark.parametrize("words", ["CUBLAS_STATUS_ALLOC_FAILED when calling", "MPS backend out of memory (MPS"])
 def test_every_devices_words_for_too_little_memory_are_known(words, capsys):
     """Otherwise a Mac's or a full GPU's user gets a traceback instead of the smaller batch to type."""
