@@ -59,6 +59,7 @@ class Config:
     train_context: int = 256  # pretrain: tokens in a training row
     # --- training
     out_dir: str = "out"  # where everything is written
+    auto_resume: bool = False  # go on with out_dir's run of the same settings if there is one, else begin
     batch_size: int = 32  # examples in a forward pass, over all processes
     gradient_accumulation_steps: int = 1  # forward passes in an update
     max_iters: int = 320  # updates
@@ -147,8 +148,8 @@ def combine(typed, from_file, cls, fixed):
     fields = fields_of(cls)
     stored = {}
     values = from_file | typed
+    out_dir = values.get("out_dir", fields["out_dir"].default)
     if values.get("init_from") == "resume":
-        out_dir = values.get("out_dir", fields["out_dir"].default)
         stored, facts = read_run(out_dir, fields)
         refuse_changes(typed, stored, fixed, out_dir)
         values = from_file | stored | typed
@@ -156,6 +157,9 @@ def combine(typed, from_file, cls, fixed):
         values.setdefault("label_names", None)
     for key, value in values.items():
         check_range(key, value)
+    if values.get("auto_resume") and not stored and os.path.exists(os.path.join(out_dir, RUN_CONFIG)):
+        stored, facts = read_run(out_dir, fields)
+        refuse_another_run(dataclasses.asdict(cls(**values)), stored, out_dir)
     if stored:
         values["init_from"] = stored["init_from"]
     config = cls(**values)
@@ -316,6 +320,22 @@ def refuse_changes(typed, stored, fixed, out_dir):
                 f"--{key}={typed[key]}: the run in {out_dir} has {key}={stored[key]}; drop the flag, or start "
                 "another run with another --out_dir"
             )
+
+
+def find_changes(settings: dict, stored: dict) -> list[str]:
+    """The keys in which a run's settings differ from stored ones. Its folder may have been moved."""
+    keys = [key for key in settings if key in stored and key not in ("out_dir", "auto_resume")]
+    return [key for key in keys if settings[key] != stored[key]]
+
+
+def refuse_another_run(settings, stored, out_dir):
+    """UserError where auto_resume would go on with a run of other settings."""
+    changes = [f"{key}={settings[key]} ({stored[key]} there)" for key in find_changes(settings, stored)]
+    if changes:
+        raise UserError(
+            f"auto_resume: the run in {out_dir} has other settings: {', '.join(changes)}; type those, or another "
+            "--out_dir for another run"
+        )
 
 
 def fingerprint(values: dict) -> str:

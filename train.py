@@ -2,6 +2,7 @@
 
     python train.py configs/finetune_params_config.py --rank=16
     python train.py --init_from=resume --out_dir=out
+    python train.py configs/finetune_params_config.py --auto_resume=True    begins, or goes on: the same command again
     torchrun --standalone --nproc_per_node=2 train.py configs/finetune_params_config.py
 
 In out_dir: adapter_model.safetensors and adapter_config.json (the best adapter, PEFT's format) or, without
@@ -352,8 +353,10 @@ def open_folder(run: Run) -> Progress:
     typed on resuming are among them, so each later resume keeps them."""
     config = run.config
     progress = Progress()
-    if config.resume:
-        progress = load_checkpoint(config.out_dir, run.model, run.optimizers, run.scaler)
+    # The first process decides and reads for all: another machine may not see its disk.
+    (resumes,) = run.processes.sum([float(config.resume and run.processes.is_first)])
+    if resumes:
+        progress = load_checkpoint(config.out_dir, run.model, run.optimizers, run.scaler, run.processes)
     if config.max_iters < progress.iter:
         raise ValueError(
             f"max_iters={config.max_iters}: the run in {config.out_dir} has made {progress.iter} updates already; "

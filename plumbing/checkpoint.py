@@ -55,14 +55,15 @@ def save_checkpoint(out_dir, progress, model, optimizers, scaler) -> None:
         ) from e
 
 
-def load_checkpoint(out_dir, model, optimizers, scaler) -> Progress:
-    """The progress of out_dir's checkpoint; its weights, moments and scale go into the arguments. A run that was
-    stopped before its first checkpoint begins again. Raises ValueError, naming the file, if it is damaged or another
-    model's."""
+def load_checkpoint(out_dir, model, optimizers, scaler, processes) -> Progress:
+    """The progress of the checkpoint in the first process's out_dir; its weights, moments and scale go into the
+    arguments. A run that was stopped before its first checkpoint begins again. Raises ValueError, naming the file, if
+    it is damaged or another model's."""
     path = os.path.join(out_dir, CHECKPOINT)
-    if not os.path.exists(path):
+    file = processes.share_file(path)
+    if file is None:
         return Progress()
-    state = read_checkpoint(path)
+    state = read_checkpoint(path, file)
     ours = trained_parameters(model)
     theirs = state["trained"]
     different = ours.keys() ^ theirs.keys() or {n for n in ours if ours[n].shape != theirs[n].shape}
@@ -94,10 +95,11 @@ def check_same_data(config, loader, scored: str | None = None) -> None:
     print(f"note: {changed}; its own {scored} split is scored as it is now")
 
 
-def read_checkpoint(path):
-    """A checkpoint's content, its progress as a Progress. weights_only: a file runs no code."""
+def read_checkpoint(path, file):
+    """The content of the checkpoint `path`, its progress as a Progress. file: that path, or its bytes to read from.
+    weights_only: a file runs no code."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
         # torch.load does not notice a changed bit.
         if state.pop("sha256") != hash_state(state):
             raise ValueError("its content is not what was written, SHA-256 differs")

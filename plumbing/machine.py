@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import io
 import os
 
 import torch
@@ -168,6 +169,21 @@ class Processes:
         t = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(t)
         return t.tolist()
+
+    def share_file(self, path: str) -> str | io.BytesIO | None:
+        """The first process's file, to be read on every process, of which some may be on machines without it: the
+        path of one process alone, else the file's bytes. None if it is not there."""
+        size = 0
+        if self.is_first:
+            size = os.path.getsize(path) if os.path.exists(path) else -1
+        (size,) = self.sum([size])
+        if size < 0 or self.world_size == 1:
+            return None if size < 0 else path
+        content = torch.empty(int(size), dtype=torch.uint8, device=self.device)
+        if self.is_first and size:
+            content.copy_(torch.from_file(path, size=int(size), dtype=torch.uint8))
+        dist.broadcast(content, 0)
+        return io.BytesIO(content.cpu().numpy())
 
     def sum_gradients(self, params):
         """One reduction for all of them: the gradient of the global batch, on every process."""

@@ -300,6 +300,7 @@ OLD = {
     "lowercase_share": 0.0,
     "train_context": 256,
     "out_dir": "out",
+    "auto_resume": False,
     "batch_size": 32,
     "gradient_accumulation_steps": 1,
     "max_iters": 500,

@@ -119,7 +119,8 @@ def test_damaged_checkpoint(place, tmp_path):
     def read():
         model = train.build_model(config, "cpu", torch.float32)
         optimizers = train.build_optimizers(config, model)
-        progress = load_checkpoint(config.out_dir, model, optimizers, torch.amp.GradScaler("cpu", enabled=False))
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        progress = load_checkpoint(config.out_dir, model, optimizers, scaler, train.Processes(config))
         state = numpy({n: p for n, p in model.named_parameters() if p.requires_grad})
         moments = {f"{i} {k}": np.array(v) for i, s in enumerate(optimizers[0].state.values()) for k, v in s.items()}
         return state | moments | {"iter": np.array(progress.iter)}

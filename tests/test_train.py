@@ -522,6 +522,28 @@ def test_a_run_knows_its_data(place, capsys, names_test):
     assert "has changed" not in capsys.readouterr().out
 
 
+def test_the_same_command_again_goes_on(place, monkeypatch, capfd):
+    """Otherwise a run that a scheduler starts again begins from nothing, or goes on with others than its settings."""
+    settings = {"rank": 2, "alpha": 8, "max_iters": 8, "save_interval": 1, "batch_size": 16}
+    here(flags(place, "unbroken", **settings))
+    again = flags(place, "again", **settings, auto_resume=True)
+    starts = []
+    for stop in (3, 5):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            stop_after(patch, stop)
+            here(again)
+        starts.append(capfd.readouterr().out)
+    here(again)
+    starts.append(capfd.readouterr().out)
+    assert ["from update 0 to 8" in starts[0], "from update 3" in starts[1], "from update 5" in starts[2]] == [
+        True
+    ] * 3
+    assert differences(place / "unbroken", place / "again") == []
+    line = one_line_of(capfd, [*again, "--lr=0.003", "--seed=2"])
+    assert "lr=0.003 (0.0005 there)" in line and "seed=2 (1337 there)" in line and str(place / "again") in line
+    assert differences(place / "unbroken", place / "again") == []  # nothing of it is lost
+
+
 # --- several processes --------------------------------------------------------------------------------
 
 
@@ -551,6 +573,58 @@ def test_several_processes_equal_one(place, world, n_train, n_validation, batch_
     for a, b in zip(one, read_metrics(place / f"{name}-many"), strict=True):
         for key in ("iter", "epoch", "val_loss", *(["train_loss"] if a["iter"] else [])):
             assert a[key] == pytest.approx(b[key], abs=1e-5), (key, a, b)
+
+
+def switch_off(machine):
+    """torchrun and the processes that it started end at once."""
+    for process in [machine, *psutil.Process(machine.pid).children(recursive=True)]:
+        process.kill()
+    machine.wait()
+
+
+def test_a_machine_that_is_switched_off_and_on_again(place):
+    """Otherwise training over several machines gives another result than on one, or ends with the first that fails.
+    Two machines: two torchruns that share no folder; gloo between them."""
+    settings = {"rank": 4, "alpha": 16, "max_iters": 150, "eval_interval": 10, "warmup_iters": 2, "batch_size": 8}
+    settings |= {"dropout": 0, "lr": 1e-3, "auto_resume": True}
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+
+    def machine(i):
+        torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=3"]
+        torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", f"--local-addr=127.0.0.{i + 1}"]
+        torchrun += [f"--rdzv-conf=is_host={i == 0},keep_alive_interval=1", "train.py"]
+        # Without the second, torch 2.13 does not let a machine back in.
+        env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        command = [sys.executable, *torchrun, *flags(place, f"machine-{i}", **settings)]
+        log = open(place / f"machine-{i}.log", "a")  # noqa: SIM115
+        return subprocess.Popen(command, cwd=REPO, env=env, stdout=log, stderr=log)
+
+    machines = [machine(0), machine(1)]
+    try:
+        while (
+            not (place / "machine-0" / "metrics.jsonl").exists() or read_metrics(place / "machine-0")[-1]["iter"] < 20
+        ):
+            assert machines[0].poll() is None, (place / "machine-0.log").read_text()
+            time.sleep(0.01)
+        switch_off(machines[1])
+        killed_at = read_metrics(place / "machine-0")[-1]["iter"]
+        machines[1] = machine(1)
+        one = here(flags(place, "one-machine", **settings))
+        codes = [process.wait(timeout=120) for process in machines]
+        assert codes == [0, 0], (place / "machine-0.log").read_text() + (place / "machine-1.log").read_text()
+    finally:
+        for process in machines:
+            if process.poll() is None:
+                switch_off(process)
+    said = (place / "machine-0.log").read_text()
+    assert killed_at < 150 and "from update 0 to 150" in said
+    assert any(f"from update {it} to 150" in said for it in range(20, 150))
+    assert not (place / "machine-1" / "checkpoint.pt").exists()
+    assert largest_difference(place / "one-machine", place / "machine-0") < 1e-5
+    for a, b in zip(one, read_metrics(place / "machine-0"), strict=True):
+        assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-5)
 
 
 # --- pre-training ---------------------------------------------------------------------------------
