@@ -30,7 +30,16 @@ from plumbing.labels import normalise_label
 from plumbing.plain_text import TextLoader
 from plumbing.records import describe_unused, read_records, survey_rows
 from plumbing.sources import find_source
-from plumbing.token_cache import Example, Examples, ExampleWriter, cache_folder, read_meta, whole_folder, write_meta
+from plumbing.token_cache import (
+    Example,
+    Examples,
+    ExampleWriter,
+    cache_folder,
+    read_meta,
+    take_turns,
+    whole_folder,
+    write_meta,
+)
 from plumbing.tokenizer import encode_all, end_of_text, gpt2_encoding
 
 CACHE_VERSION = 5  # to be raised where a change of code gives other tokens for the same data and settings
@@ -80,7 +89,8 @@ class CustomDataLoader:
         self.classify = classify
         self.encoding = gpt2_encoding()
         self._check_template()
-        self._load(label_names, wanted)
+        with take_turns(dataset):
+            self._load(label_names, wanted)
         if "train" in wanted and 0 < train_examples < len(self.splits["train"]):
             self.splits["train"] = self.splits["train"].choose(train_examples, seed)
         self.class_weights = None

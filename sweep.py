@@ -14,12 +14,8 @@ import io
 import json
 import math
 import os
-import queue
-import re
 import signal
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from statistics import mean
 
@@ -27,22 +23,24 @@ import torch
 from tqdm import tqdm
 
 from bench import latency, machine, spread, timed
-from configurator import RUN_CONFIG, Config, configure
+from configurator import RUN_CONFIG, Config, configure, find_changes
 from generate import SCORED
 from lora import mark_only_lora_as_trainable
 from model import GPT, GPTConfig
 from plumbing.adapter import train_also
-from plumbing.checkpoint import CHECKPOINT
 from plumbing.errors import one_line_errors
 from plumbing.files import whole_file, write_json
 from plumbing.gpt2_files import context_size, find_checkpoint, read_config
 from plumbing.machine import pick_device, pick_dtype
 from plumbing.peft_format import ADAPTER_WEIGHTS
 from plumbing.plots import draw_curves, label_ends
+from plumbing.programs import run_here
+from plumbing.ray_runs import run_on_ray
 from plumbing.scores import wilson
+from plumbing.sources import find_source
+from plumbing.token_cache import cache_folder
 from train import set_up, update
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 KINDS = "untuned,lora,full,lr_alpha,latency"
 AGAINST = "LoRA, lr against alpha"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito 2008
@@ -59,7 +57,8 @@ class SweepConfig(Config):
     seeds: str = "1"  # each run is made with each of these seeds, with commas
     full_lr: float = 0.0  # learning rate of full fine-tuning; 0: a fifth of lr
     only: str = KINDS  # what is run, with commas
-    jobs: int = 1  # runs side by side, each on a GPU of its own
+    jobs: int = 1  # runs side by side on a machine, by Ray: each with a GPU or its share of the cores
+    ray: str | None = None  # auto: Ray's cluster, or a new one on this machine; HOST:PORT: that one
     sweep_dir: str | None = None  # where everything is written; None: out_dir with "-sweep"
     dry_run: bool = False  # only list the runs and their estimated minutes
 
@@ -72,8 +71,12 @@ class Run:
     method: str
     config: Config
 
+    @property
+    def folder(self):
+        return self.config.out_dir
+
     def path(self, name):
-        return os.path.join(self.config.out_dir, name)
+        return os.path.join(self.folder, name)
 
     def read(self, name):
         """A JSON file of the run (list of lines for .jsonl); None if it is not there or not whole."""
@@ -90,15 +93,25 @@ class Run:
 
     def reached(self):
         """The last update of this very run's training in the folder; None if there is none."""
-        ours = asdict(self.config)
-        theirs = self.read(RUN_CONFIG) or {}
-        same = ours == {key: theirs.get(key) for key in ours}
+        stored = self.read(RUN_CONFIG)
+        same = stored and not find_changes(asdict(self.config), stored)
         return self.metrics[-1]["iter"] if same and self.metrics else None
 
     def done(self):
         if self.method == "no tuning":
             return bool(self.accuracy) and all(self.accuracy[key] == getattr(self.config, key) for key in SCORED)
         return bool(self.accuracy) and self.reached() == self.config.max_iters
+
+    def commands(self, folder):
+        """The programs that make the run in `folder`, which holds what this one does: they go on where it stopped."""
+        if self.method == "no tuning":
+            return [["generate.py", *flags(replace(self.config, out_dir=os.path.dirname(folder)))]]
+        goes_on = self.reached() is not None
+        if not goes_on:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.path("accuracy.json"))  # another run's
+        training = flags(replace(self.config, out_dir=folder, auto_resume=goes_on))
+        return [["train.py", *training], ["generate.py", "--init_from=resume", f"--out_dir={folder}"]]
 
 
 # --- the runs --------------------------------------------------------------------------------------
@@ -158,79 +171,42 @@ def flags(config):
     return [f"--{f.name}={getattr(config, f.name)}" for f in fields(config)]
 
 
-class Pool:
-    """Runs side by side, each with a GPU or its share of the cores."""
+def find_sources(config):
+    """{what a setting names: its file or folder here}, of all that another machine may lack."""
+    sources = {config.init_from: os.path.dirname(find_checkpoint(config.init_from)[0])}
+    if config.dataset == "rt_reviews":
+        find_source("rt_reviews")  # now it is in the cache
+        sources["rt_reviews"] = cache_folder("rt_reviews")
+    elif os.path.exists(config.dataset):
+        sources[config.dataset] = config.dataset
+    return sources
 
-    def __init__(self, config):
-        gpus = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
-        self.jobs, self.free, self.children, self.failed = config.jobs, queue.SimpleQueue(), set(), {}
-        self.stopped = False
-        self.environment = os.environ | {"WANDB_RUN_GROUP": os.path.basename(os.path.normpath(config.sweep_dir))}
-        for i in range(config.jobs if config.jobs > 1 else 0):
-            cores = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // config.jobs))}
-            self.free.put({"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else cores)
-        if config.jobs == 1:
-            self.free.put({})
 
-    def call(self, run, program, *flags):
-        """Runs train.py or generate.py, its output in the run's log. Raises RuntimeError with its last words."""
-        command, place = [sys.executable, os.path.join(HERE, program), *flags], self.free.get()
-        try:
-            with open(run.path("log.txt"), "a+", encoding="utf-8", errors="replace") as log:
-                options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-                if self.stopped:
-                    raise RuntimeError("stopped")
-                child = subprocess.Popen(command, env=self.environment | place, **options)
-                self.children.add(child)
-                if child.wait():
-                    log.seek(0)
-                    lines = re.findall(r"[^\r\n]+", log.read())
-                    told = [line for line in lines if line.startswith("error:")] or lines or ["no message"]
-                    raise RuntimeError(f"{program} ended with exit code {child.returncode}: {told[-1].strip()}")
-                self.children.discard(child)
-        finally:
-            self.free.put(place)
-
-    def execute(self, run):
-        """Trains and scores a run; goes on where it was stopped."""
-        os.makedirs(run.config.out_dir, exist_ok=True)
-        if run.method == "no tuning":
-            self.call(run, "generate.py", *flags(replace(run.config, out_dir=os.path.dirname(run.config.out_dir))))
-            return
-        resume = ["--init_from=resume", f"--out_dir={run.config.out_dir}"]
-        if run.reached() is None or not os.path.exists(run.path(CHECKPOINT)):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(run.path("accuracy.json"))  # another run's
-            self.call(run, "train.py", *flags(run.config))
-        elif run.reached() < run.config.max_iters:
-            self.call(run, "train.py", *resume)
-        self.call(run, "generate.py", *resume)
-
-    def run(self, runs):
-        """All that are not done. Returns {name: reason} of those that failed."""
-
-        def one(run):
-            try:
-                if not run.done():
-                    bar.set_postfix_str(run.name)
-                    self.execute(run)
-            except (RuntimeError, OSError) as e:
-                self.failed[run.name] = str(e)
-                tqdm.write(f"{run.name} failed: {e}")
-            bar.update()
-
-        pool = ThreadPoolExecutor(self.jobs)
-        with tqdm(total=len(runs), unit="run", disable=None) as bar:
-            try:
-                list(pool.map(one, runs))
-            except BaseException:  # Ctrl-C, SIGTERM: the trainings save and end too
-                self.stopped = True
-                pool.shutdown(wait=False, cancel_futures=True)
-                for child in list(self.children):
-                    child.terminate()
-                    child.wait()
-                raise
-        return self.failed
+def make_runs(config, runs):
+    """Makes the runs that are not done. Returns {name: reason} of those that failed."""
+    failed = {}
+    places = {}
+    left = [run for run in runs if not run.done()]
+    wandb = {key: value for key, value in os.environ.items() if key.startswith("WANDB_")}
+    wandb["WANDB_RUN_GROUP"] = os.path.basename(os.path.normpath(config.sweep_dir))
+    bar = tqdm(total=len(runs), initial=len(runs) - len(left), unit="run", disable=None)
+    with one_line_errors(), bar:
+        if left and (config.ray or config.jobs > 1):
+            on_gpu = config.device in ("auto", "cuda")
+            events = run_on_ray(left, config.ray, config.jobs, on_gpu, find_sources(config), wandb)
+        else:
+            events = run_here(left, wandb)
+        for name, place, reason in events:
+            if reason:
+                failed[name] = reason
+                tqdm.write(f"{name} failed: {reason}")
+            if place:
+                places[name] = place
+            else:
+                places.pop(name, None)
+                bar.update()
+            bar.set_postfix_str(", ".join(f"{name} on {place}" for name, place in places.items()))
+    return failed
 
 
 def seconds_an_update(config):
@@ -603,7 +579,7 @@ def main(config):
             return
         os.makedirs(config.sweep_dir, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    failed = Pool(config).run(runs)
+    failed = make_runs(config, runs)
     path, speeds = os.path.join(config.sweep_dir, "latency.json"), None
     if "latency" in config.only.split(","):
         if not os.path.exists(path):

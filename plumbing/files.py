@@ -15,6 +15,11 @@ from plumbing.errors import first_line
 ASSETS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets")
 
 
+def find_copy(name, default=None):
+    """The path of what a setting names: the copy that ray_runs.py sent to this machine, else `default` or `name`."""
+    return json.loads(os.environ.get("NANOLORA_COPIES", "{}")).get(name, default or name)
+
+
 @contextlib.contextmanager
 def whole_file(path):
     """A file to write bytes to, next to `path`; at the end it is flushed to the disk and renamed. So `path` is

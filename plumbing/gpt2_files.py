@@ -5,7 +5,7 @@ import os
 import re
 
 from plumbing.errors import first_line
-from plumbing.files import ASSETS, read_tensors, write_json, write_tensors
+from plumbing.files import ASSETS, find_copy, read_tensors, write_json, write_tensors
 
 HUB_MODELS = {  # what a user types: the repository on the hub
     "gpt2": "openai-community/gpt2",
@@ -19,6 +19,7 @@ CONV1D = re.compile(r"(attn\.c_attn|c_proj|mlp\.c_fc)\.weight$")  # stored by Hu
 
 def find_checkpoint(name):
     """(config.json, [safetensors files]) of a model's name or directory; from the hub's cache if it is there."""
+    name = find_copy(name)
     if name in HUB_MODELS:
         from huggingface_hub import snapshot_download
 

