@@ -1,6 +1,7 @@
 """Runs the assignment's experiments and writes its report: report.md and report.html.
 
     python sweep.py configs/finetune_params_config.py --seeds=1,2,3
+    python sweep.py configs/finetune_params_config.py --ray=auto    side by side on many machines: docs/machines.md
     python sweep.py configs/finetune_mini_config.py --dry_run       the runs and their estimated minutes
 
 Each run is train.py and then generate.py in a folder of its own. Runs that are done are kept, one that was stopped

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from plumbing.checkpoint import CHECKPOINT
 from plumbing.errors import UserError, first_line
+from plumbing.files import put_in_place
 from plumbing.programs import HERE, start_program
 from plumbing.token_cache import hash_files
 
@@ -111,14 +112,22 @@ def connect(address, jobs, on_gpu):
         options = {"runtime_env": {"working_dir": code}, "log_to_driver": False, "logging_level": "ERROR"}
         try:
             if address:
+                check_address(address)
                 ray.init(address=address, **options)
-        except ConnectionError as e:
-            if address != "auto":
-                raise UserError(f"ray={address}: no cluster there ({first_line(e)}); see docs/machines.md") from e
+        except Exception as e:  # of many kinds: not there, another version, this machine has not joined
+            if address != "auto" or not isinstance(e, ConnectionError):
+                raise UserError(f"ray={address}: {first_line(e, 400)}; type HOST:PORT of a cluster, or auto") from e
         if not ray.is_initialized():
             ray.init(address="local", **options, **new)
     signal.signal(signal.SIGTERM, handler)
     return ray
+
+
+def check_address(address):
+    """Raises OSError or ValueError where nothing listens: Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if address != "auto":
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def share_machines(nodes, jobs, on_gpu):
@@ -194,7 +203,7 @@ def receive(folder, name, piece):
             f.flush()
             os.fsync(f.fileno())
     if not piece:
-        os.replace(f"{path}.tmp", path)
+        put_in_place(f"{path}.tmp", path)
 
 
 def list_files(folder):
