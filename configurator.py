@@ -36,6 +36,7 @@ class Config:
     init_from: str = "gpt2-medium"  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, gpt2-mini, scratch, resume, a directory
     rank: int = 128  # of the adapters; 0 trains without LoRA (full fine-tuning)
     alpha: float = 512.0  # the adapters' output is scaled by alpha / rank
+    rslora: bool = False  # the scale is alpha / sqrt(rank) instead ("rank-stabilised", Kalajdzievski 2023)
     dropout: float = 0.05  # on the adapters' input; without LoRA on embeddings, attention and residuals
     lora_targets: str = r"attn\.c_(attn|proj)$"  # regular expression: names of the linear layers that get an adapter
     lora_bias: str = "none"  # biases trained next to LoRA: none, all, lora_only (those of the adapted layers)
@@ -64,6 +65,7 @@ class Config:
     gradient_accumulation_steps: int = 1  # forward passes in an update
     max_iters: int = 320  # updates
     lr: float = 5e-4  # peak learning rate of AdamW
+    lora_plus: float = 1.0  # learning rate of B over that of A: 16 is LoRA+ (Hayou et al. 2024)
     muon_lr: float = 0.0  # > 0: Muon with this learning rate for the blocks' matrices (rank=0)
     weight_decay: float = 0.0  # AdamW's, on matrices
     beta1: float = 0.9  # AdamW's first moment
@@ -100,11 +102,11 @@ class Config:
 
 RUN_CONFIG = "train_config.json"  # in out_dir: the settings of the run, those typed on resuming too
 # A resumed run keeps these: the model's for scoring too, all of them for training.
-MODEL_KEYS = ("rank", "alpha", "lora_targets", "lora_bias", "trainable", "task")
+MODEL_KEYS = ("rank", "alpha", "rslora", "lora_targets", "lora_bias", "trainable", "task")
 MODEL_KEYS += ("n_layer", "n_head", "n_embd", "block_size")
 RUN_KEYS = ("dropout", "dataset", "text_field", "label_field", "label_names", "template", "loss_on", "seed")
-RUN_KEYS += ("train_examples", "balance_classes", "lowercase_share", "train_context", "muon_lr", "n_sampled")
-RUN_KEYS += ("batch_size", "gradient_accumulation_steps")
+RUN_KEYS += ("train_examples", "balance_classes", "lowercase_share", "train_context", "lora_plus", "muon_lr")
+RUN_KEYS += ("n_sampled", "batch_size", "gradient_accumulation_steps")
 
 
 def configure(argv: list[str], cls: type = Config, fixed: tuple[str, ...] = MODEL_KEYS + RUN_KEYS):
@@ -179,6 +181,8 @@ def note_scale(flags, from_file, fields):
     """A line for a rank that is typed without alpha: the adapter's scale changes too, and few mean that."""
     if "alpha" in flags or not flags.get("rank"):
         return
+    if (from_file | flags).get("rslora"):  # its alpha is meant to stay
+        return
     rank = flags["rank"]
     rank_before = from_file.get("rank", fields["rank"].default)
     alpha = from_file.get("alpha", fields["alpha"].default)
@@ -220,7 +224,7 @@ AT_LEAST = {  # smallest value allowed
     **dict.fromkeys(("rank", "alpha", "dropout", "warmup_iters", "eval_iters", "save_interval"), 0),
     **dict.fromkeys(("lr", "muon_lr", "weight_decay", "grad_clip", "n_sampled", "seed", "temperature"), 0),
     **dict.fromkeys(("beta1", "beta2", "decay_share", "lowercase_share", "train_examples"), 0),
-    **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "train_context", "batch_size"), 1),
+    **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "train_context", "batch_size", "lora_plus"), 1),
     **dict.fromkeys(("gradient_accumulation_steps", "max_iters", "eval_interval", "max_new_tokens", "top_k"), 1),
 }
 AT_MOST = {

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from configurator import MODEL_KEYS, Config, configure, make_config
 from dataloader import CustomDataLoader, end_of_text, gpt2_encoding, instruction_loader
 from model import GPT, KVCache, LoRALinear
+from plumbing.adapter import layer_alpha
 from plumbing.batch import pad
 from plumbing.checkpoint import check_same_data
 from plumbing.errors import one_line_errors
@@ -196,7 +197,8 @@ def load_model(config: Config, device: str, dtype: torch.dtype, n_classes: int =
     has_adapter = config.resume and config.rank > 0
     lora = {}
     if has_adapter:
-        lora = {"lora_rank": config.rank, "lora_alpha": config.alpha, "lora_targets": config.lora_targets}
+        alpha = layer_alpha(config.alpha, config.rank, config.rslora)
+        lora = {"lora_rank": config.rank, "lora_alpha": alpha, "lora_targets": config.lora_targets}
     model = GPT.from_pretrained(checkpoint_of(config), dtype=dtype, n_classes=n_classes, **lora)
     if has_adapter:
         load_adapter(model, config.out_dir)

@@ -110,7 +110,7 @@ def attach_lora(
         n_out, n_in = adapter.sizes(layer)
         adapter.check_rank(rank, n_in, n_out, name)
     for layer in chosen.values():
-        add_adapter(layer, rank, alpha * math.sqrt(rank) if rslora else alpha, dropout)
+        add_adapter(layer, rank, adapter.layer_alpha(alpha, rank, rslora), dropout)
     return list(chosen)
 
 

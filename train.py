@@ -27,7 +27,7 @@ from configurator import RUN_CONFIG, Config, configure, fingerprint
 from dataloader import Batch, CustomDataLoader, make_loader
 from lora import mark_only_lora_as_trainable
 from model import GPT, GPTConfig, LoRALinear
-from plumbing.adapter import parameter_report, train_also
+from plumbing.adapter import layer_alpha, parameter_report, train_also
 from plumbing.checkpoint import (
     CHECKPOINT,
     Progress,
@@ -176,7 +176,8 @@ def set_up(config: Config) -> Run:
 
 def build_model(config: Config, device: str, dtype: torch.dtype, n_classes: int = 0) -> GPT:
     """The base model of a config on its device, with new adapters, the right parameters trainable."""
-    lora = {"lora_rank": config.rank, "lora_alpha": config.alpha, "lora_targets": config.lora_targets}
+    alpha = layer_alpha(config.alpha, config.rank, config.rslora)
+    lora = {"lora_rank": config.rank, "lora_alpha": alpha, "lora_targets": config.lora_targets}
     dropout = {"lora_dropout": config.dropout} if config.rank else {"dropout": config.dropout}
     options = lora | dropout | {"n_classes": n_classes}
     also = also_trained(config)
@@ -398,7 +399,8 @@ def save_best(run: Run) -> None:
     """The adapter in PEFT's format or, without LoRA, the model in Hugging Face's."""
     config = run.config
     if run.processes.is_first and config.rank:
-        save_adapter(run.model, config.out_dir, config.init_from, config.lora_bias, also_trained(config))
+        options = {"bias": config.lora_bias, "also": also_trained(config), "rslora": config.rslora}
+        save_adapter(run.model, config.out_dir, config.init_from, **options)
     elif run.processes.is_first:
         run.model.save_pretrained(config.out_dir, dtype=run.dtype)
 

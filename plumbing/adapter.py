@@ -89,11 +89,19 @@ def add_low_rank(out, x, layer):  # (..., out), (..., in) -> (..., out)
     return out
 
 
-def alpha_of(layer) -> float:
-    """alpha as it was typed: `lora_scaling` is alpha / r, rounded."""
-    alpha = layer.lora_scaling * layer.lora_A.size(0)
+def alpha_of(layer, rslora: bool = False) -> float:
+    """alpha as it was typed: `lora_scaling` is alpha / r (rslora: alpha / sqrt(r)), rounded."""
+    rank = layer.lora_A.size(0)
+    alpha = layer.lora_scaling * (math.sqrt(rank) if rslora else rank)
     typed = float(f"{alpha:.12g}")
-    return typed if typed / layer.lora_A.size(0) == layer.lora_scaling else alpha
+    return typed if layer_alpha(typed, rank, rslora) / rank == layer.lora_scaling else alpha
+
+
+def layer_alpha(alpha: float, rank: int, rslora: bool = False) -> float:
+    """The alpha of a layer, which scales by alpha / rank. rslora: the scale is alpha / sqrt(rank), which is
+    alpha sqrt(rank) / rank ("A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", Kalajdzievski 2023,
+    https://arxiv.org/abs/2312.03732)."""
+    return alpha * math.sqrt(rank) if rslora else alpha
 
 
 def dropout_of(layer) -> float:

@@ -14,19 +14,29 @@ def build_optimizers(config, model) -> list:
         raise ValueError(
             f"muon_lr={config.muon_lr}: torch {torch.__version__} has no Muon (2.9 has); type --muon_lr=0"
         )
+    # LoRA+ ("LoRA+: Efficient Low Rank Adaptation of Large Models", Hayou et al. 2024, https://arxiv.org/abs/2402.12354):
+    # B, which starts at zero, takes larger steps than A. Biases go with B, as in the authors' code and in PEFT.
+    ratio = config.lora_plus if config.rank else 1.0
     for_muon = []
     matrices = []
+    matrices_B = []
     vectors = []  # biases and LayerNorm's weights: they are not decayed
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         if config.muon_lr and p.ndim == 2 and ".h." in name:
             for_muon.append(p)
+        elif ratio != 1 and name.endswith("lora_B"):
+            matrices_B.append(p)
         elif p.ndim >= 2:
             matrices.append(p)
         else:
             vectors.append(p)
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay, "lr": config.lr},
+        {"params": matrices_B, "weight_decay": config.weight_decay, "lr": config.lr * ratio},
+        {"params": vectors, "weight_decay": 0.0, "lr": config.lr * ratio},
+    ]
     groups = [group for group in groups if group["params"]]
     optimizers = [AdamW(groups, config.lr, (config.beta1, config.beta2))]
     if for_muon:

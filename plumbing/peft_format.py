@@ -1,14 +1,13 @@
 """Adapters from and to PEFT: its two files, adapter_config.json and adapter_model.safetensors."""
 
 import json
-import math
 import os
 import re
 
 import torch
 from torch import nn
 
-from plumbing.adapter import alpha_of, dropout_of, is_conv1d, lora_layers, lora_state_dict, sizes
+from plumbing.adapter import alpha_of, dropout_of, is_conv1d, layer_alpha, lora_layers, lora_state_dict, sizes
 from plumbing.files import read_tensors, write_json, write_tensors
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -42,15 +41,16 @@ def _whole_modules(model, names):
     return sorted(found)
 
 
-def save_adapter(model, directory, base_model="", bias="none", also=None):
+def save_adapter(model, directory, base_model="", bias="none", also=None, rslora=False):
     """Writes the adapters of `model` as PEFT does: adapter_config.json and adapter_model.safetensors.
 
     base_model: the base's name or path, kept in the config for PEFT's users. bias and also: what was trained
-    next to the adapters, as in `mark_only_lora_as_trainable`. Raises ValueError if the model has no adapter
+    next to the adapters, as in `mark_only_lora_as_trainable`. rslora: the scale is written as alpha / sqrt(r), PEFT's
+    use_rslora; else the same scale is written as another alpha / r. Raises ValueError if the model has no adapter
     or its layers differ in rank or alpha.
     """
     layers = lora_layers(model)
-    kinds = {(layer.lora_A.size(0), alpha_of(layer), dropout_of(layer)) for layer in layers.values()}
+    kinds = {(layer.lora_A.size(0), alpha_of(layer, rslora), dropout_of(layer)) for layer in layers.values()}
     if len(kinds) != 1:
         raise ValueError(f"an adapter needs layers of one rank, alpha and dropout; here are {sorted(kinds)}")
     rank, alpha, dropout = kinds.pop()
@@ -78,7 +78,7 @@ def save_adapter(model, directory, base_model="", bias="none", also=None):
         # Hugging Face's GPT-2 keeps these weights as (in, out)
         "fan_in_fan_out": all(hasattr(m, "is_lora") or is_conv1d(m) for m in layers.values()),
         "bias": bias,
-        "use_rslora": False,
+        "use_rslora": rslora,
         "init_lora_weights": True,
         "inference_mode": True,
         "modules_to_save": whole or None,
@@ -173,8 +173,7 @@ def read_adapter(directory):
 
 
 def rank_and_alpha(config, name):
-    """Of the layer of this name, as PEFT reads rank_pattern and alpha_pattern. alpha is that of the scale alpha / r:
-    alpha / sqrt(r), the rank-stabilised scale, is alpha sqrt(r) / r."""
+    """Of the layer of this name, as PEFT reads rank_pattern and alpha_pattern. The scale is alpha / rank."""
 
     def look_up(patterns, default):
         for pattern, value in (patterns or {}).items():
@@ -184,7 +183,7 @@ def rank_and_alpha(config, name):
 
     rank = look_up(config.get("rank_pattern"), config["r"])
     alpha = look_up(config.get("alpha_pattern"), config["lora_alpha"])
-    return rank, alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+    return rank, layer_alpha(alpha, rank, bool(config.get("use_rslora")))
 
 
 def load_adapter(model, directory):

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -24,7 +25,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import base_folder, finish
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2LMHeadModel
@@ -837,6 +839,56 @@ def test_adamw_is_torchs(place):
         theirs, their_state = made(torch.optim.AdamW, fused=True)
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
         assert leaves(state["state"]) == leaves(their_state["state"])
+
+
+def test_a_rank_stabilised_run_crosses_to_peft_and_resumes(place, monkeypatch):
+    """Otherwise --rslora trains at one scale and is scored, resumed or opened in PEFT at another."""
+    settings = {"rank": 5, "alpha": 3, "dropout": 0.0, "rslora": True, "lora_plus": 4, "max_iters": 8, "lr": 1e-2}
+    here(flags(place, "stable", **settings))
+    theirs = PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(place / "base"), place / "stable").eval()
+    layer = theirs.base_model.model.transformer.h[0].attn.c_attn
+    assert layer.use_rslora["default"] and layer.scaling["default"] == pytest.approx(3 / math.sqrt(5))
+    assert json.loads((place / "stable" / "adapter_config.json").read_text())["lora_alpha"] == 3
+    ours = generate.load_model(configure(resume(place, "stable"), fixed=MODEL_KEYS), "cpu", torch.float32)
+    idx = torch.arange(600, 640)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(idx)[0][:, -1], theirs(idx).logits[:, -1], rtol=0, atol=1e-4)
+        assert not torch.allclose(ours(idx)[0], GPT.from_pretrained(place / "base").eval()(idx)[0], atol=0.01)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_after(patch, 3)
+        here(flags(place, "stable-broken", **settings))
+    here(resume(place, "stable-broken"))
+    assert differences(place / "stable", place / "stable-broken") == []
+    for typed in ({"rslora": False}, {"lora_plus": 1}):
+        with pytest.raises(SystemExit):
+            configure(resume(place, "stable", **typed))
+
+
+def test_lora_plus_gives_the_groups_and_rates_of_peft(place):
+    """Otherwise --lora_plus=16 is another method than the paper's."""
+    settings = {"rank": 4, "alpha": 8, "lr": 1e-3, "weight_decay": 0.1, "lora_plus": 16, "lora_bias": "lora_only"}
+    run = train.set_up(configure(flags(place, "plus", **settings)))
+    lora = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["c_attn", "attn.c_proj"], fan_in_fan_out=True, bias="lora_only"
+    )
+    model = get_peft_model(GPT2LMHeadModel.from_pretrained(place / "base"), lora)
+    options = {"lr": 1e-3, "loraplus_lr_ratio": 16, "loraplus_weight_decay": 0.1}
+    theirs = create_loraplus_optimizer(model, torch.optim.AdamW, **options)
+
+    def rates(optimizer, model):
+        names = {
+            p: re.sub(r"base_model\.model\.|base_layer\.|\.default\.weight", "", n)
+            for n, p in model.named_parameters()
+        }
+        groups = [(names[p], g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]]
+        return sorted(groups)
+
+    (ours,) = run.optimizers
+    assert rates(ours, run.model) == rates(theirs, model) and len(rates(ours, run.model)) == 12
+    peaks = {g["lr"]: g["peak_lr"] for g in ours.param_groups}
+    assert peaks == {1e-3: 1e-3, 0.016: 0.016}
+    full = train.set_up(configure(flags(place, "plus-full", **settings | {"rank": 0, "lora_bias": "none"})))
+    assert {g["lr"] for g in full.optimizers[0].param_groups} == {1e-3}  # without LoRA there is no B
 
 
 def test_a_run_does_without_the_compiler(place):
