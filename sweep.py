@@ -8,10 +8,7 @@ Each run is train.py and then generate.py in a folder of its own. Runs that are 
 goes on where it stopped, and one that fails has its reason in the report while the others go on (exit code 1).
 """
 
-import base64
 import contextlib
-import html
-import io
 import json
 import math
 import os
@@ -30,13 +27,14 @@ from lora import mark_only_lora_as_trainable
 from model import GPT, GPTConfig
 from plumbing.adapter import train_also
 from plumbing.errors import one_line_errors
-from plumbing.files import whole_file, write_json
+from plumbing.files import write_json
 from plumbing.gpt2_files import context_size, find_checkpoint, read_config
 from plumbing.machine import pick_device, pick_dtype
 from plumbing.peft_format import ADAPTER_WEIGHTS
 from plumbing.plots import draw_curves, label_ends
 from plumbing.programs import run_here
 from plumbing.ray_runs import run_on_ray
+from plumbing.report_page import draw, make_html, make_markdown, write_page
 from plumbing.scores import wilson
 from plumbing.sources import find_source
 from plumbing.token_cache import cache_folder
@@ -44,8 +42,6 @@ from train import set_up, update
 
 KINDS = "untuned,lora,full,lr_alpha,latency"
 AGAINST = "LoRA, lr against alpha"
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito 2008
-DARK = ("#56B4E9", "#E69F00", "#2FC69A", "#E39BC4", "#F0E442", "#9AD0F5")
 
 
 @dataclass
@@ -344,28 +340,6 @@ def method_rows(runs, failed):
 # --- plots -----------------------------------------------------------------------------------------
 
 
-def draw(path, paint, dark):
-    """An SVG file; `paint(ax, colors)` draws and labels."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    ink, ground = ("#e6e6e6", "#161a1d") if dark else ("#222222", "#ffffff")
-    style = {"text.color": ink, "axes.edgecolor": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink}
-    style |= {"figure.facecolor": ground, "axes.facecolor": ground, "font.size": 11, "svg.hashsalt": "nanolora"}
-    with plt.rc_context(style):
-        fig, ax = plt.subplots(figsize=(5.4, 3.6), layout="constrained")
-        paint(ax, DARK if dark else COLORS)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(axis="y", alpha=0.2)
-        picture = io.BytesIO()
-        fig.savefig(picture, format="svg", metadata={"Date": None})
-        plt.close(fig)
-    with whole_file(path) as f:
-        f.write(picture.getvalue())
-
-
 def paint_curves(curves):
     """Validation curves of {name: [runs]}."""
     return lambda ax, colors: draw_curves(
@@ -421,9 +395,8 @@ def report(config, runs, failed, speeds):
         parts.append(("table", [head.split(", "), *rows]))
 
     def plot(name, alt, paint):
-        for end, dark in (("", False), ("-dark", True)):
-            draw(os.path.join(config.sweep_dir, f"{name}{end}.svg"), paint, dark)
-        parts.append(("plot", (name, alt)))
+        draw(os.path.join(config.sweep_dir, f"{name}.svg"), paint)
+        parts.append(("plot", (f"{name}.svg", alt)))
 
     parts.append(("h1", "LoRA fine-tuning: the report"))
     examples = config.batch_size * config.gradient_accumulation_steps
@@ -515,54 +488,10 @@ def report(config, runs, failed, speeds):
     return parts
 
 
-CSS = """
-:root { color-scheme: light dark; --ink: #222; --ground: #fff; --line: #ccc; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --ground: #161a1d; --line: #444; } }
-body { max-width: 66rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 system-ui, sans-serif; }
-body { color: var(--ink); background: var(--ground); }
-div { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-td { font-variant-numeric: tabular-nums; white-space: nowrap; } img { width: 100%; max-width: 36rem; height: auto; }
-pre { padding: .7rem; border: 1px solid var(--line); white-space: pre-wrap; }
-"""
-
-
-def as_markdown(kind, content, folder):
-    if kind == "table":
-        lines = [[cell.replace("|", "\\|") for cell in row] for row in content]
-        return "\n".join("| " + " | ".join(row) + " |" for row in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
-    if kind == "plot":
-        return f"![{content[1]}]({content[0]}.svg)"
-    return {"h1": f"# {content}", "h2": f"## {content}", "p": content, "code": f"```\n{content}\n```"}[kind]
-
-
-def as_html(kind, content, folder):
-    if kind == "table":
-        rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in content]
-        rows[0] = rows[0].replace("td>", "th>")
-        return "<div><table>" + "".join(f"<tr>{row}</tr>\n" for row in rows) + "</table></div>"
-    if kind == "plot":
-        data = []
-        for end in ("", "-dark"):
-            with open(os.path.join(folder, f"{content[0]}{end}.svg"), "rb") as f:
-                data.append("data:image/svg+xml;base64," + base64.b64encode(f.read()).decode())
-        dark = f'<source media="(prefers-color-scheme: dark)" srcset="{data[1]}">'
-        return f'<picture>{dark}<img src="{data[0]}" alt="{html.escape(content[1])}"></picture>'
-    tag = "pre" if kind == "code" else kind
-    return f"<{tag}>{html.escape(content)}</{tag}>"
-
-
-HEAD = f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>LoRA fine-tuning: the report</title><style>{CSS}</style>
-"""
-
-
 def write_report(config, runs, failed, speeds):
     parts = report(config, runs, failed, speeds)
-    for name, head, form in (("report.md", "", as_markdown), ("report.html", HEAD, as_html)):
-        with whole_file(os.path.join(config.sweep_dir, name)) as f:
-            f.write((head + "\n\n".join(form(*part, config.sweep_dir) for part in parts) + "\n").encode())
+    write_page(os.path.join(config.sweep_dir, "report.md"), make_markdown(parts))
+    write_page(os.path.join(config.sweep_dir, "report.html"), make_html(parts, config.sweep_dir))
 
 
 def main(config):

@@ -1,5 +1,6 @@
-"""Curves of losses, each named at its end instead of in a legend."""
+"""Pictures: curves and dots that are named where they stand, instead of in a legend."""
 
+import itertools
 import math
 
 TRAINING = "#0072B2"  # blue and vermillion of Okabe and Ito 2008: colour-blind readers tell them apart
@@ -50,3 +51,51 @@ def label_ends(ax, ends: list[tuple]) -> None:
         place = max(y, place + 0.07 * (high - low))
         style = {"textcoords": "offset points", "va": "center", "annotation_clip": False}
         ax.annotate(name, (x, place), (6, 0), color=color, **style)
+
+
+# --- what an adapter learned: each returns a function that paints on axes --------------------------
+
+
+def paint_spectra(spectra: dict):
+    """Singular values over their number, {kind of layer: [values, ...]}: a line a layer, each kind with its name."""
+
+    def paint(ax, colors):
+        ends = []
+        for (name, layers), color in zip(spectra.items(), itertools.cycle(colors)):
+            for values in layers:
+                ax.plot(range(1, len(values) + 1), values, color=color, linewidth=1, alpha=0.6)
+            last = [values[-1] for values in layers]
+            ends.append((len(layers[0]), sum(last) / len(last), name, color))
+        ax.set(xlabel="direction", ylabel="singular value of the update")
+        ax.set_ylim(bottom=0)
+        label_ends(ax, ends)
+
+    return paint
+
+
+def paint_stress(layers: list):
+    """|U^T W0 V| for each layer, (own, the update's, random directions): a column of dots a layer, on a log scale."""
+
+    def paint(ax, colors):
+        for values, name, color in zip(zip(*layers), ("W0's own", "the update's", "random"), colors):
+            ax.plot(range(1, len(values) + 1), values, "o", color=color, markersize=4)
+            ax.annotate(name, (len(values) + 1, values[-1]), color=color, va="center", annotation_clip=False)
+        ax.set(xlabel="layer", ylabel="norm of W0 along these directions", yscale="log")
+
+    return paint
+
+
+def paint_similarity(maps: list, rows: str, columns: str):
+    """Heat maps of subspace similarity, [(title, (I, J) matrix)], side by side and on one scale from 0 to 1."""
+
+    def paint(axes, colors):
+        for ax, (title, phi) in zip(axes, maps):
+            extent = (0.5, phi.shape[1] + 0.5, phi.shape[0] + 0.5, 0.5)
+            picture = ax.imshow(phi, vmin=0, vmax=1, cmap="viridis", aspect="auto", extent=extent)
+            ax.set_title(title, fontsize=11)
+            ax.set(xlabel=columns)
+            ax.grid(False)
+        axes[0].set(ylabel=rows)
+        axes[0].figure.colorbar(picture, ax=axes, shrink=0.8)
+
+    return paint
