@@ -20,6 +20,7 @@ from statistics import mean
 import torch
 from tqdm import tqdm
 
+import claims
 from bench import latency, machine, spread, timed
 from configurator import RUN_CONFIG, Config, configure, find_changes
 from generate import SCORED
@@ -38,10 +39,11 @@ from plumbing.report_page import draw, make_html, make_markdown, write_page
 from plumbing.scores import wilson
 from plumbing.sources import find_source
 from plumbing.token_cache import cache_folder
-from train import set_up, update
+from train import evaluate, set_up, update
 
 KINDS = "untuned,lora,full,lr_alpha,latency"
 AGAINST = "LoRA, lr against alpha"
+CLAIM = "a claim's training"
 
 
 @dataclass
@@ -53,7 +55,7 @@ class SweepConfig(Config):
     scale: float = 4.0  # alpha / rank of all of them
     seeds: str = "1"  # each run is made with each of these seeds, with commas
     full_lr: float = 0.0  # learning rate of full fine-tuning; 0: a fifth of lr
-    only: str = KINDS  # what is run, with commas
+    only: str = KINDS  # what is run, with commas; and claims, the trainings that test what the LoRA papers claim
     jobs: int = 1  # runs side by side on a machine, by Ray: each with a GPU or its share of the cores
     ray: str | None = None  # auto: Ray's cluster, or a new one on this machine; HOST:PORT: that one
     sweep_dir: str | None = None  # where everything is written; None: out_dir with "-sweep"
@@ -127,8 +129,8 @@ def numbers(config, key, least):
 def plan(config):
     """The runs of a SweepConfig, in their order."""
     kinds, ranks, seeds = config.only.split(","), numbers(config, "ranks", 1), numbers(config, "seeds", 0)
-    if unknown := set(kinds) - set(KINDS.split(",")):
-        raise ValueError(f"only={config.only}: no part {min(unknown)!r}; type some of {KINDS}")
+    if unknown := set(kinds) - {*KINDS.split(","), "claims"}:
+        raise ValueError(f"only={config.only}: no part {min(unknown)!r}; type some of {KINDS},claims")
     base = Config(**{f.name: getattr(config, f.name) for f in fields(Config)})
     runs = []
 
@@ -143,13 +145,21 @@ def plan(config):
             lr, alpha = rate(config, rank), config.scale * rank
             add(f"lora-r{rank}-seed{seed}", "LoRA", seed, rank=rank, lr=lr, alpha=alpha)
         if "full" in kinds:
-            full = {"rank": 0, "lr": config.full_lr or config.lr / 5, "dropout": 0.0}
+            full = {"rank": 0, "lr": full_rate(config), "dropout": 0.0}
             add(f"full-seed{seed}", "full fine-tuning", seed, **full)
     rank = default_rank(config)
     for name, c in (("double-lr-half-alpha", 2), ("half-lr-double-alpha", 0.5)) if "lr_alpha" in kinds else ():
         settings = {"rank": rank, "lr": rate(config, rank) * c, "alpha": config.scale * rank / c}
         add(f"lora-r{rank}-{name}-seed{seeds[0]}", AGAINST, seeds[0], **settings)
+    for setting, n in claims.plan() if "claims" in kinds else ():
+        own = claims.make_settings(setting, config, full_rate(config), config.scale)
+        add(claims.run_name(setting, n), CLAIM, seeds[0] + n, **own)
     return runs
+
+
+def full_rate(config):
+    """The learning rate of full fine-tuning."""
+    return config.full_lr or config.lr / 5
 
 
 def rate(config, rank):
@@ -207,25 +217,30 @@ def make_runs(config, runs):
 
 
 def seconds_an_update(config):
-    """Measured on three batches, the first a warm-up."""
+    """(seconds of an update, of an evaluation), measured on three batches, the first a warm-up, and on one."""
     run = set_up(config)
     batches = run.loader.order("train", run.global_batch, 0)[:3]
     times = [timed(run.processes.device, update, run, batch, 0)[0] for batch in batches]
-    return mean(times[1:] or times)
+    return mean(times[1:] or times), timed(run.processes.device, evaluate, run)[0]
 
 
 def list_runs(runs):
     """Prints the runs and about how long each will take."""
     speed, total = {}, 0.0
     for run in runs:
-        says, full = "done", run.config.rank == 0
-        if not run.done() and run.method != "no tuning" and full not in speed:
-            speed[full] = seconds_an_update(run.config)
+        config = run.config
+        says, kind = "done", (config.rank == 0, config.batch_size, config.gradient_accumulation_steps)
+        if not run.done() and run.method != "no tuning" and kind not in speed:
+            speed[kind] = seconds_an_update(config)
         if not run.done():
-            estimate = run.config.max_iters * speed[full] / 60 if run.method != "no tuning" else 0.0
+            estimate = 0.0
+            if run.method != "no tuning":
+                update_seconds, evaluation_seconds = speed[kind]
+                n_evaluations = 1 + math.ceil(config.max_iters / config.eval_interval)
+                estimate = (config.max_iters * update_seconds + n_evaluations * evaluation_seconds) / 60
             says, total = f"about {estimate:.1f} min of training", total + estimate
         print(f"{run.name:45} {says}")
-    print(f"{len(runs)} runs, about {total:.0f} min of training; start, evaluation and scoring come on top")
+    print(f"{len(runs)} runs, about {total:.0f} min of training and evaluation; start and scoring come on top")
 
 
 def measure_latency(config):
@@ -242,7 +257,9 @@ def measure_latency(config):
             seconds = timed(device, run, "generate")[0]
             if i:  # the first is a warm-up
                 times[name].append(32 / seconds)
-    return {"rank": rank, "machine": machine(device)} | {name: spread(values) for name, values in times.items()}
+    return {"rank": rank, "machine": machine(device), "turns": times} | {
+        name: spread(values) for name, values in times.items()
+    }
 
 
 # --- what the runs say -----------------------------------------------------------------------------
@@ -378,8 +395,58 @@ def paint_accuracy(lora, levels):
 # --- the report ------------------------------------------------------------------------------------
 
 
+def compare_points(accuracy, other):
+    """How an accuracy stands to another one, as both are shown: to a tenth of a point."""
+    gap = round(100 * accuracy, 1) - round(100 * other, 1)
+    if abs(gap) < 0.05:
+        return "as good as"
+    return f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'}"
+
+
+def summarize(done):
+    """The report in three sentences: the best accuracy, what it cost, LoRA beside full fine-tuning."""
+    groups = {}
+    for run in done:
+        if run.method in ("LoRA", "full fine-tuning"):
+            groups.setdefault((run.method, run.config.rank), []).append(run)
+    if not groups:
+        return []
+
+    def score(key):
+        return mean(run.accuracy["accuracy"] for run in groups[key])
+
+    def name(key):
+        return f"LoRA with r = {key[1]}" if key[1] else key[0]
+
+    top = max(groups, key=score)
+    first = groups[top][0]
+    n = first.accuracy["n"]
+    low, high = wilson(score(top), n)
+    trained, total = count_parameters(first.config)
+    sentences = [
+        f"Best is {name(top)}: {percent(score(top))} of {n} test examples (95 % interval {percent(low)} to "
+        f"{percent(high)}).",
+        f"It trains {trained:,} of {total:,} parameters ({percent(trained / total)}) in "
+        f"{mean(map(minutes, groups[top])):.1f} minutes.",
+    ]
+    lora = [key for key in groups if key[1]]
+    if lora and len(lora) < len(groups):
+        best_lora, full = max(lora, key=score), next(key for key in groups if not key[1])
+        gap = mean(map(best, groups[best_lora])) - mean(map(best, groups[full]))
+        trained, _ = count_parameters(groups[best_lora][0].config)
+        loss = f"{abs(gap):.4f} {'higher' if gap > 0 else 'lower'}" if round(gap, 4) else "the same"
+        sentences.append(
+            f"{name(best_lora)} is {compare_points(score(best_lora), score(full))} full fine-tuning "
+            f"({percent(score(full))}) at {percent(trained / total)} of its parameters; its best validation loss "
+            f"is {loss}."
+        )
+    return sentences
+
+
 def report(config, runs, failed, speeds):
-    """The report as (kind, content) pairs, the questions in their order. Draws the plots."""
+    """The report as (kind, content) pairs, the questions in their order, then the claims. Draws the plots."""
+    of_claims = {run.name: run for run in runs if run.method == CLAIM}
+    runs = [run for run in runs if run.method != CLAIM]
     parts, done, seeds = [], [run for run in runs if run.done()], numbers(config, "seeds", 0)
     ranks, rank = numbers(config, "ranks", 1), default_rank(config)
     lora = {r: [run for run in done if run.method == "LoRA" and run.config.rank == r] for r in ranks}
@@ -394,11 +461,15 @@ def report(config, runs, failed, speeds):
     def table(head, rows):
         parts.append(("table", [head.split(", "), *rows]))
 
+    def picture(name, alt, paint, **options):
+        draw(os.path.join(config.sweep_dir, f"{name}.svg"), paint, **options)
+        return "plot", (f"{name}.svg", alt)
+
     def plot(name, alt, paint):
-        draw(os.path.join(config.sweep_dir, f"{name}.svg"), paint)
-        parts.append(("plot", (f"{name}.svg", alt)))
+        parts.append(picture(name, alt, paint))
 
     parts.append(("h1", "LoRA fine-tuning: the report"))
+    summary = summarize(done)
     examples = config.batch_size * config.gradient_accumulation_steps
     say(
         f"{config.init_from} on {config.dataset}, seeds {', '.join(map(str, seeds))}; {config.max_iters} updates of "
@@ -419,12 +490,14 @@ def report(config, runs, failed, speeds):
         title("2.2 Validation loss")
         plot("loss", f"validation loss of r = {rank} over updates", paint_curves({f"r = {rank}": default}))
         say(describe_curve(default[0], None))
-    title("2.3 Share of parameters trained")
     counts = {run.config.rank: count_parameters(run.config) for run in done if run.method != "no tuning"}
-    rows = [
-        [str(r) if r else "full", f"{n:,}", f"{total:,}", percent(n / total, 2)] for r, (n, total) in counts.items()
-    ]
-    table("r, trained, all, share", rows)
+    if counts:
+        title("2.3 Share of parameters trained")
+        rows = [
+            [str(r) if r else "full", f"{n:,}", f"{total:,}", percent(n / total, 2)]
+            for r, (n, total) in counts.items()
+        ]
+        table("r, trained, all, share", rows)
     title("2.4 Template")
     parts.append(("code", config.template))
     if untuned := [run for run in done if run.method == "no tuning"]:
@@ -435,14 +508,15 @@ def report(config, runs, failed, speeds):
             f"{percent(score['accuracy'])} of {score['n']} test examples (95 % interval {low} to {high}); "
             f"{percent(score['garbage'])} of the answers name no label."
         )
-    title("2.6 Results")
-    head = "method, r, alpha, lr, trained, share, test accuracy, 95 % interval, each seed, garbage, minutes, MB"
-    table(head, method_rows(runs, failed))
-    say(
-        "Accuracy is the mean over the seeds, its interval (Wilson) what the size of the test set alone gives. "
-        "Garbage: answers that name no label; they count as wrong. MB: of the adapter, or of the whole model. Above "
-        "the configuration's rank the learning rate falls as 1 / sqrt(r), or training would be too hot."
-    )
+    if runs:
+        title("2.6 Results")
+        head = "method, r, alpha, lr, trained, share, test accuracy, 95 % interval, each seed, garbage, minutes, MB"
+        table(head, method_rows(runs, failed))
+        say(
+            "Accuracy is the mean over the seeds, its interval (Wilson) what the size of the test set alone gives. "
+            "Garbage: answers that name no label; they count as wrong. MB: of the adapter, or of the whole model. "
+            "Above the configuration's rank the learning rate falls as 1 / sqrt(r), or training would be too hot."
+        )
     scores = {r: [run.accuracy["accuracy"] for run in group] for r, group in lora.items() if group}
     means = {r: mean(accuracies) for r, accuracies in scores.items()}
     if means:
@@ -455,8 +529,7 @@ def report(config, runs, failed, speeds):
         top = max(means, key=means.get)
         text = f"r = {top} is best with {percent(means[top])}"
         if "full fine-tuning" in levels:
-            gap = means[top] - levels["full fine-tuning"]
-            text += f", {abs(100 * gap):.1f} points {'above' if gap >= 0 else 'below'} full fine-tuning"
+            text += f", {compare_points(means[top], levels['full fine-tuning'])} full fine-tuning"
         say(text + ".")
     if ones:
         title("2.8 Validation loss of r = 1")
@@ -482,6 +555,13 @@ def report(config, runs, failed, speeds):
             + " B starts at zero and AdamW's steps have the size of lr whatever the gradient's, so alpha B grows as "
             "alpha times lr, which is the same in the three: to first order they are one knob."
         )
+    if of_claims:
+        results = claims.gather(of_claims, config, full_rate(config), speeds["turns"])
+        judged = claims.judge_all(results)
+        parts += claims.write_chapter(judged, results, picture)
+        summary.append(claims.count_verdicts(judged))
+    if summary:
+        parts.insert(1, ("p", " ".join(summary)))
     if failed:
         title("Runs that failed")
         table("run, reason", [[name, reason] for name, reason in failed.items()])
@@ -504,6 +584,8 @@ def main(config):
         pick_dtype(pick_device(config.device), config.dtype)
         context_size(config.init_from)
         runs = plan(config)
+        if "claims" in config.only.split(","):
+            claims.check_splits(config)
         if config.dry_run:
             list_runs(runs)
             return
@@ -511,12 +593,13 @@ def main(config):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failed = make_runs(config, runs)
     path, speeds = os.path.join(config.sweep_dir, "latency.json"), None
-    if "latency" in config.only.split(","):
+    if {"latency", "claims"} & set(config.only.split(",")):
         if not os.path.exists(path):
             write_json(path, measure_latency(config))
         with open(path, encoding="utf-8") as f:
             speeds = json.load(f)
-    write_report(config, runs, failed, speeds)
+    with one_line_errors():
+        write_report(config, runs, failed, speeds)
     print(f"written: {config.sweep_dir}/report.html, {config.sweep_dir}/report.md")
     if failed:
         print("\n".join(f"error: {name}: {reason}" for name, reason in failed.items()), file=sys.stderr)

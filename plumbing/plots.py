@@ -79,7 +79,8 @@ def paint_stress(layers: list):
     def paint(ax, colors):
         for values, name, color in zip(zip(*layers), ("W0's own", "the update's", "random"), colors):
             ax.plot(range(1, len(values) + 1), values, "o", color=color, markersize=4)
-            ax.annotate(name, (len(values) + 1, values[-1]), color=color, va="center", annotation_clip=False)
+            style = {"textcoords": "offset points", "va": "center", "annotation_clip": False}
+            ax.annotate(name, (len(values), values[-1]), (6, 0), color=color, **style)
         ax.set(xlabel="layer", ylabel="norm of W0 along these directions", yscale="log")
 
     return paint
@@ -92,10 +93,87 @@ def paint_similarity(maps: list, rows: str, columns: str):
         for ax, (title, phi) in zip(axes, maps):
             extent = (0.5, phi.shape[1] + 0.5, phi.shape[0] + 0.5, 0.5)
             picture = ax.imshow(phi, vmin=0, vmax=1, cmap="viridis", aspect="auto", extent=extent)
-            ax.set_title(title, fontsize=11)
+            ax.set_title(title, fontsize=9)
             ax.set(xlabel=columns)
+            ax.set_xticks([1, phi.shape[1]])
+            ax.set_yticks([1, phi.shape[0]])
             ax.grid(False)
         axes[0].set(ylabel=rows)
-        axes[0].figure.colorbar(picture, ax=axes, shrink=0.8)
+        axes[0].figure.colorbar(picture, ax=axes, shrink=0.8, ticks=[0, 0.5, 1])
+
+    return paint
+
+
+# --- what runs say about a claim -------------------------------------------------------------------
+
+
+def write_rate(rate: float, digits: int = 2) -> str:
+    """A learning rate in few characters: 2.5e-4."""
+    number, _, power = f"{rate:.{digits - 1}e}".partition("e")
+    return f"{float(number):g}e{int(power)}"
+
+
+def paint_rates(lines: dict):
+    """Loss over the learning rate, {name: ([(rate, loss), ...], best rate)}: the best rate, if it lies within, is
+    marked and named."""
+
+    def paint(ax, colors):
+        ends = []
+        for (name, (points, best)), color in zip(lines.items(), colors):
+            ax.plot(*zip(*points), "o-", color=color, markersize=4, linewidth=1.4)
+            ends.append((*points[-1], name, color))
+            if points[0][0] < best < points[-1][0]:
+                ax.axvline(best, color=color, linestyle=":", linewidth=1.2)
+                style = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "fontsize": 9}
+                place = 0.98 - 0.08 * len(ends)
+                ax.annotate(write_rate(best), (best, place), (3, 0), color=color, **style)
+        # A rate that is much too high must not flatten the rest.
+        losses = sorted(loss for points, _ in lines.values() for _, loss in points)
+        middle = losses[len(losses) // 2]
+        ax.set_ylim(losses[0] - 0.1 * (middle - losses[0]), min(losses[-1], middle + 3 * (middle - losses[0])) * 1.01)
+        ax.set(xlabel="learning rate", ylabel="validation loss (nats per scored token)", xscale="log")
+        tried = sorted({rate for points, _ in lines.values() for rate, _ in points})
+        shown = tried[:: -(-len(tried) // 6)]  # six at most, or their names overlap
+        ax.set_xticks(shown, [write_rate(rate, digits=3) for rate in shown])
+        ax.minorticks_off()
+        label_ends(ax, [(x, min(y, ax.get_ylim()[1]), name, color) for x, y, name, color in ends])
+
+    return paint
+
+
+def paint_over_rank(lines: dict):
+    """Loss over the rank, {name: {rank: losses of the seeds}}: each seed a dot, the means a line."""
+
+    def paint(ax, colors):
+        ranks = sorted({rank for line in lines.values() for rank in line})
+        ends = []
+        for (name, line), color in zip(lines.items(), colors):
+            means = {rank: sum(losses) / len(losses) for rank, losses in line.items()}
+            ax.plot([ranks.index(rank) for rank in line], list(means.values()), color=color, linewidth=1.4)
+            dots = [(ranks.index(rank), loss) for rank, losses in line.items() for loss in losses]
+            ax.plot(*zip(*dots), "o", color=color, markersize=4, alpha=0.6)
+            last = list(line)[-1]
+            ends.append((ranks.index(last), means[last], name, color))
+        ax.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
+        ax.set(xlabel="rank r", ylabel="validation loss (nats per scored token)")
+        label_ends(ax, ends)
+
+    return paint
+
+
+def paint_differences(rows: list, what: str = "difference of the losses"):
+    """Differences with their 95 % intervals, [(name, Estimate)], one below the other, beside a line at zero."""
+
+    def paint(ax, colors):
+        for y, (name, e) in enumerate(rows):
+            ax.plot([e.low, e.high], [y, y], color=colors[0], linewidth=2)
+            ax.plot(e.value, y, "o", color=colors[0])
+            ax.annotate(name, (e.value, y), (0, 7), textcoords="offset points", ha="center", annotation_clip=False)
+        ax.axvline(0, color=colors[1], linestyle="--", linewidth=1.2)
+        ax.set(xlabel=what, ylim=(len(rows) - 0.5, -0.6))
+        ax.set_yticks([])
+        ax.locator_params(axis="x", nbins=5)
+        ax.grid(False)
+        ax.spines["left"].set_visible(False)
 
     return paint

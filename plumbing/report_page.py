@@ -64,6 +64,7 @@ h2 { margin: 1.6rem 0 .5rem; } h3 { margin: 1.4rem 0 .3rem; } p { margin: .5rem 
 div { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 td { font-variant-numeric: tabular-nums; white-space: nowrap; } .text td { white-space: normal; }
+.text td:first-child { min-width: 13rem; } .text td:last-child { min-width: 8rem; }
 img { width: 100%; max-width: 36rem; height: auto; }
 pre { padding: .7rem; border: 1px solid var(--line); white-space: pre-wrap; }
 @media (max-width: 45rem) {
