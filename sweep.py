@@ -437,7 +437,7 @@ def summarize(done):
         loss = f"{abs(gap):.4f} {'higher' if gap > 0 else 'lower'}" if round(gap, 4) else "the same"
         sentences.append(
             f"{name(best_lora)} is {compare_points(score(best_lora), score(full))} full fine-tuning "
-            f"({percent(score(full))}) at {percent(trained / total)} of its parameters; its best validation loss "
+            f"({percent(score(full))}) at {percent(trained / total, 2)} of its parameters; its best validation loss "
             f"is {loss}."
         )
     return sentences

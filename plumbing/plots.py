@@ -44,13 +44,14 @@ def draw_curves(ax, curves: dict, colors, what: str) -> None:
 
 
 def label_ends(ax, ends: list[tuple]) -> None:
-    """Names at the right ends of lines, (x, y, name, color) each, a line's height apart."""
-    low, high = ax.get_ylim()
+    """Names at the right ends of lines, (x, y, name, color) each, a line's height apart, on any scale."""
+    ax.get_ylim()  # settles the limits, on which the places depend
+    to_height = ax.transData + ax.transAxes.inverted()  # 0 is the lower edge of the plot, 1 the upper
     place = -math.inf
     for x, y, name, color in sorted(ends, key=lambda end: end[1]):
-        place = max(y, place + 0.07 * (high - low))
-        style = {"textcoords": "offset points", "va": "center", "annotation_clip": False}
-        ax.annotate(name, (x, place), (6, 0), color=color, **style)
+        place = max(to_height.transform((x, y))[1], place + 0.07)
+        style = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "center"}
+        ax.annotate(name, (x, place), (6, 0), color=color, annotation_clip=False, **style)
 
 
 # --- what an adapter learned: each returns a function that paints on axes --------------------------
@@ -66,8 +67,9 @@ def paint_spectra(spectra: dict):
                 ax.plot(range(1, len(values) + 1), values, color=color, linewidth=1, alpha=0.6)
             last = [values[-1] for values in layers]
             ends.append((len(layers[0]), sum(last) / len(last), name, color))
-        ax.set(xlabel="direction", ylabel="singular value of the update")
-        ax.set_ylim(bottom=0)
+        is_trained = min(values[-1] for layers in spectra.values() for values in layers) > 0
+        ax.set(xlabel="direction", ylabel="singular value of the update", yscale="log" if is_trained else "linear")
+        ax.xaxis.get_major_locator().set_params(integer=True)
         label_ends(ax, ends)
 
     return paint
@@ -77,11 +79,12 @@ def paint_stress(layers: list):
     """|U^T W0 V| for each layer, (own, the update's, random directions): a column of dots a layer, on a log scale."""
 
     def paint(ax, colors):
+        ends = []
         for values, name, color in zip(zip(*layers), ("W0's own", "the update's", "random"), colors):
             ax.plot(range(1, len(values) + 1), values, "o", color=color, markersize=4)
-            style = {"textcoords": "offset points", "va": "center", "annotation_clip": False}
-            ax.annotate(name, (len(values), values[-1]), (6, 0), color=color, **style)
+            ends.append((len(values), values[-1], name, color))
         ax.set(xlabel="layer", ylabel="norm of W0 along these directions", yscale="log")
+        label_ends(ax, ends)
 
     return paint
 

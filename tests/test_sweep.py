@@ -108,6 +108,19 @@ def test_the_reports_numbers_are_the_runs_own(whole):
     ]
 
 
+def test_the_report_opens_with_what_it_found(whole):
+    """Lost if it fails: the first lines of a report say something else than its table, or call a tie a victory."""
+    rows = [row for row in table(whole, "2.6") if row["method"] != "no tuning"]
+    top = max(rows, key=lambda row: float(row["test accuracy"].split()[0]))
+    summary = (whole / "report.md").read_text().split("\n\n")[1]
+    name = f"LoRA with r = {top['r']}" if top["r"] else top["method"]
+    assert summary.startswith(f"Best is {name}: {top['test accuracy']} of 15 test examples (95 % interval ")
+    assert f"It trains {top['trained']} of " in summary and " full fine-tuning (" in summary
+    assert sweep.compare_points(0.79964, 0.79956) == "as good as"  # both are shown as 80.0 %
+    assert sweep.compare_points(0.7904, 0.7812) == "0.9 points above"
+    assert sweep.compare_points(0.7812, 0.7904) == "0.9 points below"
+
+
 def test_every_question_is_answered_and_nothing_is_fetched(whole):
     """Lost if it fails: the report lacks an answer, or its pictures are gone when it is mailed."""
     page = (whole / "report.html").read_text()
