@@ -118,10 +118,14 @@ def run_name(setting: Setting, n: int) -> str:
     return f"claims-{setting.name}{'-again' if n else ''}"
 
 
+def count_updates(config) -> int:
+    """Those of a training: a quarter of the configuration's, a multiple of 4."""
+    return max(4, config.max_iters // 16 * 4)
+
+
 def make_settings(setting: Setting, config, full_lr: float, scale: float) -> dict:
-    """The keys of Config of a training. It is a quarter as long as the configuration's own, in examples."""
-    n_updates = max(4, config.max_iters // 16 * 4)
-    n_updates = max(2, round(n_updates / setting.batch))
+    """The keys of Config of a training."""
+    n_updates = max(2, round(count_updates(config) / setting.batch))
     settings = {"rank": setting.rank, "rslora": setting.rslora, "lora_plus": setting.lora_plus}
     settings |= {"lr": setting.lr * (config.lr if setting.rank else full_lr), "alpha": setting.alpha * scale * 16}
     settings |= {"max_iters": n_updates, "eval_interval": n_updates, "warmup_iters": n_updates // 10}
@@ -189,6 +193,7 @@ class Results:
     lr: float  # the configuration's learning rates, and its batch in examples
     full_lr: float
     batch: int
+    n_examples: int  # that each training sees
     folders: dict[tuple[Setting, int], str]  # of (setting, 0 or 1 for its seed)
     turns: dict[str, list[float]]  # {"base", "merged", "unmerged"}: tokens/s, measured by turns
 
@@ -223,9 +228,12 @@ def show_times(e: Estimate) -> str:
     """A ratio of learning rates, either of which may lie beyond those that were tried."""
     if math.isnan(e.value):
         return "an unknown ratio"
-    high = "more than can be told" if not e.high < math.inf else f"{e.high:.2g}"
-    value = "beyond what was tried" if e.value in (0, math.inf) else f"{e.value:.2g} times"
-    return f"{value} ({e.low:.2g} to {high})"
+    value = f"{e.value:.2g} times" if 0 < e.value < math.inf else "beyond what was tried"
+    if e.low <= 0 and math.isinf(e.high):
+        return f"{value} (nothing excluded)"
+    if e.low <= 0:
+        return f"{value} ({e.high:.2g} or less)"
+    return f"{value} ({e.low:.2g} or more)" if math.isinf(e.high) else f"{value} ({e.low:.2g} to {e.high:.2g})"
 
 
 def show(e: Estimate, digits: int = 4) -> str:
@@ -246,7 +254,8 @@ def gather(runs: dict, config, full_lr: float, turns: dict) -> Results:
         n_test = run.accuracy["n"]
     batch = config.batch_size * config.gradient_accumulation_steps
     losses = {setting: np.stack(rows) for setting, rows in losses.items()}
-    return Results(losses, accuracies, n_test, config.lr, full_lr, batch, folders, turns)
+    n_examples = count_updates(config) * batch
+    return Results(losses, accuracies, n_test, config.lr, full_lr, batch, n_examples, folders, turns)
 
 
 # --- the claims ------------------------------------------------------------------------------------
@@ -554,8 +563,9 @@ def write_chapter(rows: list[tuple], results: Results, plot: Callable) -> list[t
     parts.append(
         (
             "p",
-            f"Losses are of the same {n_examples:,} validation examples, in nats a scored token, compared pair by "
-            "pair. Behind a figure stands its 95 % interval: over the examples (bootstrap) and over seeds, which "
+            f"Each training sees {results.n_examples:,} examples, a quarter of the configuration's, with one seed or "
+            f"two. Losses are of the same {n_examples:,} validation examples, in nats a scored token, compared pair "
+            "by pair. Behind a figure stands its 95 % interval: over the examples (bootstrap) and over seeds, which "
             f"move a run's loss by {results.deviation:.4f} (standard deviation). As good as: at most "
             f"{100 * MARGIN:.0f} % more loss.",
         )

@@ -471,10 +471,10 @@ def report(config, runs, failed, speeds):
     parts.append(("h1", "LoRA fine-tuning: the report"))
     summary = summarize(done)
     examples = config.batch_size * config.gradient_accumulation_steps
-    say(
-        f"{config.init_from} on {config.dataset}, seeds {', '.join(map(str, seeds))}; {config.max_iters} updates of "
-        f"{examples} examples. Every number is read from the runs' own files."
+    length = (
+        f", seeds {', '.join(map(str, seeds))}; {config.max_iters} updates of {examples} examples" if runs else ""
     )
+    say(f"{config.init_from} on {config.dataset}{length}. Every number is read from the runs' own files.")
     if speeds:
         title("2.1 Inference latency")
         shown = {name: speeds[name] for name in ("base", "unmerged", "merged")}

@@ -10,6 +10,7 @@ HOLDS = "holds here"
 FAILS = "does not hold here"
 OPEN = "not told apart by this data"
 MISSING = "not measured"
+NEAREST = "closest_observation"
 
 
 @dataclass
@@ -70,8 +71,11 @@ def bootstrap_mean(values, n_draws: int = 1000, seed: int = 0) -> Estimate:
 
 
 def interval(values) -> tuple[float, float]:
-    """From the 2.5 % to the 97.5 % quantile. Some values may be infinite: nothing is interpolated."""
-    low, high = np.quantile(np.asarray(values, dtype=float), [0.025, 0.975], method="closest_observation")
+    """From the 2.5 % to the 97.5 % quantile. Some values may be infinite: nothing is interpolated. A nan tells
+    nothing, so it widens the interval at both ends."""
+    values = np.asarray(values, dtype=float)
+    low = np.quantile(np.nan_to_num(values, nan=-math.inf, posinf=math.inf, neginf=-math.inf), 0.025, method=NEAREST)
+    high = np.quantile(np.nan_to_num(values, nan=math.inf, posinf=math.inf, neginf=-math.inf), 0.975, method=NEAREST)
     return float(low), float(high)
 
 

@@ -32,6 +32,7 @@ from plumbing.verdicts import (
     bootstrap,
     bootstrap_mean,
     find_best_rate,
+    interval,
     judge,
     ratio,
     seed_deviation,
@@ -90,6 +91,8 @@ def test_best_rate_is_the_parabolas():
     assert find_best_rate(rates, [1, 2, 3, 4, 5, 6]) == 0 and math.isinf(find_best_rate(rates, [6, 5, 4, 3, 2, 1]))
     assert ratio(6e-4, 2e-4) == pytest.approx(3) and ratio(1e-3, 0) == math.inf and ratio(0, 1e-3) == 0
     assert math.isnan(ratio(math.inf, math.inf)) and math.isnan(ratio(0.0, 0.0))
+    values = [1.0] * 90 + [math.nan] * 10  # in one draw of ten both best rates lie beyond
+    assert interval(values) == (-math.inf, math.inf) and interval([1.0] * 99 + [math.nan]) == (1, 1)
 
 
 # --- the rules, on made-up numbers ----------------------------------------------------------------
@@ -112,7 +115,7 @@ def make_results(folders=None, **changes):
     losses = {setting: np.stack(rows) for setting, rows in losses.items()}
     turns = {"base": [100 + i % 3 for i in range(11)]}
     turns |= {name: [speed * b for b in turns["base"]] for name, speed in changes.get("speeds", {}).items()}
-    return claims.Results(losses, accuracies, 1100, 1e-3, 2e-4, 32, folders or {}, turns)
+    return claims.Results(losses, accuracies, 1100, 1e-3, 2e-4, 32, 5120, folders or {}, turns)
 
 
 def verdict(rule, **changes):
