@@ -21,7 +21,7 @@ from tqdm import tqdm
 import anatomy
 from dataloader import instruction_loader
 from generate import ModelSampler
-from plumbing.errors import UserError
+from plumbing.errors import UserError, first_line
 from plumbing.files import whole_file
 from plumbing.gpt2_files import context_size
 from plumbing.peft_format import ADAPTER_WEIGHTS
@@ -539,6 +539,8 @@ def judge_all(results: Results) -> list[tuple]:
             key = e.args[0]
             what = getattr(key[0] if isinstance(key, tuple) else key, "name", key)
             verdict = Verdict(f"The training {what} is not there.", MISSING)
+        except (ValueError, OSError) as e:  # such as a base that is gone: one claim must not cost the others
+            verdict = Verdict(first_line(e), MISSING)
         rows.append((number, words, source, verdict))
     return rows
 

@@ -224,8 +224,9 @@ AT_LEAST = {  # smallest value allowed
     **dict.fromkeys(("rank", "alpha", "dropout", "warmup_iters", "eval_iters", "save_interval"), 0),
     **dict.fromkeys(("lr", "muon_lr", "weight_decay", "grad_clip", "n_sampled", "seed", "temperature"), 0),
     **dict.fromkeys(("beta1", "beta2", "decay_share", "lowercase_share", "train_examples"), 0),
-    **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "train_context", "batch_size", "lora_plus"), 1),
+    **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "train_context", "batch_size"), 1),
     **dict.fromkeys(("gradient_accumulation_steps", "max_iters", "eval_interval", "max_new_tokens", "top_k"), 1),
+    "lora_plus": 0.001,  # with 0 B stays zero
 }
 AT_MOST = {
     **dict.fromkeys(("dropout", "beta1", "beta2"), 0.999),

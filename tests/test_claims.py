@@ -196,6 +196,14 @@ def test_stress_gives_all_three_outcomes(monkeypatch, stressed, expected):
     assert claims.not_stressed(make_results({(Setting(), 0): "folder"})).verdict == expected
 
 
+def test_a_base_that_is_gone_costs_its_claims_alone(tmp_path):
+    """Lost if it fails: an hour of trainings ends in one line and no report."""
+    results = make_results({(Setting(), 0): str(tmp_path / "gone")}, speeds={"merged": 1.0, "unmerged": 0.7})
+    verdicts = {number: v for number, _, _, v in claims.judge_all(results)}
+    assert [number for number, v in verdicts.items() if v.verdict == MISSING] == ["10", "11"]
+    assert "r8 is not there" in verdicts["10"].here and "holds no adapter" in verdicts["11"].here
+
+
 # --- the trainings and what they leave ------------------------------------------------------------
 
 
