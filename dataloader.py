@@ -99,7 +99,7 @@ class CustomDataLoader:
 
     # --- record -> prompt -> tokens
 
-    def _add_instruction_finetuning(self, rec: dict) -> dict:
+    def _add_instruction_finetuning(self, rec: dict) -> dict:  # task
         """Adds rec["instr_tuned_text"]: the template, filled with the record's text and its label's word."""
         before, after = self.template.removesuffix("{label}").split("{text}")
         word = self.label_names[rec["label"]]

@@ -62,7 +62,7 @@ class ModelSampler:
         self.model = load_model(self.config, self.device, dtype, n_classes)
         torch.manual_seed(self.config.seed)
 
-    def get_accuracy(self) -> float:
+    def get_accuracy(self) -> float:  # task
         """The share of the split's prompts that the model answers with the right label: 0 to 1.
 
         An answer without a label is garbage and counts as wrong. `result` is then the whole table (n, accuracy,

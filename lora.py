@@ -17,7 +17,7 @@ from plumbing.peft_format import load_adapter, save_adapter  # noqa: F401  (adap
 class LoRALinear(MergeableLinear):  # nn.Linear with merge: weight = W0 + delta, and unmerge: weight = W0 again
     """(..., in_features) -> (..., out_features). With lora_rank=0 it is a plain `nn.Linear`."""
 
-    def __init__(
+    def __init__(  # task
         self,
         in_features: int,
         out_features: int,
@@ -42,12 +42,13 @@ class LoRALinear(MergeableLinear):  # nn.Linear with merge: weight = W0 + delta,
     def is_lora(self) -> bool:
         return "lora_A" in self._parameters
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self) -> None:  # task
         super().reset_parameters()
         if self.is_lora():
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as nn.Linear draws its own weight
             nn.init.zeros_(self.lora_B)  # so B A = 0: training starts from exactly the base model
 
+    # task
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # e.g. 332 tokens, gpt2-medium's c_attn, r = 16: (332, 1024)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         h = F.linear(x, self.weight.to(x.dtype), bias)  # x W0^T: (332, 1024) -> (332, 3072)
@@ -59,6 +60,7 @@ class LoRALinear(MergeableLinear):  # nn.Linear with merge: weight = W0 + delta,
     def delta_weight(self) -> torch.Tensor:
         return self.lora_scaling * (self.lora_B @ self.lora_A)  # (3072, 16) @ (16, 1024) -> (3072, 1024)
 
+    # task
     def train(self, mode: bool = True):  # model.train() unmerges every layer, model.eval() merges it
         super().train(mode)
         if self.is_lora() and mode:
@@ -67,11 +69,12 @@ class LoRALinear(MergeableLinear):  # nn.Linear with merge: weight = W0 + delta,
             self.merge(self.delta_weight)  # weight = W0 + (alpha / r) B A: inference costs what the base costs
         return self
 
+    # task
     def eval(self):  # nn.Module's own does the same; here it is in sight
         return self.train(False)
 
 
-def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none", also: str | None = None) -> nn.Module:
+def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none", also: str | None = None) -> nn.Module:  # task
     """Only A and B train. Also all biases (bias="all") or those of the adapted layers (bias="lora_only"), and the
     parameters whose names the regular expression `also` finds."""
     trainable = adapter.trainable_names(model, bias, also)

@@ -60,7 +60,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class MLP(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config, layer):  # task
         super().__init__()
         C = config.n_embd
         name = f"transformer.h.{layer}.mlp"
@@ -120,7 +120,7 @@ def attend_with_prefix(qkv, layout, dropout=0.0):  # (P + B T, 3, H, D) -> (P + 
 
 
 class Attention(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config, layer):  # task
         super().__init__()
         C = config.n_embd
         name = f"transformer.h.{layer}.attn"

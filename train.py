@@ -174,7 +174,7 @@ def set_up(config: Config) -> Run:
     return Run(config, processes, dtype, loader, model, params, optimizers, scaler)
 
 
-def build_model(config: Config, device: str, dtype: torch.dtype, n_classes: int = 0) -> GPT:
+def build_model(config: Config, device: str, dtype: torch.dtype, n_classes: int = 0) -> GPT:  # task
     """The base model of a config on its device, with new adapters, the right parameters trainable."""
     alpha = layer_alpha(config.alpha, config.rank, config.rslora)
     lora = {"lora_rank": config.rank, "lora_alpha": alpha, "lora_targets": config.lora_targets}
