@@ -21,7 +21,8 @@ CHAPTERS = {  # what each may import, besides plumbing
 }
 ABOUT_LORA = {"peft_format", "cpu_kernels"}  # of plumbing: those that may import lora.py
 TOOLS = {path.stem for path in ROOT.glob("*.py")} - CHAPTERS.keys()
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("assets/*/*.md")]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("assets/*/*.md")]
+PAGES.append(ROOT / "homework_tests" / "README.md")
 
 
 def imports(path):
