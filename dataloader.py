@@ -14,6 +14,7 @@ Such templates come from Wei et al. 2022, Finetuned Language Models Are Zero-Sho
 
 import contextlib
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -209,7 +210,7 @@ class CustomDataLoader:
             names = [name.strip() for name in label_names.split(",")]
         # The cache's key: all that decides what the tokens are.
         key = [CACHE_VERSION, source.digest, self.template, self.text_field, self.label_field, names, self.loss_on]
-        key += [self.block_size, self.seed, self.classify]
+        key += [self.block_size, self.seed, self.classify, inspect.getsource(self._add_instruction_finetuning)]
         folder = cache_folder("examples", json.dumps(key))
         self.label_names = names  # as they are asked for, or None; _survey sets the final ones
         survey = self._survey(source, os.path.join(folder, "survey"))

@@ -389,6 +389,19 @@ def test_fewer_examples_are_read_from_the_same_files(three_files):
     assert sorted(os.listdir(token_cache.CACHE)) == before
 
 
+def test_an_edited_prompt_is_tokenised_again(three_files):
+    """Lost if it fails: who writes another prompt into the method goes on training on the old one's tokens."""
+
+    class Edited(CustomDataLoader):
+        def _add_instruction_finetuning(self, rec):
+            rec["instr_tuned_text"] = f"Is it good? {rec['text']}\nAnswer: {self.label_names[rec['label']]}"
+            return rec
+
+    for kind, start in ((CustomDataLoader, "Review: "), (Edited, "Is it good? "), (CustomDataLoader, "Review: ")):
+        loader = kind(three_files)
+        assert loader.encoding.decode(loader.splits["train"][0].tokens).startswith(start)
+
+
 def test_plain_text_has_no_examples_to_choose(tmp_path):
     """Lost if it fails: pre-training is asked for few examples and reads everything without a word."""
     config = Config(task="pretrain", dataset=str(tmp_path), train_examples=20)
