@@ -109,7 +109,10 @@ def plan() -> list[tuple[Setting, int]]:
     for is made once."""
     once = [*LORA, *FULL, *(s for curves in (SAME_ALPHA, SAME_SCALE) for group in curves.values() for s in group)]
     once += [s for pair in BATCHES.values() for group in pair for s in group] + [SMALL]
-    twice = [*LORA[1:4], *FULL[1:4], *RANKS.values(), *PLACES.values(), *TRADES, *STABLE.values(), *PLUS]
+    once += [*RANKS.values(), *PLACES.values(), *STABLE.values()]
+    # A second seed for what decides a verdict.
+    twice = [*LORA[1:4], *FULL[1:4], RANKS[1], LARGE, RANKS[128], *TRADES, STABLE[4], STABLE[128], *PLUS]
+    twice += [PLACES["attention"], PLACES["MLP"], PLACES["output"]]
     return [(s, 0) for s in dict.fromkeys(once + twice)] + [(s, 1) for s in dict.fromkeys(twice)]
 
 
