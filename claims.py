@@ -541,7 +541,7 @@ def judge_all(results: Results) -> list[tuple]:
         except KeyError as e:
             key = e.args[0]
             what = getattr(key[0] if isinstance(key, tuple) else key, "name", key)
-            verdict = Verdict(f"The training {what} is not there.", MISSING)
+            verdict = Verdict(f"{what} is not there.", MISSING)
         except (ValueError, OSError) as e:  # such as a base that is gone: one claim must not cost the others
             verdict = Verdict(first_line(e), MISSING)
         rows.append((number, words, source, verdict))

@@ -556,7 +556,7 @@ def report(config, runs, failed, speeds):
             "alpha times lr, which is the same in the three: to first order they are one knob."
         )
     if of_claims:
-        results = claims.gather(of_claims, config, full_rate(config), speeds["turns"])
+        results = claims.gather(of_claims, config, full_rate(config), speeds.get("turns", {}))
         judged = claims.judge_all(results)
         parts += claims.write_chapter(judged, results, picture)
         summary.append(claims.count_verdicts(judged))
