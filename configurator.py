@@ -89,6 +89,7 @@ class Config:
     wandb_run_name: str | None = None  # name there; None: out_dir's
     # --- generation (generate.py)
     start: str | None = None  # write on from this text instead of scoring
+    predict: str | None = None  # label the texts of this file (csv, tsv, jsonl, parquet, txt); -: standard input
     split: str = "test"  # what is scored: test, validation or train
     max_new_tokens: int | None = None  # None: 5 in scoring (or the longest label), 200 with --start
     temperature: float = 0.0  # 0: the likeliest token; higher is more random

@@ -22,6 +22,7 @@ import os
 import re
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ class CustomDataLoader:
 
     def __init__(
         self,
-        dataset: str = "rt_reviews",
+        dataset: str | None = "rt_reviews",
         template: str = "Review: {text}\nSentiment: {label}",
         batch_size: int = 32,
         block_size: int = 1024,
@@ -83,6 +84,7 @@ class CustomDataLoader:
         self.batch_size = batch_size
         self.eval_batch_size = batch_size  # TextLoader's is another
         self.block_size = block_size
+        self.room = block_size if classify else block_size - 1  # tokens of text; end-of-text takes a place
         self.text_field = text_field
         self.label_field = label_field
         self.loss_on = loss_on
@@ -90,6 +92,8 @@ class CustomDataLoader:
         self.classify = classify
         self.encoding = gpt2_encoding()
         self._check_template()
+        if dataset is None:  # new texts alone: see prompt_loader
+            return
         with take_turns(dataset):
             self._load(label_names, wanted)
         if "train" in wanted and 0 < train_examples < len(self.splits["train"]):
@@ -255,7 +259,6 @@ class CustomDataLoader:
 
     def _tokenise(self, records, folder, wanted, n_rows):
         """Writes the wanted splits as files for `Examples`. Returns what each one's meta.json says."""
-        room = self.block_size if self.classify else self.block_size - 1  # with end-of-text it is one more
         with contextlib.ExitStack() as stack:  # closes the pool and all writers at the end, after an error too
             pool = stack.enter_context(ThreadPoolExecutor())
             writers = {split: ExampleWriter(stack, os.path.join(folder, split)) for split in wanted}
@@ -265,9 +268,9 @@ class CustomDataLoader:
                 if not self.classify:
                     texts = [self._add_instruction_finetuning(rec)["instr_tuned_text"] for _, rec in part]
                 for (split, rec), tokens in zip(part, encode_all(texts, pool)):
-                    too_long = len(tokens) > room
+                    too_long = len(tokens) > self.room
                     if too_long:
-                        rec, tokens = self._cut_text(rec, tokens, room)
+                        rec, tokens = self._cut_text(rec, tokens, self.room)
                     writers[split].add(self._make_example(rec, tokens), too_long)
             for split, writer in writers.items():
                 if writer.n == 0:
@@ -292,6 +295,34 @@ class CustomDataLoader:
             rec = self._add_instruction_finetuning({"text": text, "label": rec["label"]})
             tokens = self.encoding.encode_ordinary(rec["instr_tuned_text"])
         return rec, tokens
+
+    # --- new texts, which have no label
+
+    def make_prompts(self, texts: list[str]) -> tuple[list[list[int]], int]:
+        """The token ids of each text's prompt (classify: of the text), cut to fit as the data set's are; and how many
+        were cut."""
+        prompts = []
+        n_cut = 0
+        for text in texts:
+            text = text.encode("utf-8", "replace").decode()  # half an emoji has no bytes
+            rec = {"text": text, "label": 0}  # any label: the prompt is what comes before it
+            filled = text if self.classify else self._add_instruction_finetuning(rec)["instr_tuned_text"]
+            tokens = self.encoding.encode_ordinary(filled)
+            if len(tokens) > self.room:
+                rec, tokens = self._cut_text(rec, tokens, self.room)
+                n_cut += 1
+            ex = self._make_example(rec, tokens)
+            prompts.append(ex.tokens[: ex.n_prompt])
+        return prompts, n_cut
+
+    def label_tokens(self) -> list[list[int]]:
+        """What the model writes for each label: its tokens and end-of-text."""
+        answers = []
+        for label in range(len(self.label_names)):
+            rec = self._add_instruction_finetuning({"text": "a text", "label": label})
+            ex = self._make_example(rec, self.encoding.encode_ordinary(rec["instr_tuned_text"]))
+            answers.append(ex.tokens[ex.n_prompt :])
+        return answers
 
     # --- mistakes
 
@@ -380,3 +411,11 @@ def instruction_loader(
         balance_classes=config.balance_classes,
         train_examples=config.train_examples,
     )
+
+
+def prompt_loader(config, block_size: int, label_names: list[str]) -> CustomDataLoader:
+    """The loader of a config without its data set: for `make_prompts` and `label_tokens`."""
+    loader = instruction_loader(replace(config, dataset=None), block_size, wanted=())
+    loader.label_names = label_names
+    loader._check_labels()
+    return loader

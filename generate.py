@@ -1,14 +1,14 @@
-"""Scores a model by the labels it writes, or writes text.
+"""Scores a model by the labels it writes, labels new texts, or writes text.
 
     python generate.py --init_from=gpt2-mini                      the untuned model's accuracy
     python generate.py --init_from=resume --out_dir=out           the tuned one's, with the run's own config
+    python generate.py --init_from=resume --out_dir=out --predict=new.csv
     python generate.py --init_from=resume --out_dir=out --start="Review: A joy.\\nSentiment:"
 
-Scoring writes accuracy.json and predictions.jsonl into out_dir (for an untuned model, into out_dir/untuned).
+Scoring writes accuracy.json and predictions.jsonl into out_dir, --predict new-predicted.csv (for an untuned model,
+into out_dir/untuned).
 """
 
-import contextlib
-import json
 import os
 import sys
 import time
@@ -17,18 +17,22 @@ import torch
 from tqdm import tqdm
 
 from configurator import MODEL_KEYS, Config, configure, make_config
-from dataloader import CustomDataLoader, end_of_text, gpt2_encoding, instruction_loader
+from dataloader import CustomDataLoader, end_of_text, gpt2_encoding, instruction_loader, prompt_loader
 from model import GPT, KVCache, LoRALinear
 from plumbing.adapter import layer_alpha
+from plumbing.answers import answer_prompts, decode_answer, find_classes, score_classes
 from plumbing.batch import pad
 from plumbing.checkpoint import check_same_data
 from plumbing.errors import one_line_errors
-from plumbing.files import whole_file, write_json
+from plumbing.files import write_json
 from plumbing.gpt2_files import context_size, find_checkpoint, read_config
-from plumbing.labels import find_label
+from plumbing.labels import find_label, read_labels, split_names
 from plumbing.machine import keep_memory, pick_device, pick_dtype
-from plumbing.peft_format import ADAPTER_WEIGHTS, load_adapter
-from plumbing.scores import print_errors, print_result, tabulate
+from plumbing.model_card import write_card
+from plumbing.peft_format import load_adapter
+from plumbing.predictions import answers_path, count_texts, notes_elsewhere, predict_file
+from plumbing.scores import SCORED, print_errors, print_improvement, print_result, tabulate, write_answers
+from plumbing.terminal import forgiving_output
 
 
 class ModelSampler:
@@ -36,31 +40,28 @@ class ModelSampler:
 
         sampler = ModelSampler("out")                         # the run in the folder out
         sampler.get_accuracy()                                # 0.8027; the whole table is in sampler.result
-        sampler.generate("Review: A joy.\nSentiment:")         # " positive"
+        sampler.predict(["A joy."])                           # [{"predicted": "positive", "share": 0.98, ...}]
+        sampler.generate("Review: A joy.\nSentiment:")        # " positive"
         ModelSampler(init_from="gpt2-medium").get_accuracy()  # without tuning
 
     out_dir: the run's folder. init_from: "resume" for that run, or a base. settings: other keys of Config (device,
     max_new_tokens, temperature, top_k, dataset, split ...); what is not named is as in the run. config: one that
     `configure` made, in place of all of these.
 
-    Raises ValueError (a UserError for a wrong setting) or OSError, naming what cannot be used.
+    Data and model are loaded when they are first needed. Raises ValueError (a UserError for a wrong setting) or
+    OSError, naming what cannot be used.
     """
 
     def __init__(self, out_dir: str = "out", init_from: str = "resume", config: Config | None = None, **settings):
         self.config = config or make_config(out_dir=out_dir, init_from=init_from, **settings)
         self.device = pick_device(self.config.device)
         self.block_size = context_size(checkpoint_of(self.config))
-        self.loader = None  # until `load_data`: writing needs no data set
-        n_classes = 0
+        self.model = None
+        self.loader = None  # the data set: for scoring alone
+        self.prompts = None  # makes prompts of new texts
+        self.n_cut = 0  # new texts that were too long and were cut
         if self.config.task == "classify":
             check_classes(self.config)
-            self.load_data()
-            n_classes = len(self.loader.label_names)
-        # Our layers have A and B in float32 next to a bfloat16 weight. A student's lora.py may know one dtype only.
-        mixed = getattr(LoRALinear, "mixes_dtypes", False)
-        dtype = pick_dtype(self.device, self.config.dtype, mixed=mixed)
-        self.model = load_model(self.config, self.device, dtype, n_classes)
-        torch.manual_seed(self.config.seed)
 
     def get_accuracy(self) -> float:  # task
         """The share of the split's prompts that the model answers with the right label: 0 to 1.
@@ -69,6 +70,7 @@ class ModelSampler:
         interval, garbage, recall, confusion, label_names), `generated` the texts, `found` the labels in them.
         """
         self.load_data()
+        self.load_model()
         config = self.config
         names = self.loader.label_names  # ["negative", "positive"]
         labels = self.loader.splits[config.split].labels.tolist()  # [1, 0, ...]
@@ -83,54 +85,133 @@ class ModelSampler:
         self.result = tabulate(self.found, labels, names)  # accuracy = sum(found == label) / n, and more
         return self.result["accuracy"]
 
+    def predict(self, texts: list[str | None]) -> list[dict]:
+        """The model's answer to each text, which is put into the run's template. A dict of
+
+        text       as given; where it is None, so is all else
+        predicted  the label in what the model wrote, or None
+        generated  what the model wrote
+        share      the probability of that label as the whole answer, among the labels: 0 to 1
+
+        A classifier writes the name of the likeliest class.
+        """
+        if isinstance(texts, str):
+            raise ValueError('predict takes a list of texts: predict(["A joy."])')
+        self.load_prompts()
+        self.load_model()
+        torch.manual_seed(self.config.seed)
+        names = self.prompts.label_names
+        answers = [{"text": text, "predicted": None, "generated": None, "share": None} for text in texts]
+        asked = [answer for answer in answers if answer["text"] is not None]
+        prompts, n_cut = self.prompts.make_prompts([answer["text"] for answer in asked])
+        self.n_cut += n_cut
+        if self.prompts.classify:
+            shares = score_classes(self.config, self.model, prompts)
+            generated = [names[row.index(max(row))] for row in shares]
+        else:
+            options = {"max_new_tokens": self.answer_tokens, "labels": self.labels, "cache": KVCache()}
+            generated, shares = answer_prompts(self.config, self.model, prompts, **options)
+        for answer, text, row in zip(asked, generated, shares):
+            answer["generated"] = text
+            label = find_label(text, names)
+            if label is not None:
+                answer["predicted"] = names[label]
+                answer["share"] = round(row[label], 6)
+        return answers
+
     def generate(self, prompt: str) -> str:
         """What the model writes after the prompt: up to end-of-text, or max_new_tokens of the config (None: 200)."""
         if self.config.task == "classify":
             raise ValueError(
                 "this model has a classifier in place of its words: score_classes(text) gives the shares"
             )
-        idx = self.encode(prompt)
+        self.load_model()
+        tokens = gpt2_encoding().encode_ordinary(prompt) or [end_of_text()]
+        idx = torch.tensor([tokens], device=self.device)  # (1, T)
         new = self.config.max_new_tokens or 200
         options = {"temperature": self.config.temperature, "top_k": self.config.top_k}
         out = self.model.generate(idx, new, stop=end_of_text(), **options)  # (1, T + new)
-        return decode_answer(out[0, idx.size(1) :].tolist())
+        return decode_answer(out[0, len(tokens) :].tolist())
 
-    @torch.no_grad()
     def score_classes(self, text: str) -> dict[str, float]:
         """{label: share} that a classifier gives to a text; the shares sum to 1."""
-        logits, _ = self.model(self.encode(text)[:, : self.block_size])  # (1, 1, n_classes)
-        return dict(zip(self.loader.label_names, logits.flatten().softmax(-1).tolist()))
+        self.load_prompts()
+        self.load_model()
+        prompts, _ = self.prompts.make_prompts([text])
+        return dict(zip(self.prompts.label_names, score_classes(self.config, self.model, prompts)[0]))
 
-    def encode(self, text):  # -> (1, T)
-        tokens = gpt2_encoding().encode_ordinary(text) or [end_of_text()]
-        return torch.tensor([tokens], device=self.device)
+    # --- what these need, loaded once
 
     def load_data(self) -> None:
         """Sets `loader`, with the split that is scored. Long texts are cut, so that an answer fits the context."""
         config = self.config
         if self.loader is not None:
             return
-        if config.task == "pretrain":
-            raise ValueError("this run was pre-trained on plain text and has no labels: type --start=TEXT")
+        check_labels(config)
         if config.task == "classify":
             self.loader = load_split(config, self.block_size)
             return
-        self.answer_tokens = config.max_new_tokens or 5
-        if self.answer_tokens > self.block_size // 2:
-            raise ValueError(
-                f"max_new_tokens={self.answer_tokens}: type at most {self.block_size // 2}, half the context"
-            )
+        self.answer_tokens = count_answer_tokens(config, [], self.block_size)
         self.loader = load_split(config, self.block_size - self.answer_tokens)
-        longest = max(len(gpt2_encoding().encode_ordinary(" " + name)) for name in self.loader.label_names)
-        if config.max_new_tokens is None and longest > self.answer_tokens:
-            self.answer_tokens = longest
-            self.loader = load_split(config, self.block_size - longest)
+        needed = count_answer_tokens(config, self.loader.label_names, self.block_size)
+        if needed > self.answer_tokens:
+            self.answer_tokens = needed
+            self.loader = load_split(config, self.block_size - needed)
+
+    def load_prompts(self) -> None:
+        """Sets `prompts`, which makes prompts of new texts. No data set is read, if the labels are known."""
+        config = self.config
+        if self.prompts is not None:
+            return
+        check_labels(config)
+        names = self.find_label_names()
+        self.prompts = prompt_loader(config, self.block_size, names)
+        if config.task != "classify":
+            self.labels = self.prompts.label_tokens()  # [[" negative", end-of-text], [" positive", end-of-text]]
+            self.answer_tokens = count_answer_tokens(config, names, self.block_size)
+            longest = max(self.answer_tokens, *map(len, self.labels))
+            self.prompts = prompt_loader(config, self.block_size - longest, names)
+
+    def find_label_names(self) -> list[str]:
+        """Those of the config, or those that the run has noted, or else the data's own."""
+        if self.config.label_names:
+            return split_names(self.config.label_names)
+        noted = read_labels(self.config.out_dir) if self.config.resume else None
+        if noted:
+            return noted
+        self.load_data()
+        return self.loader.label_names
+
+    def load_model(self) -> None:
+        """Sets `model`. After the data, since a mistake there shows in less time than a large model takes."""
+        config = self.config
+        if self.model is not None:
+            return
+        # Our layers have A and B in float32 next to a bfloat16 weight. A student's lora.py may know one dtype only.
+        dtype = pick_dtype(self.device, config.dtype, mixed=getattr(LoRALinear, "mixes_dtypes", False))
+        n_classes = len(self.find_label_names()) if config.task == "classify" else 0
+        self.model = load_model(config, self.device, dtype, n_classes)
+        torch.manual_seed(config.seed)
+
+
+def check_labels(config):
+    if config.task == "pretrain":
+        raise ValueError("this run was pre-trained on plain text and has no labels: type --start=TEXT")
 
 
 def load_split(config, block_size) -> CustomDataLoader:
     loader = instruction_loader(config, block_size, wanted=(config.split,))
     check_same_data(config, loader, scored=config.split)
     return loader
+
+
+def count_answer_tokens(config, label_names, block_size) -> int:
+    """How many tokens the model may write: enough for the longest label, if the config does not say."""
+    longest = max((len(gpt2_encoding().encode_ordinary(" " + name)) for name in label_names), default=0)
+    n = config.max_new_tokens or max(5, longest)
+    if n > block_size // 2:
+        raise ValueError(f"max_new_tokens={n}: type at most {block_size // 2}, half the context")
+    return n
 
 
 # --- answers to a whole split ----------------------------------------------------------------------
@@ -144,9 +225,8 @@ def generate_labels(
     device = next(model.parameters()).device
     examples = loader.splits[split]
     prefix = loader.prefixes[split]
-    past = None
+    past = KVCache()
     if prefix:  # the tokens that every prompt begins with go through the model once
-        past = KVCache()
         model.hidden(torch.tensor([prefix], device=device), past)
     texts = [None] * len(examples)
     with tqdm(total=len(examples), disable=None, unit="example") as bar:
@@ -166,27 +246,6 @@ def generate_labels(
                 texts[i] = decode_answer(tokens)
             bar.update(len(indices))
     return texts
-
-
-def decode_answer(tokens):
-    """The text before end-of-text."""
-    if end_of_text() in tokens:
-        tokens = tokens[: tokens.index(end_of_text())]
-    return gpt2_encoding().decode(tokens)
-
-
-@torch.no_grad()
-def find_classes(config: Config, model: GPT, loader: CustomDataLoader, split: str) -> list[int]:
-    """The class that a classifier finds likeliest for each text of a split, in the split's order."""
-    device = next(model.parameters()).device
-    found = [None] * len(loader.splits[split])
-    for indices in tqdm(loader.order(split, config.batch_size), disable=None, unit="batch"):
-        batch = loader.batch(split, indices).to(device)
-        # The targets only say where each text ends: the logits do not depend on their values.
-        logits, _ = model(batch.idx, batch.targets)  # (B, n_classes)
-        for i, label in zip(indices, logits.argmax(-1).tolist()):
-            found[i] = label
-    return found
 
 
 # --- the model -------------------------------------------------------------------------------------
@@ -218,69 +277,78 @@ def check_classes(config):
 
 # --- the command line ------------------------------------------------------------------------------
 
-SCORED = ("init_from", "dataset", "split", "template")  # of the config: what makes two scores comparable
-
 
 def main(config: Config) -> None:
     keep_memory()
+    if config.predict is not None:
+        predict_texts(config)
+    elif config.start is not None:
+        write_on(config)
+    else:
+        score_split(config)
+
+
+def score_split(config: Config) -> None:
+    """Scores; writes accuracy.json, predictions.jsonl and the run's README.md; then prints."""
+    folder = score_folder(config)
     with one_line_errors():
         sampler = ModelSampler(config=config)
-        if config.start is None:
-            sampler.load_data()
-            os.makedirs(score_folder(config), exist_ok=True)
-    if config.start is None:
-        print_score(sampler)
-        return
-    start = config.start.replace("\\n", "\n")  # a shell has no easy way to type a line break
-    if config.task == "classify":
-        shares = sampler.score_classes(start)
-        for name in sorted(shares, key=shares.get, reverse=True):
-            print(f"{name}: {100 * shares[name]:.1f} %")
-    else:
-        print(start + sampler.generate(start))
-
-
-def print_score(sampler: ModelSampler) -> None:
-    """Scores, prints the result and writes accuracy.json and predictions.jsonl."""
-    config = sampler.config
+        sampler.load_data()
+        sampler.load_model()
+        os.makedirs(folder, exist_ok=True)
     began = time.time()
     sampler.get_accuracy()
     seconds = time.time() - began
     examples = sampler.loader.splits[config.split]
-    names = sampler.loader.label_names
-    print_result(sampler.result)
-    print_errors(examples, sampler.generated, sampler.found, names)
-    folder = score_folder(config)
-    with whole_file(os.path.join(folder, "predictions.jsonl")) as f:
-        for example, text, i in zip(examples, sampler.generated, sampler.found):
-            row = {"text": example.text, "label": names[example.label], "generated": text}
-            row["predicted"] = None if i is None else names[i]
-            f.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
     result = sampler.result | {key: getattr(config, key) for key in SCORED}
     result |= {"tuned": config.resume, "seconds": round(seconds, 2)}
+    answers = (examples, sampler.generated, sampler.found, sampler.loader.label_names)
+    write_answers(os.path.join(folder, "predictions.jsonl"), *answers)
     write_json(os.path.join(folder, "accuracy.json"), result)
+    if config.resume:
+        write_card(config, sampler.loader, result)
+    print_result(result)
+    print_errors(*answers)
     print(f"\n{len(examples) / seconds:.1f} examples/s; written: {folder}/accuracy.json, {folder}/predictions.jsonl")
     if config.resume:
-        compare(config, result)
+        print_improvement(config.out_dir, result)
+
+
+def predict_texts(config: Config) -> None:
+    """Answers the texts of a file, into a file of the same kind; or those of standard input, as lines of JSON."""
+    folder = score_folder(config)
+    target = answers_path(folder, config.predict)
+    with one_line_errors():
+        if config.start is not None:
+            raise ValueError("--predict and --start are two things to do: type one of them")
+        with notes_elsewhere(target):
+            n = count_texts(config.predict, config.text_field)
+            sampler = ModelSampler(config=config)
+            sampler.load_prompts()
+            sampler.load_model()
+            os.makedirs(folder, exist_ok=True)
+        predict_file(config.predict, target, config.text_field, sampler.predict, n, 50 * config.batch_size)
+    if sampler.n_cut:
+        print(f"note: {sampler.n_cut} texts were cut to fit the context", file=sys.stderr)
+
+
+def write_on(config: Config) -> None:
+    """Prints what the model writes after --start or, for a classifier, the classes' shares."""
+    start = config.start.replace("\\n", "\n")  # a shell has no easy way to type a line break
+    with one_line_errors():
+        sampler = ModelSampler(config=config)
+        if config.task != "classify":
+            print(start + sampler.generate(start))
+            return
+        shares = sampler.score_classes(start)
+    for name in sorted(shares, key=shares.get, reverse=True):
+        print(f"{name}: {100 * shares[name]:.1f} %")
 
 
 def score_folder(config):
     return config.out_dir if config.resume else os.path.join(config.out_dir, "untuned")
 
 
-def compare(config, result):
-    """Prints the accuracy next to the untuned model's, if that was scored here, and where the weights lie."""
-    path = os.path.join(config.out_dir, "untuned", "accuracy.json")
-    with contextlib.suppress(OSError, ValueError), open(path) as f:
-        before = json.load(f)
-        if all(before.get(key) == result[key] for key in SCORED):
-            print(f"untuned {100 * before['accuracy']:.2f} %, tuned {100 * result['accuracy']:.2f} %")
-    for name in (ADAPTER_WEIGHTS, "model.safetensors", "loss.png"):
-        path = os.path.join(config.out_dir, name)
-        if os.path.exists(path):
-            print(f"{path} ({os.path.getsize(path) / 1e6:.2f} MB)")
-
-
 if __name__ == "__main__":
-    with one_line_errors(OSError):  # such as a full disk
+    with forgiving_output(), one_line_errors(OSError):  # such as a full disk
         main(configure(sys.argv[1:], fixed=MODEL_KEYS))

@@ -43,6 +43,7 @@ from plumbing.files import write_json
 from plumbing.gpt2_files import context_size
 from plumbing.machine import Processes, compute_deterministically, keep_memory, pick_dtype
 from plumbing.memory import check_weights
+from plumbing.model_card import write_card
 from plumbing.optimizers import build_optimizers
 from plumbing.peft_format import ADAPTER_WEIGHTS, save_adapter
 from plumbing.plain_text import TextLoader
@@ -150,6 +151,8 @@ class Run:
 def set_up(config: Config) -> Run:
     """Data, model and optimizers of a config. Raises ValueError or OSError for what cannot be had."""
     keep_memory()
+    if config.predict is not None:
+        raise ValueError(f"--predict={config.predict} is for generate.py --init_from=resume, after the training")
     if config.deterministic:
         compute_deterministically()
     processes = Processes(config)
@@ -370,6 +373,7 @@ def open_folder(run: Run) -> Progress:
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(os.path.join(config.out_dir, old))
         facts = {"data": run.loader.digest, "dtype": str(run.dtype).removeprefix("torch.")}
+        facts["label_names"] = getattr(run.loader, "label_names", None)  # plain text has none
         values = asdict(config) | {"facts": facts}
         values["sha256"] = fingerprint(values)  # a resume refuses a file that was changed by hand or damaged
         write_json(os.path.join(config.out_dir, RUN_CONFIG), values)

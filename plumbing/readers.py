@@ -27,15 +27,15 @@ MARKS = {  # UTF-32's first: UTF-16's is its beginning
 csv.field_size_limit(2**31 - 1)
 
 
-def read_rows(path: str, needed: tuple[str, ...] = ()) -> Iterator[tuple[int, dict]]:
+def read_rows(path: str, needed: tuple[str, ...] = (), read=None) -> Iterator[tuple[int, dict]]:
     """Yields (line, row) of a file in one of `KINDS`; others are read as plain text, whose paragraphs are rows with
     a `text`. Where a file has no lines, as parquet has none, the rows are counted.
 
-    needed: the columns that are asked for, the text's first and the label's last. Raises ValueError that names file
-    and line.
+    needed: the columns that are asked for, the text's first and the label's last. read: another reader than that of
+    the file's kind. Raises ValueError that names file and line.
     """
     kind = kind_of(path)
-    read = READERS.get(kind, read_txt)
+    read = read or READERS.get(kind, read_txt)
     try:
         yield from read(path, needed)
     except UserError:
@@ -365,6 +365,13 @@ def read_txt(path, needed=()):
             if not blank:
                 pairs = list(lines)
                 yield pairs[0][0], {"text": "".join(text for _, text in pairs).rstrip("\r\n")}
+
+
+def read_lines(path, needed=("text",)):
+    """A text a line, in the column that is asked for."""
+    with open_text(path) as f:
+        for line, text in enumerate(f, 1):
+            yield line, {needed[0]: text.rstrip("\r\n") or None}
 
 
 READERS = {

@@ -1,7 +1,15 @@
-"""A score from what was found and what is true: the table, its interval, and how both are printed."""
+"""A score from what was found and what is true: the table, its interval, and how both are written and printed."""
 
+import contextlib
+import json
 import math
+import os
 from collections import Counter
+
+from plumbing.files import whole_file
+from plumbing.peft_format import ADAPTER_WEIGHTS
+
+SCORED = ("init_from", "dataset", "split", "template")  # of the config: what makes two scores comparable
 
 
 def tabulate(found: list, labels: list[int], label_names: list[str]) -> dict:
@@ -40,6 +48,15 @@ def wilson(p: float, n: int) -> list[float]:
     return [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
 
 
+def write_answers(path: str, examples, generated: list[str], found: list, names: list[str]) -> None:
+    """predictions.jsonl: each text with its label, what was written and the label found in it."""
+    with whole_file(path) as f:
+        for example, text, i in zip(examples, generated, found):
+            row = {"text": example.text, "label": names[example.label], "generated": text}
+            row["predicted"] = None if i is None else names[i]
+            f.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+
+
 def print_result(result: dict) -> None:
     """The accuracy and the confusion table."""
     names = result["label_names"]
@@ -69,3 +86,16 @@ def print_errors(examples, generated: list[str], found: list, names: list[str]) 
         shown[true, written] += 1
         review = " ".join(example.text.split())
         print(f"  {true} taken for {written}: wrote {text[:30]!r} after {review[:90]!r}")
+
+
+def print_improvement(out_dir: str, result: dict) -> None:
+    """The accuracy next to the untuned model's, if that was scored in out_dir too, and where the weights lie."""
+    path = os.path.join(out_dir, "untuned", "accuracy.json")
+    with contextlib.suppress(OSError, ValueError), open(path) as f:
+        before = json.load(f)
+        if all(before.get(key) == result[key] for key in SCORED):
+            print(f"untuned {100 * before['accuracy']:.2f} %, tuned {100 * result['accuracy']:.2f} %")
+    for name in (ADAPTER_WEIGHTS, "model.safetensors", "loss.png"):
+        path = os.path.join(out_dir, name)
+        if os.path.exists(path):
+            print(f"{path} ({os.path.getsize(path) / 1e6:.2f} MB)")

@@ -327,6 +327,7 @@ OLD = {
     "wandb_project": "nanolora",
     "wandb_run_name": None,
     "start": None,
+    "predict": None,
     "split": "test",
     "max_new_tokens": None,
     "temperature": 0.0,

@@ -224,9 +224,9 @@ def test_generated_labels_equal_plain_generation(tiny, films, template):
 # --- the command lines ---------------------------------------------------------------------------
 
 
-def run_generate(*flags):
+def run_generate(*flags, **variables):
     command = [sys.executable, "generate.py", *flags, "--device=cpu", "--dtype=float32"]
-    environment = os.environ | {"PYTHONUTF8": "1"}
+    environment = os.environ | {"PYTHONUTF8": "1"} | variables
     return subprocess.run(command, capture_output=True, cwd=ROOT, env=environment, timeout=300)
 
 
@@ -263,6 +263,42 @@ def test_free_text_from_the_command_line(tiny):
     start = "Review: film 3\nSentiment:"
     new = [t for t in plain_greedy(tiny[0], start, 9) if t != END]
     assert done.stdout.decode() == start + gpt2_encoding().decode(new) + os.linesep
+
+
+def test_a_terminal_without_some_letters_shows_what_it_can(tiny, tmp_path):
+    """Lost if it fails: on Windows one emoji in a review ends the scoring, and its files are lost."""
+    rows = [(f"film {i} \U0001f600 ж", ("gut", "übel")[i % 2]) for i in range(40)]
+    path = write_csv(tmp_path / "rows.csv", rows)
+    flags = [f"--init_from={tiny[1]}", f"--dataset={path}", f"--out_dir={tmp_path}", f"--template={TEMPLATE}"]
+    done = run_generate(*flags, PYTHONUTF8="0", PYTHONIOENCODING="cp1252")
+    assert done.returncode == 0, done.stderr.decode()
+    out = done.stdout.decode("cp1252")
+    assert "übel" in out and "\\U0001f600 \\u0436" in out
+    check_files(tmp_path / "untuned", dict(rows), 4)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_takes_no_file_along(tiny, films, tmp_path, unbuffered):
+    """Lost if it fails: `python generate.py ... | head -1` scores for an hour and leaves nothing behind."""
+    path = write_csv(tmp_path / "rows.csv", [*films[1].items(), ("", "good")])  # a note comes before the score
+    flags = [f"--init_from={tiny[1]}", f"--dataset={path}", f"--out_dir={tmp_path}", f"--template={TEMPLATE}"]
+    command = [sys.executable, "generate.py", *flags, "--device=cpu", "--dtype=float32"]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT, "env": environment}
+    with subprocess.Popen(command, **options) as process:
+        process.stdout.close()  # before anything is written
+        err = process.stderr.read().decode()
+        assert process.wait(300) == 141, err  # 128 + SIGPIPE, as `yes | head -1` leaves in a shell
+    assert "Traceback" not in err and "error" not in err
+    check_files(tmp_path / "untuned", films[1], 6)
+
+
+def test_a_wrong_data_set_shows_before_the_model_is_loaded(tiny, tmp_path, monkeypatch, capsys):
+    """Lost if it fails: a mistyped --dataset is told after a large model was read."""
+    monkeypatch.setattr(generate, "load_model", None)  # not reached
+    with pytest.raises(SystemExit) as stop:
+        score(f"--init_from={tiny[1]}", "--dataset=gone.csv", f"--out_dir={tmp_path}")
+    assert stop.value.code == 2 and "gone.csv" in capsys.readouterr().err
 
 
 def score(*flags):

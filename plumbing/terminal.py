@@ -1,0 +1,61 @@
+"""Printing never ends a program: letters that the terminal lacks are spelled out, and a reader that has gone, such as
+`head -1`, does not stop the work."""
+
+import contextlib
+import errno
+import io
+import os
+import signal
+import sys
+
+
+class Pipe(io.RawIOBase):
+    """Writes to a file descriptor. What comes after its reader has gone is dropped."""
+
+    def __init__(self, descriptor):
+        self.descriptor = descriptor
+        self.reader_has_gone = False
+
+    def fileno(self):
+        return self.descriptor
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        if not self.reader_has_gone:
+            try:
+                return os.write(self.descriptor, data)
+            except OSError as e:
+                if e.errno not in (errno.EPIPE, errno.EINVAL):  # Windows says EINVAL
+                    raise
+                self.reader_has_gone = True
+        return len(data)
+
+
+@contextlib.contextmanager
+def forgiving_output():
+    """Around a whole program: it prints as above, and Ctrl-C ends it without a traceback. The exit codes are those
+    that a shell expects: 128 + the signal's number, 141 where the output's reader has gone."""
+    stdout = sys.stdout
+    stdout.reconfigure(errors="backslashreplace")
+    pipe = None
+    if not stdout.isatty():
+        pipe = Pipe(stdout.fileno())
+        options = {"line_buffering": stdout.line_buffering, "write_through": stdout.write_through}
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(pipe), stdout.encoding, "backslashreplace", **options)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    finally:
+        sys.stdout.flush()
+    if pipe and pipe.reader_has_gone:
+        sys.exit(128 + 13)  # SIGPIPE, which Windows does not have
+
+
+def reader_has_gone() -> bool:
+    """Whether nobody reads any more what this program prints. Then what only prints need not go on."""
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    return getattr(raw, "reader_has_gone", False)
