@@ -30,7 +30,7 @@ from plumbing.labels import find_label, read_labels, split_names
 from plumbing.machine import keep_memory, pick_device, pick_dtype
 from plumbing.model_card import write_card
 from plumbing.peft_format import load_adapter
-from plumbing.predictions import answers_path, count_texts, notes_elsewhere, predict_file
+from plumbing.predictions import predict_file
 from plumbing.scores import SCORED, print_errors, print_improvement, print_result, tabulate, write_answers
 from plumbing.terminal import forgiving_output
 
@@ -311,25 +311,15 @@ def score_split(config: Config) -> None:
     print_errors(*answers)
     print(f"\n{len(examples) / seconds:.1f} examples/s; written: {folder}/accuracy.json, {folder}/predictions.jsonl")
     if config.resume:
-        print_improvement(config.out_dir, result)
+        print_improvement(folder, result)
 
 
 def predict_texts(config: Config) -> None:
     """Answers the texts of a file, into a file of the same kind; or those of standard input, as lines of JSON."""
-    folder = score_folder(config)
-    target = answers_path(folder, config.predict)
     with one_line_errors():
         if config.start is not None:
             raise ValueError("--predict and --start are two things to do: type one of them")
-        with notes_elsewhere(target):
-            n = count_texts(config.predict, config.text_field)
-            sampler = ModelSampler(config=config)
-            sampler.load_prompts()
-            sampler.load_model()
-            os.makedirs(folder, exist_ok=True)
-        predict_file(config.predict, target, config.text_field, sampler.predict, n, 50 * config.batch_size)
-    if sampler.n_cut:
-        print(f"note: {sampler.n_cut} texts were cut to fit the context", file=sys.stderr)
+        predict_file(config, score_folder(config), lambda: ModelSampler(config=config))
 
 
 def write_on(config: Config) -> None:

@@ -116,8 +116,8 @@ def score_tokens(model, x, tokens):  # (N, C), (N, m) -> (N, m), (N, m)
         weights = model.lm_head.weight[matter].to(precise)  # (N, 16 + m, C)
         exact = (weights @ x.to(precise)[:, :, None])[..., 0]
         logits = logits.to(precise).scatter_(1, matter, exact)
-    log_p = logits.gather(1, tokens) - logits.logsumexp(1, keepdim=True)
-    return log_p, tokens == logits.argmax(1, keepdim=True)
+    found = logits.gather(1, tokens)  # (N, m)
+    return found - logits.logsumexp(1, keepdim=True), found == logits.amax(1, keepdim=True)
 
 
 # --- a classifier's answers -------------------------------------------------------------------------

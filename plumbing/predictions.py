@@ -64,52 +64,63 @@ def count_texts(path: str, text_field: str) -> int | None:
 
 
 def answers_path(folder: str, path: str) -> str:
-    """Where the answers to a file's texts go: folder/reviews-predicted.csv for reviews.csv, `-` for `-`."""
-    if path == STDIN:
-        return STDIN
+    """Where the answers to a file's texts go: folder/reviews-predicted.csv for reviews.csv."""
     name = os.path.basename(path)
     name = name[:-3] if name.lower().endswith(".gz") else name
     kind = "jsonl" if kind_of(path) == "txt" else kind_of(path)  # a line of text has no columns
     return os.path.join(folder, f"{os.path.splitext(name)[0]}-predicted.{kind}")
 
 
-def notes_elsewhere(target: str):
-    """A context in which what is printed goes to standard error, if standard output is for the answers."""
-    return contextlib.redirect_stdout(sys.stderr) if target == STDIN else contextlib.nullcontext()
+def predict_file(config, folder: str, load: Callable) -> None:
+    """Answers all texts of the file config.predict, into a file in `folder`; those of standard input to standard
+    output, as lines of JSON.
 
-
-def predict_file(path: str, target: str, text_field: str, predict: Callable, n: int | None, size: int) -> None:
-    """Answers all texts of a file, `size` at a time, into `target` (`-`: standard output, as lines of JSON).
-
-    predict: a list of texts, None where there is none -> a list of dicts with the keys of ANSWER. n: how many there
-    are, None for a bar without an end.
+    load: makes a ModelSampler. Data and model are loaded after a look at the file. Raises UserError.
     """
+    path = config.predict
+    text_field = config.text_field
+    target = answers_path(folder, path)
+    # Where standard output is for the answers, notes go to the other one.
+    with contextlib.redirect_stdout(sys.stderr) if path == STDIN else contextlib.nullcontext():
+        n = count_texts(path, text_field)
+        sampler = load()
+        sampler.load_prompts()
+        sampler.load_model()
+    size = 50 * config.batch_size  # texts in memory: sorted by length, they make 50 batches of little padding
     found = collections.Counter()
     began = time.time()
-    with tqdm(total=n, disable=None, unit="text", leave=target != STDIN) as bar:
+    with tqdm(total=n, disable=None, unit="text", leave=path != STDIN) as bar:
 
-        def answer(texts):
-            answers = predict(texts)
+        def predict(texts):
+            answers = sampler.predict(texts)
             found.update(a["predicted"] or ("no text" if a["text"] is None else "garbage") for a in answers)
             bar.update(len(texts))
             return answers
 
-        if target == STDIN:
-            print_answers(path, text_field, answer, size)
+        if path == STDIN:
+            print_answers(path, text_field, predict, size)
+        else:
+            write_file(path, target, text_field, predict, size)
+    if sampler.n_cut:
+        print(f"note: {sampler.n_cut} texts were cut to fit the context", file=sys.stderr)
+    if path != STDIN:
+        counts = ", ".join(f"{name} {count}" for name, count in found.most_common(10))
+        print(f"{n} texts: {counts}; {n / (time.time() - began):.1f} texts/s; written: {target}")
+
+
+def write_file(path, target, text_field, predict, size):
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    with whole_file(target) as f:
+        if kind_of(path) == "parquet":
+            write_parquet(path, f, text_field, predict, size)
             return
-        with whole_file(target) as f:
-            if kind_of(path) == "parquet":
-                predict_parquet(path, f, text_field, answer, size)
-            else:
-                write = csv_writer(path, f, text_field) if kind_of(path) in ("csv", "tsv") else jsonl_writer(f)
-                for row, new in predict_rows(path, text_field, answer, size):
-                    write(row, new)
-    counts = ", ".join(f"{name} {count}" for name, count in found.most_common(10))
-    print(f"{n} texts: {counts}; {n / (time.time() - began):.1f} texts/s; written: {target}")
+        write = csv_writer(path, f, text_field) if kind_of(path) in ("csv", "tsv") else jsonl_writer(f)
+        for row, answer in predict_rows(path, text_field, predict, size):
+            write(row, answer)
 
 
 def predict_rows(path, text_field, predict, size):
-    """Yields (row, answer) in the file's order."""
+    """Yields (row, answer) in the file's order. predict: `size` texts at a time -> their answers."""
     rows = read_texts(path, text_field)
     while part := list(itertools.islice(rows, size)):
         answers = predict([text for _, text in part])
@@ -230,7 +241,7 @@ def write_line(f, fields, separator):
     f.write(line.getvalue().encode())
 
 
-def predict_parquet(path, f, text_field, predict, size):
+def write_parquet(path, f, text_field, predict, size):
     """The columns go through as they are, whatever their types."""
     import pyarrow
     import pyarrow.parquet
