@@ -99,6 +99,7 @@ class Config:
     resume = False
     trained_on = None  # the digest of the run's data
     computed_in = None  # the run's dtype
+    learned = None  # the words of the run's labels
 
 
 RUN_CONFIG = "train_config.json"  # in out_dir: the settings of the run, those typed on resuming too
@@ -169,6 +170,7 @@ def combine(typed, from_file, cls, fixed):
     if stored:
         config.resume = True
         config.computed_in = facts.get("dtype")
+        config.learned = facts.get("label_names")
         if config.dataset == stored.get("dataset"):
             config.trained_on = facts.get("data")
     return config

@@ -16,9 +16,9 @@ import time
 import torch
 from tqdm import tqdm
 
-from configurator import MODEL_KEYS, Config, configure, make_config
+from configurator import MODEL_KEYS, Config, configure, load_run, make_config
 from dataloader import CustomDataLoader, end_of_text, gpt2_encoding, instruction_loader, prompt_loader
-from model import GPT, KVCache, LoRALinear
+from model import GPT, LoRALinear
 from plumbing.adapter import layer_alpha
 from plumbing.answers import answer_prompts, decode_answer, find_classes, score_classes
 from plumbing.batch import pad
@@ -26,7 +26,8 @@ from plumbing.checkpoint import check_same_data
 from plumbing.errors import one_line_errors
 from plumbing.files import write_json
 from plumbing.gpt2_files import context_size, find_checkpoint, read_config
-from plumbing.labels import find_label, read_labels, split_names
+from plumbing.kv_cache import KVCache
+from plumbing.labels import find_label, split_names
 from plumbing.machine import keep_memory, pick_device, pick_dtype
 from plumbing.model_card import write_card
 from plumbing.peft_format import load_adapter
@@ -109,8 +110,7 @@ class ModelSampler:
             shares = score_classes(self.config, self.model, prompts)
             generated = [names[row.index(max(row))] for row in shares]
         else:
-            options = {"max_new_tokens": self.answer_tokens, "labels": self.labels, "cache": KVCache()}
-            generated, shares = answer_prompts(self.config, self.model, prompts, **options)
+            generated, shares = answer_prompts(self.config, self.model, prompts, self.answer_tokens, self.labels)
         for answer, text, row in zip(asked, generated, shares):
             answer["generated"] = text
             label = find_label(text, names)
@@ -173,12 +173,11 @@ class ModelSampler:
             self.prompts = prompt_loader(config, self.block_size - longest, names)
 
     def find_label_names(self) -> list[str]:
-        """Those of the config, or those that the run has noted, or else the data's own."""
+        """Those that were typed, or those that the run has learned, or else the data's own."""
         if self.config.label_names:
             return split_names(self.config.label_names)
-        noted = read_labels(self.config.out_dir) if self.config.resume else None
-        if noted:
-            return noted
+        if self.config.learned:
+            return self.config.learned
         self.load_data()
         return self.loader.label_names
 
@@ -306,7 +305,7 @@ def score_split(config: Config) -> None:
     write_answers(os.path.join(folder, "predictions.jsonl"), *answers)
     write_json(os.path.join(folder, "accuracy.json"), result)
     if config.resume:
-        write_card(config, sampler.loader, result)
+        write_card(load_run(config.out_dir), sampler.loader, result)
     print_result(result)
     print_errors(*answers)
     print(f"\n{len(examples) / seconds:.1f} examples/s; written: {folder}/accuracy.json, {folder}/predictions.jsonl")

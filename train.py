@@ -450,6 +450,7 @@ def print_end(run: Run, progress: Progress) -> None:
     path = os.path.join(folder, ADAPTER_WEIGHTS if run.config.rank else "model.safetensors")
     print0(run, f"best validation loss {progress.best:.4f}, plotted in {folder}/loss.png")
     print0(run, f"saved: {path} ({os.path.getsize(path) / 1e6:.2f} MB)")
+    write_card(run.config, run.loader)
 
 
 # --- the program ----------------------------------------------------------------------------------

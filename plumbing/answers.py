@@ -7,15 +7,17 @@ import torch
 from tqdm import tqdm
 
 from plumbing.batch import IGNORE, pad
+from plumbing.kv_cache import KVCache
 from plumbing.tokenizer import end_of_text, gpt2_encoding
 
 
 @torch.no_grad()
-def answer_prompts(config, model, prompts, max_new_tokens, labels, cache) -> tuple[list[str], list[list[float]]]:
+def answer_prompts(config, model, prompts, max_new_tokens, labels) -> tuple[list[str], list[list[float]]]:
     """What the model writes after each prompt (a list of token ids), and each label's share, in the prompts' order.
 
-    labels: the tokens of each label, the last one being end-of-text. cache: an empty KVCache.
+    labels: the tokens of each label, the last one being end-of-text.
     """
+    cache = KVCache()
     prefix = shared_start(prompts)
     if prefix:  # the tokens that every prompt begins with go through the model once
         model.hidden(torch.tensor([prefix], device=next(model.parameters()).device), cache)
@@ -66,10 +68,10 @@ def decode_answer(tokens: list[int]) -> str:
 # --- a label's share -------------------------------------------------------------------------------
 
 
-def read_prompts(model, prompts: list[list[int]], past) -> tuple[torch.Tensor, object]:
+def read_prompts(model, prompts: list[list[int]], past: KVCache) -> tuple[torch.Tensor, KVCache]:
     """Prompts of any lengths -> their last tokens (B, 1), and a KVCache of all tokens before them.
 
-    past: a KVCache of the tokens that stand before every prompt. It may be empty, and it stays as it is.
+    past: the tokens that stand before every prompt. It may be empty, and it stays as it is.
     """
     device = next(model.parameters()).device
     cache = past.fork()
@@ -84,7 +86,9 @@ def read_prompts(model, prompts: list[list[int]], past) -> tuple[torch.Tensor, o
     return idx.gather(1, lengths[:, None] - 1), cache
 
 
-def score_labels(model, last: torch.Tensor, cache, labels: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def score_labels(
+    model, last: torch.Tensor, cache: KVCache, labels: list[list[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Two tensors (B, n_labels): the probability of each label as the whole answer, among the labels, so that a row
     sums to 1; and whether each of its tokens is the likeliest of all tokens.
 

@@ -4,15 +4,8 @@ The loader and the score share these rules: no class is trained that the score c
 """
 
 import collections
-import json
-import os
 import re
 import unicodedata
-
-from plumbing.errors import UserError
-from plumbing.files import write_json
-
-LABELS = "labels.json"  # in a run's folder
 
 ANSWER_CHARS = 40  # a label counts within these first characters of a text; more where the labels are longer
 NO_LABEL = ("", "nan", "na", "n/a", "#n/a", "<na>", "null")  # how tables write that a label is missing
@@ -45,28 +38,6 @@ def find_label(text: str, label_names: list[str]) -> int | None:
 def split_names(label_names: str) -> list[str]:
     """The words of `--label_names`."""
     return [name.strip() for name in label_names.split(",")]
-
-
-# --- a run's labels, so that new texts need no data set ------------------------------------------
-
-
-def write_labels(out_dir: str, label_names: list[str]) -> None:
-    write_json(os.path.join(out_dir, LABELS), {"label_names": label_names})
-
-
-def read_labels(out_dir: str) -> list[str] | None:
-    """The label_names that a run was trained with; None for a run that has not noted them. Raises UserError."""
-    path = os.path.join(out_dir, LABELS)
-    try:
-        with open(path, encoding="utf-8") as f:
-            names = json.load(f)["label_names"]
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise TypeError("label_names is no list of words")
-        return names
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is damaged ({e}): type --label_names=..., in the order of the training") from e
 
 
 # --- from the labels of a data set to the classes ------------------------------------------------

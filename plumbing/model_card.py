@@ -18,8 +18,11 @@ SETTINGS += ("gradient_accumulation_steps", "weight_decay", "warmup_iters", "dec
 def write_card(config, loader, result: dict | None = None) -> None:
     """Writes README.md into the run's folder: after training, and again with the result of a scoring.
 
-    loader: of the run's data. A README.md that somebody else wrote, or edited, stays as it is.
+    config: the run's own. loader: of its data, or of those that were scored. A README.md that somebody else wrote, or
+    edited, stays as it is, and so does one whose run was scored on other data or with another template.
     """
+    if result is not None and any(result[key] != getattr(config, key) for key in ("dataset", "template")):
+        return
     path = os.path.join(config.out_dir, CARD)
     if not is_ours(path):
         print(f"note: {path} was not written here, or edited since, and is left as it is")
@@ -80,11 +83,11 @@ def base_name(config):
 
 
 def data_section(config, loader):
-    lines = [f"- data set: `{public_name(config.dataset)}`, digest `{loader.digest[:16]}`"]
+    lines = [f"- data set: `{public_name(config.dataset)}`, digest `{(config.trained_on or loader.digest)[:16]}`"]
     if config.task == "pretrain":
         return "## Data\n\n" + "\n".join(lines)
     lines.append(f"- columns: `{config.text_field}`, `{config.label_field}`")
-    lines.append("- labels: " + ", ".join(f"`{name}`" for name in loader.label_names))
+    lines.append("- labels: " + ", ".join(f"`{name}`" for name in config.learned or loader.label_names))
     section = "## Data\n\n" + "\n".join(lines)
     if config.task == "classify":
         return section
@@ -120,7 +123,7 @@ def result_section(config, result):
         low, high = result["interval"]
         lines.append(
             f"- accuracy: {100 * result['accuracy']:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f}) of "
-            f"{result['n']} examples of the {config.split} split, garbage {100 * result['garbage']:.2f} %"
+            f"{result['n']} examples of the {result['split']} split, garbage {100 * result['garbage']:.2f} %"
         )
     elif config.task != "pretrain":
         lines.append("- accuracy: not scored yet; `python generate.py --init_from=resume --out_dir=FOLDER` does it")
@@ -139,7 +142,7 @@ def loading_section(config, loader):
     name = "GPT2ForSequenceClassification" if config.task == "classify" else "GPT2LMHeadModel"
     options = ""
     if config.task == "classify":
-        options = f", num_labels={len(loader.label_names)}, pad_token_id=50256"
+        options = f", num_labels={len(config.learned or loader.label_names)}, pad_token_id=50256"
     if config.rank:
         library = "PEFT"
         code = f"""from peft import PeftModel

@@ -114,6 +114,18 @@ def test_a_page_that_somebody_wrote_stays(place, capsys):
     assert path.read_bytes() == ours
 
 
+def test_a_score_on_other_data_is_not_the_runs(place):
+    """Lost if it fails: the page says how good the model is on data, or with a prompt, that it does not name."""
+    path = place / "lora" / "README.md"
+    score(place / "lora")
+    ours = path.read_bytes()
+    (place / "other.csv").write_text((place / "films.csv").read_text().replace("bad", "worse"))
+    for flag in (f"--dataset={place / 'other.csv'}", "--template={text} =\n{label}"):
+        argv = ["--init_from=resume", f"--out_dir={place / 'lora'}", flag, "--label_names=None"]
+        generate.main(configure(argv, fixed=MODEL_KEYS))
+        assert path.read_bytes() == ours
+
+
 def test_names_that_the_hub_knows_are_linked(tmp_path):
     """Lost if it fails: the page of an adapter of gpt2-medium is not among that model's adapters."""
 

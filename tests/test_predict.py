@@ -155,7 +155,7 @@ WRITE = {
     "excel.csv": lambda data, path: data.to_csv(path, index=False, encoding="utf-8-sig"),
     "csv.gz": lambda data, path: data.to_csv(path, index=False),
     "tsv": lambda data, path: data.to_csv(path, index=False, sep="\t"),
-    "jsonl": lambda data, path: data.to_json(path, orient="records", lines=True, force_ascii=False),
+    "jsonl": lambda data, path: data.to_json(path, orient="records", lines=True, date_format="iso"),
     "parquet": lambda data, path: data.to_parquet(path),
 }
 
@@ -176,9 +176,8 @@ def test_a_file_comes_back_with_its_own_columns_and_the_answers(tiny, tmp_path, 
     WRITE[name](table(110), path)
     predict(tiny[1], tmp_path / "out", path, "--text_field=review", "--batch_size=2")  # a hundred rows at a time
     (target,) = (tmp_path / "out" / "untuned").iterdir()
-    assert target.name == f"new.{name}".removesuffix(".gz").replace(".csv", "-predicted.csv").replace(
-        "new.tsv", "new-predicted.tsv"
-    ).replace("new.jsonl", "new-predicted.jsonl").replace("new.parquet", "new-predicted.parquet")
+    root, kind = os.path.splitext(f"new.{name}".removesuffix(".gz"))
+    assert target.name == f"{root}-predicted{kind}"
     found = read(str(target))
     pd.testing.assert_frame_equal(found[list(table(2))], read(path))
     assert list(found) == [*table(2), "predicted", "generated", "share"]
