@@ -20,7 +20,7 @@ from configurator import MODEL_KEYS, Config, configure, load_run, make_config
 from dataloader import CustomDataLoader, end_of_text, gpt2_encoding, instruction_loader, prompt_loader
 from model import GPT, LoRALinear
 from plumbing.adapter import layer_alpha
-from plumbing.answers import answer_prompts, decode_answer, find_classes, score_classes
+from plumbing.answers import answer_prompts, classify_prompts, decode_answer, find_classes
 from plumbing.batch import pad
 from plumbing.checkpoint import check_same_data
 from plumbing.errors import one_line_errors
@@ -107,7 +107,7 @@ class ModelSampler:
         prompts, n_cut = self.prompts.make_prompts([answer["text"] for answer in asked])
         self.n_cut += n_cut
         if self.prompts.classify:
-            shares = score_classes(self.config, self.model, prompts)
+            shares = classify_prompts(self.config, self.model, prompts)
             generated = [names[row.index(max(row))] for row in shares]
         else:
             generated, shares = answer_prompts(self.config, self.model, prompts, self.answer_tokens, self.labels)
@@ -138,7 +138,7 @@ class ModelSampler:
         self.load_prompts()
         self.load_model()
         prompts, _ = self.prompts.make_prompts([text])
-        return dict(zip(self.prompts.label_names, score_classes(self.config, self.model, prompts)[0]))
+        return dict(zip(self.prompts.label_names, classify_prompts(self.config, self.model, prompts)[0]))
 
     # --- what these need, loaded once
 
@@ -169,7 +169,7 @@ class ModelSampler:
         if config.task != "classify":
             self.labels = self.prompts.label_tokens()  # [[" negative", end-of-text], [" positive", end-of-text]]
             self.answer_tokens = count_answer_tokens(config, names, self.block_size)
-            longest = max(self.answer_tokens, *map(len, self.labels))
+            longest = max(self.answer_tokens, *map(len, self.labels))  # the prompts leave room for it
             self.prompts = prompt_loader(config, self.block_size - longest, names)
 
     def find_label_names(self) -> list[str]:

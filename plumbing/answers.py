@@ -25,12 +25,13 @@ def answer_prompts(config, model, prompts, max_new_tokens, labels) -> tuple[list
     shares = [None] * len(prompts)
     options = {"temperature": config.temperature, "top_k": config.top_k, "stop": end_of_text()}
     words = [decode_answer(label) for label in labels]
+    is_greedy = config.temperature == 0
+    may_be_written = torch.tensor([is_greedy and len(label) - 1 <= max_new_tokens for label in labels])  # (n_labels,)
     for indices in order_by_length(prompts, config.batch_size):
         last, past = read_prompts(model, [prompts[i][len(prefix) :] for i in indices], cache)
         rows, is_written = score_labels(model, last, past, labels)  # (B, n_labels) each
-        if config.temperature > 0:
-            is_written[:] = False
         # Where the likeliest tokens spell a label, that is what the model writes. Only the others are left to write.
+        is_written &= may_be_written.to(is_written.device)
         others = ~is_written.any(1)  # (B,)
         if others.any():
             if past.real is not None:
@@ -128,7 +129,7 @@ def score_tokens(model, x, tokens):  # (N, C), (N, m) -> (N, m), (N, m)
 
 
 @torch.no_grad()
-def score_classes(config, model, prompts) -> list[list[float]]:
+def classify_prompts(config, model, prompts) -> list[list[float]]:
     """The shares that a classifier gives to its classes, for each prompt."""
     device = next(model.parameters()).device
     shares = [None] * len(prompts)

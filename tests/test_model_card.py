@@ -121,7 +121,7 @@ def test_a_score_on_other_data_is_not_the_runs(place):
     ours = path.read_bytes()
     (place / "other.csv").write_text((place / "films.csv").read_text().replace("bad", "worse"))
     for flag in (f"--dataset={place / 'other.csv'}", "--template={text} =\n{label}"):
-        argv = ["--init_from=resume", f"--out_dir={place / 'lora'}", flag, "--label_names=None"]
+        argv = ["--init_from=resume", f"--out_dir={place / 'lora'}", flag, "--label_names=None", "--split=train"]
         generate.main(configure(argv, fixed=MODEL_KEYS))
         assert path.read_bytes() == ours
 
