@@ -160,6 +160,7 @@ def check_splits(config) -> None:
 @torch.no_grad()
 def compute_losses(sampler: ModelSampler) -> np.ndarray:
     """(n,): each validation example's mean loss over its scored tokens, in nats, in the split's order."""
+    sampler.load_model()
     loader = instruction_loader(sampler.config, sampler.block_size, wanted=("validation",))
     losses = np.empty(len(loader.splits["validation"]))
     for indices in loader.order("validation", loader.eval_batch_size):

@@ -35,7 +35,7 @@ def score(monkeypatch):
         sampler.loader = SimpleNamespace(
             label_names=names, splits={"test": Split(examples)}, prefixes={"test": []}, classify=False
         )
-        sampler.model = None
+        sampler.model = object()
         sampler.device = "cpu"
         sampler.answer_tokens = 5
         monkeypatch.setattr(generate, "generate_labels", lambda *args, **kwargs: [answer for answer, _ in pairs])
