@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 
+import plumbing.threads  # noqa: F401  (before torch, which reads these settings once)
+
+# isort: split
 import torch
 from safetensors import SafetensorError, safe_open
 

@@ -26,6 +26,9 @@ import time
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
+from plumbing import threads  # before torch, which reads these settings once
+
+# isort: split
 import torch
 import torch.nn.functional as F
 
@@ -40,9 +43,14 @@ from plumbing.machine import pick_device, pick_dtype
 from train import set_up, update
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-PARTS = "train,score,start,latency,peak"
+PARTS = "train,score,start,latency,peak,neighbour"
 SHAPES = {"gpt2-medium": (24, 16, 1024), "gpt2-mini": (6, 4, 256)}  # n_layer, n_head, n_embd
 PEER, PRODUCT = "transformers + peft", "matrix product"
+NEIGHBOURS = {  # what else runs on the machine: a Python program's text
+    "alone": "",
+    "beside a busy thread": "while True: pass",
+    "beside a second torch program": "import torch\nx = torch.randn(512, 512)\nwhile True: x = (x @ x).tanh()",
+}
 COUNTED = """Useful in a training step: 4 N a token (2 N forward, 2 N backward; N = the blocks' frozen matrices), 6 an
 adapter parameter and token (2 forward, 4 backward), attention's own products, the head where a target is scored;
 tokens as needed: the shared prefix once a batch, each row's own without padding. The plain formula counts every token
@@ -237,12 +245,20 @@ def running(bench, systems):
         if bench.peer or not name.startswith(PEER):
             pipes[name], theirs = context.Pipe()
             children.append(context.Process(target=serve, args=(theirs, *system), daemon=True))
+            os.environ |= waiting(name)
             children[-1].start()
             theirs.close()
     yield pipes
     for child in children:
         child.terminate()
         child.join()
+
+
+def waiting(system):
+    """How OpenMP's threads wait, in each system as its user gets it: the environment of its process."""
+    if not threads.IS_OURS:
+        return {}
+    return {"GOMP_SPINCOUNT": threads.DEFAULT_SPINS if system.startswith(PEER) else threads.SPINS}
 
 
 def alternate(bench, case, pipes, jobs, warm_up=None):
@@ -407,10 +423,11 @@ def peer_from_start(what, config):
     print("done")
 
 
-def seconds_until(sign, command):
+def seconds_until(system, sign, command):
     """Wall time from a program's start to its first line that begins with `sign`."""
     began, lines = time.perf_counter(), []
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": HERE}
+    options["env"] = os.environ | waiting(system)
     with subprocess.Popen([sys.executable, "-u", *command], **options) as process:
         for line in process.stdout:
             if line.startswith(sign):
@@ -436,7 +453,7 @@ def start_part(bench):
         try:
             if in_time(bench, case):
                 rounds = range(1 if bench.config.quick else 3)
-                seconds = [[seconds_until(*program) for program in programs.values()] for _ in rounds]
+                seconds = [[seconds_until(name, *program) for name, program in programs.items()] for _ in rounds]
                 answers = {n: [(s, None, None) for s in (0, *times)] for n, times in zip(programs, zip(*seconds))}
                 add_rows(bench, case, "s", answers)
         except RuntimeError as e:
@@ -453,6 +470,27 @@ def latency_part(bench):
         add_rows(bench, case, "s", alternate(bench, case, pipes, ["forward"] * 3 * bench.steps))
         case = "generation, gpt2-medium, 32 tokens after 52, r = 128"
         add_rows(bench, case, "tokens/s", alternate(bench, case, pipes, ["generate"] * bench.steps), 32)
+
+
+def neighbour_part(bench):
+    """Training while something else runs on the same cores: a notebook, a browser, another training."""
+    for shape, rank, size in [("gpt2-mini", 16, 32), ("gpt2-medium", 128, 8)][: 1 if bench.config.quick else 2]:
+        config = settings(bench, shape, rank, size, bench.dtypes[0])
+        systems = {
+            f"ours, {config.dtype}": (train_ours, config, {}),
+            f"{PEER}, {config.dtype}": (train_peer, config, {}),
+        }
+        jobs = batches(bench, "train", size)
+        with running(bench, systems) as pipes:
+            for neighbour, text in NEIGHBOURS.items():
+                case = f"training, {shape}, batch {size}, r = {rank}, {neighbour}"
+                other = subprocess.Popen([sys.executable, "-c", text], env=os.environ | waiting(PEER))
+                time.sleep(3 if text else 0)
+                try:
+                    add_rows(bench, case, "examples/s", alternate(bench, case, pipes, jobs), size)
+                finally:
+                    other.kill()
+                    other.wait()
 
 
 # --- preparation and report ------------------------------------------------------------------------
@@ -543,6 +581,7 @@ def main(config):
         os.environ |= {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}  # for the children
         os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
         parts = {"train": train_part, "start": start_part, "score": score_part, "latency": latency_part}
+        parts["neighbour"] = neighbour_part
         for name, part in (parts | {"peak": peak_part}).items():
             if name in bench.parts:
                 part(bench)

@@ -152,7 +152,7 @@ def combine(typed, from_file, cls, fixed):
     fields = fields_of(cls)
     stored = {}
     values = from_file | typed
-    out_dir = values.get("out_dir", fields["out_dir"].default)
+    out_dir = values.get("out_dir", getattr(cls, "out_dir", None))
     if values.get("init_from") == "resume":
         stored, facts = read_run(out_dir, fields)
         refuse_changes(typed, stored, fixed, out_dir)
@@ -301,7 +301,7 @@ def read_run(out_dir, fields):
             raise UserError(f"{path} was changed or damaged; to change a setting, type it as a flag")
         if "init_from" not in stored:
             raise UserError(f"{path} is damaged: no init_from in it")
-        settings = {key: value for key, value in stored.items() if key in fields and key != "out_dir"}
+        settings = {key: value for key, value in stored.items() if key in fields and key not in ("out_dir", "start", "predict")}
         return settings, stored.get("facts", {})
     except FileNotFoundError:
         runs = find_runs(os.path.dirname(os.path.normpath(out_dir)))

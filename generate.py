@@ -13,6 +13,9 @@ import os
 import sys
 import time
 
+import plumbing.threads  # noqa: F401  (before torch, which reads these settings once)
+
+# isort: split
 import torch
 from tqdm import tqdm
 

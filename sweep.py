@@ -17,6 +17,9 @@ import sys
 from dataclasses import asdict, dataclass, fields, replace
 from statistics import mean
 
+import plumbing.threads  # noqa: F401  (before torch, which reads these settings once)
+
+# isort: split
 import torch
 from tqdm import tqdm
 

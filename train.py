@@ -18,6 +18,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+import plumbing.threads  # noqa: F401  (before torch, which reads these settings once)
+
+# isort: split
 import numpy as np
 import torch
 from torch import nn
