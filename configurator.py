@@ -301,7 +301,11 @@ def read_run(out_dir, fields):
             raise UserError(f"{path} was changed or damaged; to change a setting, type it as a flag")
         if "init_from" not in stored:
             raise UserError(f"{path} is damaged: no init_from in it")
-        settings = {key: value for key, value in stored.items() if key in fields and key not in ("out_dir", "start", "predict")}
+        settings = {
+            key: value
+            for key, value in stored.items()
+            if key in fields and key not in ("out_dir", "start", "predict")
+        }
         return settings, stored.get("facts", {})
     except FileNotFoundError:
         runs = find_runs(os.path.dirname(os.path.normpath(out_dir)))
