@@ -132,6 +132,7 @@ def make_settings(setting: Setting, config, full_lr: float, scale: float) -> dic
     settings = {"rank": setting.rank, "rslora": setting.rslora, "lora_plus": setting.lora_plus}
     settings |= {"lr": setting.lr * (config.lr if setting.rank else full_lr), "alpha": setting.alpha * scale * 16}
     settings |= {"max_iters": n_updates, "eval_interval": n_updates, "warmup_iters": n_updates // 10}
+    settings["eval_iters"] = 1  # it only tells the last weights from the first; compute_losses takes the whole split
     if setting.batch > 1:
         settings["gradient_accumulation_steps"] = round(config.gradient_accumulation_steps * setting.batch)
     else:
