@@ -42,7 +42,7 @@ from plumbing.token_cache import (
     whole_folder,
     write_meta,
 )
-from plumbing.tokenizer import encode_all, end_of_text, gpt2_encoding
+from plumbing.tokenizer import end_of_text, gpt2_encoding, start_encoding
 
 CACHE_VERSION = 5  # to be raised where a change of code gives other tokens for the same data and settings
 
@@ -263,11 +263,12 @@ class CustomDataLoader:
             pool = stack.enter_context(ThreadPoolExecutor())
             writers = {split: ExampleWriter(stack, os.path.join(folder, split)) for split in wanted}
             wanted_records = ((split, rec) for split, rec in records if split in writers)
-            while part := list(itertools.islice(wanted_records, 10_000)):  # 10,000 at a time, until none is left
-                texts = [rec["text"] for _, rec in part]
-                if not self.classify:
-                    texts = [self._add_instruction_finetuning(rec)["instr_tuned_text"] for _, rec in part]
-                for (split, rec), tokens in zip(part, encode_all(texts, pool)):
+            parts = iter(lambda: list(itertools.islice(wanted_records, 10_000)), [])  # until none is left
+            begun = ((part, self._start_tokenising(part, pool)) for part in parts)
+            # In pairs, so that the threads tokenise the next part while this one is written.
+            for (part, futures), _ in itertools.pairwise(itertools.chain(begun, [None])):
+                all_tokens = itertools.chain.from_iterable(future.result() for future in futures)
+                for (split, rec), tokens in zip(part, all_tokens):
                     too_long = len(tokens) > self.room
                     if too_long:
                         rec, tokens = self._cut_text(rec, tokens, self.room)
@@ -279,6 +280,13 @@ class CustomDataLoader:
             # has no template, so no prefix.
             shares_prefix = self.loss_on == "label" and not self.classify
             return {split: writer.finish(shares_prefix) for split, writer in writers.items()}
+
+    def _start_tokenising(self, part, pool):
+        """Has the threads of `pool` tokenise the records of `part`; the futures of `start_encoding`."""
+        texts = [rec["text"] for _, rec in part]
+        if not self.classify:
+            texts = [self._add_instruction_finetuning(rec)["instr_tuned_text"] for _, rec in part]
+        return start_encoding(texts, pool)
 
     def _cut_text(self, rec, tokens, room):
         """A record and its tokens, with less text, so that they fit. Template and label stay whole."""

@@ -3,7 +3,7 @@
 import base64
 import functools
 import os
-from itertools import chain
+import re
 
 import tiktoken
 
@@ -32,9 +32,20 @@ def end_of_text() -> int:
     return gpt2_encoding().eot_token
 
 
-def encode_all(texts, pool):
-    """Token ids of many texts, by the threads of `pool`. tiktoken's own batches cost more than they save where texts
-    are short."""
+def find_shared_head(texts):
+    """Characters at the start of all texts that can be tokenised once for all: the tokens of a text are those of its
+    head and those of its rest. The pattern above, read from left to right, always ends a piece between a letter and a
+    space."""
+    shared = os.path.commonprefix([min(texts), max(texts)])  # noqa: RUF071 (character by character it shall be)
+    ends = [match.start() for match in re.finditer(r"(?<=[A-Za-z]) ", shared)]
+    return ends[-1] if ends else 0
+
+
+def start_encoding(texts, pool):
+    """Has the threads of `pool` tokenise many texts. Returns futures: their results, in a row, are the token ids of
+    each text. (tiktoken's own batches cost more than they save where texts are short.)"""
     encode = gpt2_encoding().encode_ordinary
+    n_head = find_shared_head(texts)
+    head = encode(texts[0][:n_head])
     parts = [texts[i : i + 1000] for i in range(0, len(texts), 1000)]
-    return list(chain.from_iterable(pool.map(lambda part: [encode(text) for text in part], parts)))
+    return [pool.submit(lambda part=part: [head + encode(text[n_head:]) for text in part]) for part in parts]

@@ -9,7 +9,9 @@ import json
 import string
 import typing
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from itertools import chain
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -20,6 +22,7 @@ from hypothesis import strategies as st
 import dataloader
 from configurator import AT_LEAST, AT_MOST, ONE_OF, Config, configure
 from dataloader import CustomDataLoader, end_of_text, gpt2_encoding
+from plumbing.tokenizer import find_shared_head, start_encoding
 
 # The same examples each time, so that a red test is of the change that made it; other ones without derandomize.
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
@@ -165,3 +168,22 @@ def test_a_deeply_nested_config_is_no_traceback(tmp_path, capsys, depth):
         assert configure([str(path)]).rank == 8
     except SystemExit as e:
         assert e.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+HEAD = st.text(st.sampled_from("ab 's\n.:é1"), max_size=20)
+
+
+@settings(**COMMON, max_examples=500)
+@given(HEAD, st.lists(HEAD | TEXT, min_size=1, max_size=5))
+def test_a_head_that_texts_share_changes_no_token(head, rests):
+    """Lost if it fails: a template's first words, tokenised once for all rows, make other tokens than in each row."""
+    texts = [head + rest for rest in rests]
+    with ThreadPoolExecutor(2) as pool:
+        tokens = list(chain.from_iterable(future.result() for future in start_encoding(texts, pool)))
+    assert tokens == [gpt2_encoding().encode_ordinary(text) for text in texts]
+
+
+def test_a_template_has_a_shared_head():
+    """Lost if it fails: large data takes a third longer to tokenise."""
+    texts = [f"Is this review good or bad?\n\nReview: {text}" for text in ("A joy.", "Dull.", "")]
+    assert texts[0][: find_shared_head(texts)] == "Is this review good or"
