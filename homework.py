@@ -71,7 +71,7 @@ def empty(source: str, asked: dict[str, str], spoilers: list[str]) -> str:
             cuts.append((first, node.lineno, [header.partition("  #")[0] + "  # task"]))
             cuts.append(cut_body(lines, node, f"exercise {name}: {asked.pop(name)}"))
         elif name in spoilers and isinstance(node, ast.FunctionDef) and "." not in name:
-            cuts.append(cut_body(lines, node, "left out: it gives an exercise away"))
+            cuts.append(cut_body(lines, node, "left out: it is part of an exercise, to be written there"))
         elif name in spoilers:
             cuts.append((with_comments(lines, node), node.end_lineno, []))
         elif isinstance(node, ast.ClassDef) and "MergeableLinear" in map(ast.unparse, node.bases):

@@ -72,6 +72,10 @@ def test_init_makes_A_and_B():
     assert other.lora_A.dtype == torch.float64, (
         "a layer in float64 has lora_A in another dtype: see the argument dtype"
     )
+    other = new_layer(device="meta")
+    assert other.lora_A.device == other.lora_B.device == other.weight.device, (
+        "A or B is on another device than weight: see the argument device"
+    )
 
 
 def test_init_scales_by_alpha_and_rank():

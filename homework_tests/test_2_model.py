@@ -18,7 +18,7 @@ def new_model(**settings):
         return GPT(config)
     except ValueError as e:  # GPT looks for lora_A in its layers
         hint = "does LoRALinear get what config.lora returns, and config.lora a name as transformer.h.0.attn.c_attn?"
-        raise AssertionError(f"no layer has an adapter: {hint}") from e
+        raise AssertionError(f"with lora_targets={config.lora_targets!r} no layer has an adapter: {hint}") from e
 
 
 def adapted(model):

@@ -32,14 +32,20 @@ def score(monkeypatch):
         ]
         sampler = object.__new__(generate.ModelSampler)
         sampler.config = make_config(init_from="gpt2-mini")
-        sampler.loader = SimpleNamespace(
+        data = SimpleNamespace(
             label_names=names, splits={"test": Split(examples)}, prefixes={"test": []}, classify=False
         )
-        sampler.model = object()
+        sampler.load_data = lambda: vars(sampler).update(loader=data, answer_tokens=5)
+        sampler.load_model = lambda: vars(sampler).update(model=object())
+        sampler.loader = sampler.model = None
         sampler.device = "cpu"
-        sampler.answer_tokens = 5
         monkeypatch.setattr(generate, "generate_labels", lambda *args, **kwargs: [answer for answer, _ in pairs])
-        accuracy = sampler.get_accuracy()
+        try:
+            accuracy = sampler.get_accuracy()
+        except AttributeError:
+            assert sampler.loader, "get_accuracy asks for the data before load_data() was called"
+            raise
+        assert sampler.model, "get_accuracy does not call load_model(): a new ModelSampler has no model yet"
         assert isinstance(accuracy, float), f"get_accuracy returns {accuracy!r}, not a number"
         return accuracy, sampler
 
@@ -77,6 +83,16 @@ def test_accuracy_reads_the_first_characters_only(score):
     late = " a film that goes on and on, for three hours, and is positive"
     found, _ = score((late, "positive"), (" positive", "positive"))
     check(found, 0.5, {1.0: f"a label was found anywhere in the answer, in {late!r}: only its beginning counts"})
+    for blanks, wanted in ((32, 1.0), (33, 0.5)):  # positive ends with character 40, and with 41
+        found, _ = score((" " * blanks + "positive", "positive"), (" positive", "positive"))
+        check(
+            found,
+            wanted,
+            {1.5 - wanted: f"a label that ends with character {blanks + 8} counts, or does not: see 40"},
+        )
+    cut = " acting, the music and all that positively awful"
+    found, _ = score((cut, "positive"), (" positive", "positive"))
+    check(found, 0.5, {1.0: f"{cut!r}, cut after 40 characters, ends in a label that is part of a longer word"})
     found, _ = score((" well, it is quite positive", "positive"), (" positive", "positive"))
     check(
         found, 1.0, {0.5: "a label that is not the very first word, but within the first 40 characters, counts, too"}

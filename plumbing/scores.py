@@ -19,7 +19,7 @@ def tabulate(found: list, labels: list[int], label_names: list[str]) -> dict:
     each label's recall (None if it does not occur) and the confusion table: rows the true labels,
     columns those found and then garbage. Raises ValueError for no labels, or lists of unequal lengths.
     """
-    if len(found) != len(labels) or not labels:
+    if len(found) != len(labels) or len(labels) == 0:
         raise ValueError(f"{len(found)} texts for {len(labels)} labels")
     n_labels = len(label_names)
     table = [[0] * (n_labels + 1) for _ in label_names]

@@ -266,7 +266,9 @@ PROMPT = """    def _add_instruction_finetuning(self, rec):
         rec["instr_tuned_text"] = {value}
         return rec"""
 
+LOADS = "self.load_data(), self.load_model()"
 ACCURACY = """    def get_accuracy(self):
+        {loads}
         config = self.config
         names = self.loader.label_names
         labels = self.loader.splits[config.split].labels.tolist()
@@ -335,23 +337,51 @@ MISTAKES = [  # what is wrong; the exercise; its function, or what is put for wh
     (
         "garbage is left out",
         "ModelSampler.get_accuracy",
-        ACCURACY.format(where="text[:40]", counts="i is not None"),
+        ACCURACY.format(loads=LOADS, where="text[:40]", counts="i is not None"),
         "test_accuracy_counts_garbage_as_wrong",
         "garbage is left out of the count",
     ),
     (
         "a label found anywhere",
         "ModelSampler.get_accuracy",
-        ACCURACY.format(where="text", counts="True"),
+        ACCURACY.format(loads=LOADS, where="text", counts="True"),
         "test_accuracy_reads_the_first_characters_only",
         "a label was found anywhere in the answer",
     ),
     (
         "a label inside another word",
         "ModelSampler.get_accuracy",
-        ACCURACY.format(where="text[:40]", counts="True"),
+        ACCURACY.format(loads=LOADS, where="text[:40]", counts="True"),
         "test_accuracy_wants_whole_words",
         "was found inside another word",
+    ),
+    (
+        "a word cut after 40 characters",
+        "ModelSampler.get_accuracy",
+        ACCURACY.format(loads=LOADS, where="text[:40]", counts="True"),
+        "test_accuracy_reads_the_first_characters_only",
+        "ends in a label that is part of a longer word",
+    ),
+    (
+        "no data loaded",
+        "ModelSampler.get_accuracy",
+        ACCURACY.format(loads="", where="text[:40]", counts="True"),
+        "test_accuracy_is_the_share_of_right_answers",
+        "before load_data() was called",
+    ),
+    (
+        "no model loaded",
+        "ModelSampler.get_accuracy",
+        ACCURACY.format(loads="self.load_data()", where="text[:40]", counts="True"),
+        "test_accuracy_is_the_share_of_right_answers",
+        "does not call load_model()",
+    ),
+    (
+        "A on the CPU",
+        "LoRALinear.__init__",
+        {"torch.empty((lora_rank, in_features), device=device": "torch.empty((lora_rank, in_features)"},
+        "test_init_makes_A_and_B",
+        "is on another device than weight",
     ),
     (
         "the label before the text",
