@@ -3,6 +3,7 @@
 python -m pytest tests/test_machine.py
 """
 
+import io
 import os
 from types import SimpleNamespace
 
@@ -184,3 +185,32 @@ def test_a_model_does_without_torchs_attention(monkeypatch, checkpoint):
     monkeypatch.setattr("model.scaled_dot_product_attention", written_out)
     monkeypatch.setattr(F, "scaled_dot_product_attention", None)
     torch.testing.assert_close(results(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "features, vendor, expected",
+    [
+        (("amx_tile", "avx512_bf16"), "GenuineIntel", torch.bfloat16),
+        (("avx512_bf16",), "AuthenticAMD", torch.bfloat16),
+        (("avx512_bf16",), "GenuineIntel", torch.float32),
+        ((), "AuthenticAMD", torch.float32),
+    ],
+)
+def test_a_cpu_computes_in_what_it_is_fast_at(monkeypatch, features, vendor, expected):
+    """Lost if it fails: training takes 1.5 times as long as it needs to, or twice."""
+    for feature in ("amx_tile", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, f"_is_{feature}_supported", lambda feature=feature: feature in features)
+    monkeypatch.setattr(machine, "open", lambda *args, **options: io.StringIO(f"vendor_id : {vendor}"), raising=False)
+    assert machine.pick_dtype("cpu") == expected
+
+
+def test_the_vendor_where_there_is_no_proc(monkeypatch):
+    """Lost if it fails: on Windows an Intel CPU computes in its slow bfloat16."""
+
+    def refuse(*args, **options):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(machine, "open", refuse, raising=False)
+    for processor, expected in (("Intel64 Family 6 Model 207, GenuineIntel", True), ("AMD64 Family 25", False)):
+        monkeypatch.setattr(machine.platform, "processor", lambda processor=processor: processor)
+        assert machine.is_intel() == expected
