@@ -44,7 +44,7 @@ from plumbing.token_cache import (
 )
 from plumbing.tokenizer import end_of_text, gpt2_encoding, start_encoding
 
-CACHE_VERSION = 5  # to be raised where a change of code gives other tokens for the same data and settings
+CACHE_VERSION = 5  # increase it when a change of code gives other tokens for the same data and settings
 
 
 class CustomDataLoader:
@@ -53,8 +53,8 @@ class CustomDataLoader:
 
     dataset: rt_reviews, a file, a directory or a name on the hub. block_size: the model's context in tokens.
     label_names: words for the labels 0, 1, ..., with commas; None: as the data names them. loss_on: "label" (its
-    tokens and end-of-text are scored) or "all" (every token is). wanted: the splits to load. train_examples: train
-    on so many examples, chosen by the seed; 0, or more than there are: on all.
+    tokens and end-of-text are scored) or "all" (every token is). wanted: the splits to load. train_examples: the
+    number of training examples, chosen by the seed; 0: all.
 
     After that `splits[name]` is a sequence of Example (tokens, n_prompt, label, text), `prefixes[name]` the first
     tokens that all prompts of the split have in common, `label_names` a list, `digest` a short text that tells the
@@ -82,9 +82,9 @@ class CustomDataLoader:
         self.dataset = dataset
         self.template = template
         self.batch_size = batch_size
-        self.eval_batch_size = batch_size  # TextLoader's is another
+        self.eval_batch_size = batch_size  # of an evaluation; TextLoader has another
         self.block_size = block_size
-        self.room = block_size if classify else block_size - 1  # tokens of text; end-of-text takes a place
+        self.room = block_size if classify else block_size - 1  # of a filled template; end-of-text needs one more
         self.text_field = text_field
         self.label_field = label_field
         self.loss_on = loss_on
@@ -94,7 +94,7 @@ class CustomDataLoader:
         self._check_template()
         if dataset is None:  # new texts alone: see prompt_loader
             return
-        with take_turns(dataset):
+        with take_turns(dataset):  # of several processes that start at once, one tokenises
             self._load(label_names, wanted)
         if "train" in wanted and 0 < train_examples < len(self.splits["train"]):
             self.splits["train"] = self.splits["train"].choose(train_examples, seed)
@@ -117,8 +117,8 @@ class CustomDataLoader:
             tokens = tokens or [end_of_text()]  # an empty text
             return Example(tokens, len(tokens), rec["label"], rec["text"])
         # Prompt and label are tokenised as one text, as GPT-2 read them in its training: the space before a label is
-        # part of its token, " positive". So the label is the last tokens that together hold its bytes: here one
-        # token, whose 9 bytes hold the 8 of "positive".
+        # part of its token, " positive". So we go back from the end until the tokens hold all bytes of the label:
+        # here one token, whose 9 bytes hold the 8 of "positive".
         n_prompt = len(tokens)
         label_bytes = len(self.label_names[rec["label"]].encode())
         while label_bytes > 0:
@@ -140,7 +140,7 @@ class CustomDataLoader:
         # Each place predicts the next token. The prompt's tokens are given, not answered: only the label and
         # end-of-text are targets, at 2 places of 10 in the review above. The first of these places reads the prompt's
         # last token.
-        n_given = 1 if self.loss_on == "all" else ex.n_prompt  # so many first tokens are no targets
+        n_given = 1 if self.loss_on == "all" else ex.n_prompt  # the first n_given tokens are not targets
         return ex.tokens[:-1], [IGNORE] * (n_given - 1) + ex.tokens[n_given:]
 
     def batch(self, split: str, indices) -> Batch:
@@ -162,21 +162,22 @@ class CustomDataLoader:
             idx=pad(inputs, end_of_text()),  # (B, T)
             targets=pad(targets, IGNORE),  # (B, T)
             class_weights=self.class_weights,
-        )  # it finds the places of the scored targets by itself
+        )  # Batch finds the places of the scored targets by itself
 
     # --- batches -> an epoch
 
     def order(self, split: str, size: int, epoch: int | None = None) -> list[np.ndarray]:
-        """The indices of each batch, `size` examples of like length (the last may be fewer). With an epoch they are
-        shuffled by seed and epoch alone, whatever the number of processes; without, they run from short to long."""
+        """The indices of each batch, `size` examples of like length (in one batch they may be fewer). With an epoch
+        they are shuffled by seed and epoch alone, whatever the number of processes; without, they run from short to
+        long."""
         lengths = self.splits[split].lengths
         if epoch is None:
             return cut(np.argsort(lengths, kind="stable"), size)
         rng = np.random.default_rng([self.seed, epoch])
         batches = []
         # Sorting all examples would put the same ones together in every epoch. So shuffled pools of 50 batches are
-        # sorted, each by itself, and then the batches are shuffled: of the places in rt_reviews' batches of 32, 2 %
-        # are padding, where batches drawn at random have 43 %.
+        # sorted, each by itself, and then the batches are shuffled. Padding in rt_reviews' batches of 32: 2 % of the
+        # places this way, 43 % in batches drawn at random.
         for pool in cut(rng.permutation(len(lengths)), 50 * size):
             by_length = pool[np.argsort(lengths[pool], kind="stable")]
             batches += cut(by_length, size)
@@ -186,8 +187,8 @@ class CustomDataLoader:
         return math.ceil(len(self.splits[split]) / size)
 
     def n_scored(self, split: str, indices) -> float:
-        """How many targets these examples have; with class weights, the sum of theirs. A mean over several batches
-        is exact only if each weighs by this."""
+        """How many targets these examples have; with class weights, the sum of the targets' weights. For an exact
+        mean over several batches, weigh each batch's mean by this number."""
         examples = self.splits[split]
         indices = np.asarray(indices)
         if self.class_weights is not None:
@@ -214,6 +215,7 @@ class CustomDataLoader:
             names = [name.strip() for name in label_names.split(",")]
         # The cache's key: all that decides what the tokens are.
         key = [CACHE_VERSION, source.digest, self.template, self.text_field, self.label_field, names, self.loss_on]
+        # The source too: who edits this function gets new tokens.
         key += [self.block_size, self.seed, self.classify, inspect.getsource(self._add_instruction_finetuning)]
         folder = cache_folder("examples", json.dumps(key))
         self.label_names = names  # as they are asked for, or None; _survey sets the final ones
@@ -242,7 +244,7 @@ class CustomDataLoader:
         self.label_names = survey["label_names"]
         if is_new:
             self._check_labels()
-            with whole_folder(folder) as new:
+            with whole_folder(folder) as new:  # all of it or nothing is written
                 write_meta(new, **survey)
         return survey
 
@@ -312,7 +314,7 @@ class CustomDataLoader:
         prompts = []
         n_cut = 0
         for text in texts:
-            text = text.encode("utf-8", "replace").decode()  # half an emoji has no bytes
+            text = text.encode("utf-8", "replace").decode()  # a lone surrogate, half of an emoji, becomes "?"
             rec = {"text": text, "label": 0}  # any label: the prompt is what comes before it
             filled = text if self.classify else self._add_instruction_finetuning(rec)["instr_tuned_text"]
             tokens = self.encoding.encode_ordinary(filled)
@@ -340,7 +342,7 @@ class CustomDataLoader:
             raise ValueError(problem)
         raise ValueError(
             f"{problem}: its {n_rows} rows (equal texts count once) are too few to draw it from; type another "
-            "--seed, or name the splits by files (train.csv, validation.csv, test.csv) or a column split"
+            "--seed, or name the splits by files (train.csv, validation.csv, test.csv) or by a column named split"
         )
 
     def _check_template(self):

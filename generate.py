@@ -3,10 +3,10 @@
     python generate.py --init_from=gpt2-mini                      the untuned model's accuracy
     python generate.py --init_from=resume --out_dir=out           the tuned one's, with the run's own config
     python generate.py --init_from=resume --out_dir=out --predict=new.csv
-    python generate.py --init_from=resume --out_dir=out --start="Review: A joy.\\nSentiment:"
+    python generate.py --init_from=resume --out_dir=out --start="The film was"
 
-Scoring writes accuracy.json and predictions.jsonl into out_dir, --predict new-predicted.csv (for an untuned model,
-into out_dir/untuned).
+Scoring writes accuracy.json and predictions.jsonl, --predict=new.csv writes new-predicted.csv: into out_dir, or into
+out_dir/untuned for a model that was not tuned.
 """
 
 import os
@@ -45,7 +45,7 @@ class ModelSampler:
         sampler = ModelSampler("out")                         # the run in the folder out
         sampler.get_accuracy()                                # 0.8027; the whole table is in sampler.result
         sampler.predict(["A joy."])                           # [{"predicted": "positive", "share": 0.98, ...}]
-        sampler.generate("Review: A joy.\nSentiment:")        # " positive"
+        sampler.generate("The film was")                      # " a masterpiece."
         ModelSampler(init_from="gpt2-medium").get_accuracy()  # without tuning
 
     out_dir: the run's folder. init_from: "resume" for that run, or a base. settings: other keys of Config (device,
@@ -70,8 +70,9 @@ class ModelSampler:
     def get_accuracy(self) -> float:  # task
         """The share of the split's prompts that the model answers with the right label: 0 to 1.
 
-        An answer without a label is garbage and counts as wrong. `result` is then the whole table (n, accuracy,
-        interval, garbage, recall, confusion, label_names), `generated` the texts, `found` the labels in them.
+        An answer without a label is garbage and counts as wrong. After the call `result` is the whole table (n,
+        accuracy, interval, garbage, recall, confusion, label_names), `generated` the texts, `found` the labels in
+        them.
         """
         self.load_data()
         self.load_model()
@@ -95,7 +96,7 @@ class ModelSampler:
         text       as given; where it is None, so is all else
         predicted  the label in what the model wrote, or None
         generated  what the model wrote
-        share      the probability of that label as the whole answer, among the labels: 0 to 1
+        share      P(that label and end-of-text | prompt), divided by the sum over all labels: 0 to 1
 
         A classifier writes the name of the likeliest class.
         """
@@ -106,7 +107,7 @@ class ModelSampler:
         torch.manual_seed(self.config.seed)
         names = self.prompts.label_names
         answers = [{"text": text, "predicted": None, "generated": None, "share": None} for text in texts]
-        asked = [answer for answer in answers if answer["text"] is not None]
+        asked = [answer for answer in answers if answer["text"] is not None]  # the same dicts: filled in below
         prompts, n_cut = self.prompts.make_prompts([answer["text"] for answer in asked])
         self.n_cut += n_cut
         if self.prompts.classify:
@@ -133,7 +134,7 @@ class ModelSampler:
         idx = torch.tensor([tokens], device=self.device)  # (1, T)
         new = self.config.max_new_tokens or 200
         options = {"temperature": self.config.temperature, "top_k": self.config.top_k}
-        out = self.model.generate(idx, new, stop=end_of_text(), **options)  # (1, T + new)
+        out = self.model.generate(idx, new, stop=end_of_text(), **options)  # (1, T + n), n at most new
         return decode_answer(out[0, len(tokens) :].tolist())
 
     def score_classes(self, text: str) -> dict[str, float]:
@@ -141,7 +142,8 @@ class ModelSampler:
         self.load_prompts()
         self.load_model()
         prompts, _ = self.prompts.make_prompts([text])
-        return dict(zip(self.prompts.label_names, classify_prompts(self.config, self.model, prompts)[0]))
+        (shares,) = classify_prompts(self.config, self.model, prompts)  # of one text
+        return dict(zip(self.prompts.label_names, shares))
 
     # --- what these need, loaded once
 
@@ -154,6 +156,8 @@ class ModelSampler:
         if config.task == "classify":
             self.loader = load_split(config, self.block_size)
             return
+        # The labels' words, which say how long an answer may be, are known only when the data is loaded. Where one is
+        # long, the data is loaded again, with more room for it.
         self.answer_tokens = count_answer_tokens(config, [], self.block_size)
         self.loader = load_split(config, self.block_size - self.answer_tokens)
         needed = count_answer_tokens(config, self.loader.label_names, self.block_size)
@@ -172,7 +176,8 @@ class ModelSampler:
         if config.task != "classify":
             self.labels = self.prompts.label_tokens()  # [[" negative", end-of-text], [" positive", end-of-text]]
             self.answer_tokens = count_answer_tokens(config, names, self.block_size)
-            longest = max(self.answer_tokens, *map(len, self.labels))  # the prompts leave room for it
+            # Again, with prompts that leave room for the longest answer.
+            longest = max(self.answer_tokens, *map(len, self.labels))
             self.prompts = prompt_loader(config, self.block_size - longest, names)
 
     def find_label_names(self) -> list[str]:
@@ -185,7 +190,7 @@ class ModelSampler:
         return self.loader.label_names
 
     def load_model(self) -> None:
-        """Sets `model`. After the data, since a mistake there shows in less time than a large model takes."""
+        """Sets `model`. Call it after load_data: a mistake in the data then shows before a large model is loaded."""
         config = self.config
         if self.model is not None:
             return
@@ -229,7 +234,7 @@ def generate_labels(
     prefix = loader.prefixes[split]
     past = KVCache()
     if prefix:  # the tokens that every prompt begins with go through the model once
-        model.hidden(torch.tensor([prefix], device=device), past)
+        model.hidden(torch.tensor([prefix], device=device), past)  # writes their keys and values into past
     texts = [None] * len(examples)
     with tqdm(total=len(examples), disable=None, unit="example") as bar:
         for indices in loader.order(split, config.batch_size):  # prompts of like length together
@@ -243,7 +248,7 @@ def generate_labels(
                 stop=end_of_text(),
                 past=past,
                 lengths=torch.tensor([len(prompt) for prompt in prompts], device=device),
-            )  # (B, T + new)
+            )  # (B, T + n)
             for i, tokens in zip(indices, out[:, idx.size(1) :].tolist()):
                 texts[i] = decode_answer(tokens)
             bar.update(len(indices))

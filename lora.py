@@ -1,6 +1,9 @@
 """Low-rank adaptation (Hu et al. 2021, section 4.1, https://arxiv.org/abs/2106.09685): W0 is frozen, A and B learn.
 
 h = W0 x + b + (alpha / r) B A x        A: (r, in), random        B: (out, r), zero
+
+First the layer, for a model of our own; then the same adapter on a model that others wrote. `# task` marks what a
+student of the course writes.
 """
 
 import math
@@ -11,7 +14,7 @@ from torch import nn
 
 from plumbing import adapter
 from plumbing.mergeable import MergeableLinear
-from plumbing.peft_format import load_adapter, save_adapter  # noqa: F401  (adapters from and to PEFT)
+from plumbing.peft_format import load_adapter, save_adapter  # noqa: F401  (for users of this file)
 
 
 class LoRALinear(MergeableLinear):  # nn.Linear with merge: weight = W0 + delta, and unmerge: weight = W0 again
@@ -49,7 +52,7 @@ class LoRALinear(MergeableLinear):  # nn.Linear with merge: weight = W0 + delta,
             nn.init.zeros_(self.lora_B)  # so B A = 0: training starts from exactly the base model
 
     # task
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # e.g. 332 tokens, gpt2-medium's c_attn, r = 16: (332, 1024)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # e.g. 332 tokens of a batch in gpt2-medium's c_attn, r = 16
         bias = None if self.bias is None else self.bias.to(x.dtype)
         h = F.linear(x, self.weight.to(x.dtype), bias)  # x W0^T: (332, 1024) -> (332, 3072)
         if self.is_lora() and not self.has_weights_merged:
@@ -64,7 +67,7 @@ class LoRALinear(MergeableLinear):  # nn.Linear with merge: weight = W0 + delta,
     def train(self, mode: bool = True):  # model.train() unmerges every layer, model.eval() merges it
         super().train(mode)
         if self.is_lora() and mode:
-            self.unmerge(self.delta_weight)  # weight = W0, which merge kept
+            self.unmerge(self.delta_weight)  # weight = W0 (delta is computed only where W0 was not kept)
         elif self.is_lora():
             self.merge(self.delta_weight)  # weight = W0 + (alpha / r) B A: inference costs what the base costs
         return self
@@ -90,11 +93,11 @@ def attach_lora(
     model: nn.Module, targets: str, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False
 ) -> list[str]:
     """Puts an adapter on every `nn.Linear` and Hugging Face `Conv1D` of `model` if the regular expression `targets`
-    finds something in its full name (`re.search`). Returns the names of the adapted layers. What trains is as before:
-    call mark_only_lora_as_trainable after it.
+    finds something in its full name (`re.search`). Returns the names of the adapted layers. It does not change which
+    parameters train: call mark_only_lora_as_trainable afterwards.
 
     rslora: scales by alpha / sqrt(rank) ("A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
-    Kalajdzievski 2023). add_adapter divides by rank, so it gets alpha sqrt(rank).
+    Kalajdzievski 2023). add_adapter computes alpha / rank, so layer_alpha makes alpha sqrt(rank) of it.
 
     Raises ValueError, before anything is changed, if nothing matches or a matching layer cannot be adapted.
     """
@@ -104,8 +107,10 @@ def attach_lora(
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or adapter.is_conv1d(m)}
     chosen = {name: layer for name, layer in linear.items() if pattern.search(name)}
     if not chosen:
-        some = ", ".join([*list(linear)[:4], *list(linear)[-1:]]) or "none"
-        raise ValueError(f"targets={targets}: matches no linear layer's name; there are {len(linear)}: {some}")
+        names = list(linear)
+        examples = names if len(names) <= 5 else [*names[:4], names[-1]]
+        listed = ", ".join(examples) or "none"
+        raise ValueError(f"targets={targets}: matches no linear layer's name; there are {len(names)}: {listed}")
     for alternative in adapter.useless_alternatives(targets, linear):
         print(f"note: targets={targets}: {alternative} finds no linear layer")
     for name, layer in chosen.items():
@@ -130,9 +135,10 @@ def check_layer(layer: nn.Module, name: str, targets: str) -> None:
 
 
 def add_adapter(layer: nn.Module, rank: int, alpha: float, dropout: float = 0.0) -> None:
-    """A new adapter on one layer. A LoRALinear of rank 0 computes B A x by itself from now on. Any other layer gets
-    two hooks, functions that torch calls before and after its forward pass. Where gradients are computed,
-    `add_to_output` adds B A x. Where not, `cover_weight` lets the layer use W0 + B A, as fast as W0 alone."""
+    """A new adapter on one layer. A LoRALinear of rank 0 needs no more: from now on is_lora() is true, and its own
+    forward pass adds (alpha / r) B A x. Any other layer gets two hooks, functions that torch calls before and after
+    its forward pass. In training `add_to_output` adds (alpha / r) B A x to what the layer computes. In evaluation
+    without gradients `cover_weight` hides the layer's weight behind W0 + (alpha / r) B A, as fast as W0 alone."""
     training = layer.training
     layer.train()  # a LoRALinear with weights that are merged takes its W0 back
     layer.lora_A, layer.lora_B = adapter.new_matrices(layer, rank)
@@ -155,8 +161,10 @@ def cover_weight(layer, args):
     if layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         layer._merged = None  # in training it would only take memory
         return
-    # The sum is made again only if one of the three is another tensor (data_ptr) or was written into (_version).
+    # W0 + (alpha / r) B A is computed again only if W0, A or B was replaced (another data_ptr) or changed in place
+    # (another _version), or if the scale was.
     state = [(t.data_ptr(), t._version, t.dtype) for t in (layer.weight, layer.lora_A, layer.lora_B)]
+    state.append(layer.lora_scaling)
     if layer._merged is None or layer._merged[0] != state:
         layer._merged = (state, adapter.merged_weight(layer))
     # Parameters are kept in layer._parameters, where Python looks only if layer.__dict__ has no such name. So this
@@ -166,8 +174,8 @@ def cover_weight(layer, args):
 
 def add_to_output(layer, args, kwargs, out):
     """After the layer's forward pass: adds (alpha / r) B A x, or takes the cover off its weight."""
-    was_covered = layer.__dict__.pop("weight", None) is not None
-    if out is not None and not was_covered:  # None: the forward pass raised an error
+    cover = layer.__dict__.pop("weight", None)  # W0 is in sight again
+    if cover is None and out is not None:  # out is None after an error in the forward pass
         x = next(iter((*args, *kwargs.values())))  # the layer's one input, by place or by name
         return adapter.add_low_rank(out, x, layer)
     return None  # to torch: the output stays as it is

@@ -4,10 +4,10 @@
 learned positions, the output head tied to the word embedding. Module names are Hugging Face's
 (`transformer.h.0.attn.c_attn` ...), so checkpoints map by name.
 
-Shapes: B rows of T tokens, after P tokens that all rows begin with (a prefix); C = n_embd, H heads of D = C / H,
-V = vocab_size, N positions whose next token is scored. (B of LoRA's B A is a matrix.) As an example, gpt2-medium on 8
-texts of 52 tokens, the first 12 the same, 2 of each scored: B = 8, P = 12, T = 40, N = 16, C = 1024, H = 16, D = 64,
-V = 50257.
+Shapes: P tokens that all texts of a batch begin with (a prefix, which T does not count), then B rows of T tokens;
+C = n_embd, H heads of D = C / H, V = vocab_size, N positions whose next token is scored. (In lora.py B is a matrix.)
+As an example, gpt2-medium on 8 texts of 52 tokens, the first 12 the same, 2 of each scored: B = 8, P = 12, T = 40,
+N = 16, C = 1024, H = 16, D = 64, V = 50257.
 """
 
 import math
@@ -78,16 +78,17 @@ class Layout:
     """Where each token is in x. Between the layers x is not (B, T, C) but flat, a line for each token: (P + B T, C),
     first the P of the prefix that all rows share, then B rows of T.
 
-    So the prefix goes through each layer once, in the same products as the rows: of 8 texts that begin with the same
-    12 tokens, 12 + 8 * 40 = 332 tokens are computed, not 8 * 52 = 416, and every number and gradient is the same.
+    So the prefix goes through each layer once, in the same matrix multiplications as the rows: of 8 texts that begin
+    with the same 12 tokens, 12 + 8 * 40 = 332 tokens are computed, not 8 * 52 = 416. Without dropout every number and
+    gradient is the same, to rounding.
     """
 
     B: int
     T: int
     P: int
-    past: KVCache | None  # tokens before the rows; then x has no prefix
-    # True where a token of a row may look, `before` being the number of tokens before it (P, or past.length):
-    # (T, before + T), or (B, 1, T, before + T) where rows differ. None: at itself and all tokens before it.
+    past: KVCache | None  # keys and values of earlier tokens; if given, x has no prefix (P = 0)
+    # Before the rows come n tokens: P, or past.length. mask is True where a token of a row may look: (T, n + T), or
+    # (B, 1, T, n + T) where rows differ. None: each token looks at itself and at all before it.
     mask: torch.Tensor | None
     scored: torch.Tensor | None = None  # (N,) lines of x: the last layer computes these alone
 
@@ -95,11 +96,12 @@ class Layout:
 def attend(q, k, v, mask, dropout):  # (B, H, T, D), k and v (B, H, P + T, D) -> (B T, C)
     """Scaled dot-product attention ("Attention Is All You Need", Vaswani et al. 2017, section 3.2.1):
     softmax(q k^T / sqrt(D)) v, in which a token looks at itself and at those before it."""
-    # Several tokens with nothing before them: the causal mask. (An `if`, since torch.compile needs is_causal to be a
-    # plain True or False.)
-    if mask is None and q.size(2) == k.size(2) > 1:
+    n_queries = q.size(2)
+    nothing_before = k.size(2) == n_queries
+    # Two calls, since torch.compile needs is_causal to be a plain True or False.
+    if mask is None and nothing_before and n_queries > 1:
         y = scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True)
-    else:  # by the mask; or one token, which sees all
+    else:  # with a mask, or a single query, which may look at everything
         y = scaled_dot_product_attention(q, k, v, mask, dropout)
     return y.transpose(1, 2).flatten(2).flatten(0, 1)  # (B, T, H, D) -> (B T, C)
 
@@ -115,7 +117,9 @@ def attend_with_prefix(qkv, layout, dropout=0.0):  # (P + B T, 3, H, D) -> (P + 
     if layout.P == 0:
         return attend(q, k, v, layout.mask, dropout)
     prefix_q, prefix_k, prefix_v = split_heads(qkv[: layout.P], 1)
-    y = attend(q, put_before(prefix_k, k), put_before(prefix_v, v), layout.mask, dropout)
+    k = put_before(prefix_k, k)  # (1, H, P, D) for each of B rows, (B, H, T, D) -> (B, H, P + T, D)
+    v = put_before(prefix_v, v)
+    y = attend(q, k, v, layout.mask, dropout)
     return torch.cat([attend(prefix_q, prefix_k, prefix_v, None, dropout), y])
 
 
@@ -162,7 +166,7 @@ class Block(nn.Module):
 
 
 def make_embedding(n, n_embd):
-    """nn.Embedding would draw random numbers, for a second, which a checkpoint or _init_weights replaces anyway."""
+    """Without nn.Embedding's random numbers: drawing them takes a second, and they are replaced anyway."""
     return nn.Embedding.from_pretrained(torch.empty(n, n_embd), freeze=False)
 
 
@@ -232,7 +236,8 @@ class GPT(nn.Module):
         if before and T > 1:
             # Token t of a row sees columns 0 to before + t.
             mask = torch.ones(T, before + T, dtype=torch.bool, device=idx.device).tril(before)
-        # past.real (B, before) is False at the padding after short prompts: it is not seen and takes no position.
+        # `generate` fills short prompts up on the right. past.real (B, before) is False at these places: no token
+        # looks at them, and they are not counted as positions.
         if past is not None and past.real is not None:
             n_real = past.real.sum(1, keepdim=True)  # (B, 1)
             pos = n_real + torch.arange(T, device=idx.device)  # (B, T)
@@ -251,8 +256,10 @@ class GPT(nn.Module):
         for block in t.h[:-1]:
             x = block(x, layout)
         if scored is not None:
-            return t.ln_f(t.h[-1](x, replace(layout, scored=P + scored)))
-        return t.ln_f(t.h[-1](x, layout))[P:].unflatten(0, (B, T))
+            x = t.h[-1](x, replace(layout, scored=P + scored))  # (N, C)
+            return t.ln_f(x)
+        x = t.ln_f(t.h[-1](x, layout))  # (P + B T, C)
+        return x[P:].unflatten(0, (B, T))  # (B, T, C)
 
     def head(self, x: torch.Tensor) -> torch.Tensor:  # (..., C) -> (..., V), or (..., n_classes)
         head = self.score if self.config.n_classes else self.lm_head
@@ -261,19 +268,23 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, past=None, prefix=None, n_sampled=0, class_weights=None, scored=None):
         """idx (B, T) token ids -> (logits, loss), as nanoGPT's.
 
-        Without targets: logits (B, 1, V) of the last position, loss None. With targets (B, T), each the id that
-        should follow or negative where nothing is scored: logits (N, V) of the scored positions alone, in reading
-        order, and their mean cross-entropy. past: a KVCache to continue from, or prefix (1, P): token ids before
-        every row; gradient flows through the states of both. n_sampled > 0: the softmax is over the targets and
-        n_sampled other words, not all V. A classifier's targets are classes, at each text's last token;
-        class_weights (n_classes,) make the mean a weighted one. scored (N,): the scored targets' places in
-        targets.flatten(), where they are known. Else they are found here, and Python waits for the GPU to say how
-        many they are.
+        Without targets: logits (B, 1, V) of the last position, and None.
+        With targets: logits (N, V) of the scored positions alone, in reading order, and their mean cross-entropy.
+
+        targets (B, T)  at each position the id that should follow; negative where nothing is scored. A classifier's
+                        are classes, at each text's last token.
+        past            a KVCache of earlier tokens to continue from
+        prefix (1, P)   token ids before every row. Not both. Gradient flows through past and prefix.
+        n_sampled       > 0: the softmax is over the targets and so many other words, not all V
+        class_weights   (n_classes,): the mean is a weighted one
+        scored (N,)     the scored targets' places in targets.flatten(), where they are known. Else they are found
+                        here, and Python waits for the GPU to say how many they are.
         """
         B, T = idx.shape
         if targets is None:
             last = torch.arange(T - 1, B * T, T, device=idx.device)  # (B,): each row's last token in idx.flatten()
-            return self.head(self.hidden(idx, past, last, prefix))[:, None], None
+            logits = self.head(self.hidden(idx, past, last, prefix))  # (B, V)
+            return logits[:, None], None
         # Of a review's 52 tokens only the label and the end of text are scored: 2 times 50,257 logits, not 52 times.
         if scored is None:
             scored = find_scored(targets)
@@ -301,8 +312,8 @@ class GPT(nn.Module):
     ) -> torch.Tensor:
         """Continues idx (B, T) by up to max_new_tokens: returns (B, T + n), n at most max_new_tokens.
 
-        temperature 0 takes the likeliest token; top_k samples among the k likeliest. A row ends at the token `stop`,
-        with which the rest of the row is filled. past: a KVCache of tokens before idx, left as it is. lengths (B,):
+        temperature 0 takes the likeliest token; top_k samples among the k likeliest. After the token `stop` the rest
+        of its row is filled with `stop`. past: a KVCache of tokens before idx, left as it is. lengths (B,):
         idx is padded on the right beyond them. A text that fills the context goes on from its last block_size / 2
         tokens.
         """
@@ -314,7 +325,8 @@ class GPT(nn.Module):
             raise ValueError(f"{T} prompt tokens and {max_new_tokens} new ones exceed the context of {size}")
         cache = KVCache() if past is None else past.fork()
         prompt = idx[:, -size:] if may_slide else idx
-        # Places of the prompts' last tokens in prompt.flatten(): of two prompts of 3 and 5 tokens, 2 and 5 + 4.
+        # Places of the prompts' last tokens in prompt.flatten(). For prompts of 3 and 5 tokens, both filled up to 5:
+        # place 2 and place 5 + 4 = 9.
         width = prompt.size(1)
         row_starts = torch.arange(0, B * width, width, device=idx.device)
         last = row_starts + (width if lengths is None else lengths) - 1  # (B,)
@@ -330,8 +342,8 @@ class GPT(nn.Module):
         for n in range(max_new_tokens):
             token = self.pick_token(x, temperature, top_k)  # (rows,)
             out[rows, n] = token
-            ended = token == stop
-            if stop is not None and ended.any():  # a finished row costs nothing more
+            ended = torch.zeros_like(token, dtype=torch.bool) if stop is None else token == stop
+            if ended.any():  # a finished row costs nothing more
                 rows = rows[~ended]
                 token = token[~ended]
                 cache.keep(~ended)
@@ -359,7 +371,7 @@ class GPT(nn.Module):
 
     def pick_likeliest(self, x, logits):  # (B, C), (B, V) -> (B,)
         """Near -100, where the real GPT-2's logits lie, bfloat16's numbers are 0.5 apart: two labels often get the
-        same one. So the 16 likeliest words' logits are computed again in float32."""
+        same logit. So the 16 likeliest words' logits are computed again in float32."""
         if logits.dtype == torch.float32:
             return logits.argmax(-1)
         words = logits.topk(min(16, logits.size(-1))).indices  # (B, 16)
@@ -396,7 +408,7 @@ class GPT(nn.Module):
         if config.n_classes and "score.weight" not in state:  # a new head on a language model
             state["score.weight"] = torch.randn(config.n_classes, config.n_embd, dtype=dtype) * 0.02
         for layer in lora_layers(model).values():
-            draw_adapter(layer, dtype)  # on the meta device nothing was drawn; float32, or float64 if dtype is
+            draw_adapter(layer, dtype)  # A and B get their numbers here; float32, or float64 if dtype is float64
         # assign: the tensors of `state` become the parameters, which have no numbers yet to copy over. strict=False:
         # there are no A and B among them.
         model.load_state_dict(state, strict=False, assign=True)

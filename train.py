@@ -2,12 +2,14 @@
 
     python train.py configs/finetune_params_config.py --rank=16
     python train.py --init_from=resume --out_dir=out
-    python train.py configs/finetune_params_config.py --auto_resume=True    begins, or goes on: the same command again
+    python train.py configs/finetune_params_config.py --auto_resume=True    begins, or resumes from a checkpoint
     torchrun --standalone --nproc_per_node=2 train.py configs/finetune_params_config.py
 
 In out_dir: adapter_model.safetensors and adapter_config.json (the best adapter, PEFT's format) or, without
 LoRA, model.safetensors and config.json; checkpoint.pt (to resume from), train_config.json, metrics.jsonl,
 loss.png. Training knows losses alone; generate.py finds the accuracy.
+
+`train` is the loop. Below it, in this order: what a run is made of, one update, evaluation, what is written.
 """
 
 import contextlib
@@ -81,7 +83,8 @@ def train(config: Config) -> list[dict]:
             evaluation_is_due = it % config.eval_interval == 0 or is_last
             if evaluation_is_due and it != progress.evaluated_at:  # not again in a resumed run
                 speed = watch.updates_per_s(it)
-                metrics = make_metrics(run, progress, speed, val_loss=evaluate(run))
+                val_loss = evaluate(run)
+                metrics = make_metrics(run, progress, speed, val_loss)
                 record(run, progress, metrics)
                 wandb.log(metrics, it)
                 # A checkpoint without LoRA is three times the model, 4.3 GB for gpt2-medium: not at each evaluation.
@@ -93,11 +96,11 @@ def train(config: Config) -> list[dict]:
             if is_last:
                 break
 
-            # --- save, between gradient and step: now these weights are known to give a finite loss and gradient.
-            # After the step we would not know this yet, and no run should resume from NaN. A resumed run computes
-            # this gradient again.
+            # --- save, after the gradient and before the step. At this point the weights have given a finite loss and
+            # gradient, so a run that resumes from them does not resume from NaN. It computes this gradient again.
             loss, norm = compute_gradients(run, next(batches), it)
-            (n_stopped,) = run.processes.sum([float(signals.received is not None)])  # processes that got a signal
+            got_signal = signals.received is not None
+            (n_stopped,) = run.processes.sum([float(got_signal)])  # how many processes got one
             save_is_due = config.save_interval > 0 and it % config.save_interval == 0
             if (n_stopped or save_is_due) and not is_saved:
                 save(run, progress)
@@ -136,8 +139,8 @@ class Run:
     model: GPT
     params: list[nn.Parameter]  # those that train
     optimizers: list
-    # For float16, whose small numbers end at 6e-8: multiplies the loss, and so all gradients, by a large number and
-    # divides the gradients by it before the step. Else it changes nothing.
+    # For float16, whose small numbers end at 6e-8. The scaler multiplies the loss, and so all gradients, by a large
+    # number, and divides the gradients by it before the step. In another dtype it changes nothing.
     scaler: torch.amp.GradScaler
 
     @property
@@ -160,8 +163,8 @@ def set_up(config: Config) -> Run:
         compute_deterministically()
     processes = Processes(config)
     device = processes.device
-    # You may put a lora.py of your own in place of ours. Our layers have A and B in float32 next to a bfloat16
-    # weight, and MergeableLinear says so by mixes_dtypes; yours may know one dtype only.
+    # You may put a lora.py of your own in place of ours. Our layers can have A and B in float32 next to a bfloat16
+    # weight, and say so by mixes_dtypes. Where the layers do not say so, everything is computed in float32.
     mixed = getattr(LoRALinear, "mixes_dtypes", False)
     # computed_in: the dtype of the run that is resumed, if one is.
     dtype = pick_dtype(device, config.dtype, mixed, before=config.computed_in)
@@ -173,7 +176,8 @@ def set_up(config: Config) -> Run:
     params = [p for p in model.parameters() if p.requires_grad]
     optimizers = build_optimizers(config, model)
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == torch.float16)
-    # unscale_ fails if the scaler was never used, and a process may have no example in its first update.
+    # A scaler is made ready by its first scale(). A process may have no example in its first update, and unscale_
+    # would then fail.
     scaler.scale(torch.zeros((), device=device))
     if config.compile:
         model.compile(dynamic=True)
@@ -201,9 +205,8 @@ def build_model(config: Config, device: str, dtype: torch.dtype, n_classes: int 
         mark_only_lora_as_trainable(model)
     elif config.trainable:  # without LoRA, what this pattern names trains alone
         model.requires_grad_(False)
-    if (
-        config.lora_bias != "none" or also
-    ):  # apart, since your own lora.py's mark_only_... may take no more than the model
+    # A separate call, because mark_only_lora_as_trainable of your own lora.py may take no more than the model.
+    if config.lora_bias != "none" or also:
         train_also(model, config.lora_bias, also)
     check_weights(model, device)
     return model.to(device).set_dtype(dtype)
@@ -231,32 +234,34 @@ def draw_batches(run: Run, it: int) -> Iterator[np.ndarray]:
 
 
 def update(run: Run, indices: np.ndarray, it: int) -> float:
-    """One update on the global batch `indices`, as `train` makes it; returns its loss. What bench.py times."""
+    """One update on the global batch `indices`; returns its loss. For bench.py and sweep.py, which time it: `train`
+    does the same two steps, with a save between them."""
     loss, norm = compute_gradients(run, indices, it)
     apply_gradients(run, it, norm)
     return loss
 
 
 def compute_gradients(run: Run, indices: np.ndarray, it: int) -> tuple[float, float]:
-    """The clipped gradient of the global batch's mean loss, on every process, into each parameter's .grad. Returns
-    that loss and the gradient's norm before clipping. Ends the program where loss or gradient are not finite."""
+    """Writes the clipped gradient of the global batch's mean loss into each parameter's .grad, on every process.
+    Returns that loss and the gradient's norm before clipping. Ends the program where one of them is not finite."""
     config = run.config
     loader = run.loader
     processes = run.processes
     # Dropout depends on seed, update and process alone: a resumed run draws the same, and no random state is stored.
-    # (The factors are primes, so that another seed, update or process is hardly ever the same sum.)
+    # (The factors are large primes: another seed, update or process rarely gives the same sum.)
     torch.manual_seed((config.seed * 1_000_003 + it * 1009 + processes.world_rank) % 2**63)
     n_scored = loader.n_scored("train", indices)
     loss = 0.0
     for start in range(0, len(indices), config.batch_size):
-        micro_batch = indices[start : start + config.batch_size]
+        micro_batch = indices[start : start + config.batch_size]  # of all processes together
         mine = micro_batch[processes.world_rank :: processes.world_size]
         if len(mine) == 0:
             continue
         # Labels differ in length, so a mean of means is not the mean. Each part counts by its share of the scored
         # tokens: 8 reviews with 17 of them, out of 32 reviews with 70, count 17 / 70.
         share = loader.n_scored("train", mine) / n_scored
-        part = share * compute_loss(run.model, loader.batch("train", mine).to(processes.device), config.n_sampled)
+        batch = loader.batch("train", mine).to(processes.device)
+        part = share * compute_loss(run.model, batch, config.n_sampled)
         run.scaler.scale(part).backward()
         loss += part.detach()
     processes.sum_gradients(run.params)
@@ -282,8 +287,8 @@ def compute_loss(model: GPT, batch: Batch, n_sampled: int = 0) -> torch.Tensor:
 def apply_gradients(run: Run, it: int, norm: float) -> bool:
     """Steps along the gradients, at update `it`'s learning rate, and clears them. True where no step was made, since
     float16's gradients overflowed. Ends the program where they do so again and again."""
-    # Clipping multiplies all gradients by grad_clip / norm. With an infinite norm that is 0, and 0 * inf is NaN. So
-    # no optimizer makes a step.
+    # Clipping has multiplied all gradients by grad_clip / norm. With an infinite norm this factor is 0, and 0 * inf
+    # is NaN. So neither AdamW nor Muon makes a step.
     overflowed = not math.isfinite(norm)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
@@ -315,13 +320,13 @@ def schedule(config: Config, it: int) -> float:
 
 @torch.no_grad()
 def evaluate(run: Run) -> float:
-    """Mean loss over the validation split's targets, or over about eval_iters batches of it, evenly spread."""
+    """Mean loss over the validation split's targets, or over eval_iters batches of it, evenly spread."""
     loader = run.loader
     processes = run.processes
     batches = loader.order("validation", loader.eval_batch_size)
     n_wanted = run.config.eval_iters
-    if n_wanted:
-        batches = batches[:: max(1, len(batches) // n_wanted)][:n_wanted]
+    if 0 < n_wanted < len(batches):  # from the middle of each part: they run from short texts to long ones
+        batches = [batches[int((i + 0.5) * len(batches) / n_wanted)] for i in range(n_wanted)]
     total = 0.0
     count = 0
     run.model.eval()  # merges the adapters, too: an evaluation costs what the base model costs
@@ -345,7 +350,7 @@ def make_metrics(run: Run, progress: Progress, updates_per_s: float, val_loss: f
         metrics["train_loss"] = sum(progress.losses) / len(progress.losses)
         metrics["examples_per_s"] = updates_per_s * run.global_batch
     if run.scaler.is_enabled():
-        metrics["skipped"] = float(progress.skipped)
+        metrics["skipped"] = float(progress.skipped)  # `record` prints the floats
     if run.config.task == "pretrain":
         metrics["bits_per_byte"] = run.loader.bits_per_byte("validation", val_loss)
         metrics["tokens"] = it * run.global_batch * run.loader.context
@@ -356,8 +361,8 @@ def make_metrics(run: Run, progress: Progress, updates_per_s: float, val_loss: f
 
 
 def open_folder(run: Run) -> Progress:
-    """A resumed run's progress, with its checkpoint loaded, or a new run's. Writes the run's settings. Flags that are
-    typed on resuming are among them, so each later resume keeps them."""
+    """A resumed run's progress, with its checkpoint loaded, or a new run's. Writes the run's settings, with those
+    that were typed on resuming, so each later resume keeps these too."""
     config = run.config
     progress = Progress()
     # The first process decides and reads for all: another machine may not see its disk.
@@ -372,7 +377,7 @@ def open_folder(run: Run) -> Progress:
     if run.processes.is_first:
         os.makedirs(config.out_dir, exist_ok=True)
         if not config.resume:
-            for old in (CHECKPOINT, "metrics.jsonl"):  # or a resume would go on with another run's
+            for old in (CHECKPOINT, "metrics.jsonl"):  # an earlier run's files, which a resume would go on with
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(os.path.join(config.out_dir, old))
         facts = {"data": run.loader.digest, "dtype": str(run.dtype).removeprefix("torch.")}

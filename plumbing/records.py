@@ -127,7 +127,7 @@ def read_records(source, survey, text_field, label_field, seed):
         label = None if is_missing(label) else index.get(str(label))
         if label is None or is_missing(text):
             continue
-        data = str(text).encode("utf-8", "replace")  # half an emoji has no bytes
+        data = str(text).encode("utf-8", "replace")  # a lone surrogate, half of an emoji, becomes "?"
         split = SPLIT_OF_WORD[word]
         if drawn and split == "train":
             split = draw_split(data, seed, drawn)

@@ -166,6 +166,9 @@ def test_all_ones_rise_by_the_inputs_sum():
     for training, grad in itertools.product((True, False), repeat=2):
         with torch.set_grad_enabled(grad):
             close(model.train(training)(x), before + 4 * x.sum(-1, keepdim=True), atol=1e-12)
+    model[0].lora_scaling = 3.0  # by hand: the evaluation that was merged before follows
+    with torch.no_grad():
+        close(model.eval()(x), before + 3 * x.sum(-1, keepdim=True), atol=1e-12)
 
 
 def test_rank_stabilised_scale():

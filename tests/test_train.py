@@ -492,6 +492,25 @@ def change_labels(path):
     path.write_text(text)
 
 
+@pytest.mark.parametrize("n_wanted", [1, 9, 20, 33])
+def test_an_evaluation_of_some_batches_sees_short_and_long_texts(monkeypatch, n_wanted):
+    """Otherwise the validation loss with --eval_iters is that of the shortest reviews, and so is what is best."""
+    seen = []
+    loader = SimpleNamespace(
+        eval_batch_size=2,
+        order=lambda split, size: [[length] for length in range(34)],  # from short to long, as the loader's
+        n_scored=lambda split, indices: 1,
+        batch=lambda split, indices: SimpleNamespace(to=lambda device: seen.append(indices[0])),
+    )
+    processes = SimpleNamespace(world_rank=0, world_size=1, device="cpu", sum=lambda values: values)
+    model = torch.nn.Linear(1, 1)
+    run = SimpleNamespace(config=Config(eval_iters=n_wanted), loader=loader, processes=processes, model=model)
+    monkeypatch.setattr(train, "compute_loss", lambda model, batch: torch.tensor(1.0))
+    assert train.evaluate(run) == 1
+    assert len(set(seen)) == n_wanted
+    assert abs(sum(seen) / n_wanted - 16.5) <= 1  # the mean over all
+
+
 @pytest.mark.parametrize("names_test", [False, True], ids=["drawn", "a file of its own"])
 def test_a_run_knows_its_data(place, capsys, names_test):
     """Otherwise a run goes on with other labels than it began with, or scores rows that it was trained on, and both
