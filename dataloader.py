@@ -57,8 +57,8 @@ class CustomDataLoader:
     number of training examples, chosen by the seed; 0: all.
 
     After that `splits[name]` is a sequence of Example (tokens, n_prompt, label, text), `prefixes[name]` the first
-    tokens that all prompts of the split have in common, `label_names` a list, `digest` a short text that tells the
-    data set's content. The same arguments and content give the same batches in the same order.
+    tokens that all prompts of the split have in common, `label_names` a list, `digest` a hash of the data
+    set's content. The same arguments and content give the same batches in the same order.
 
     Raises ValueError or OSError, naming the value, for data or a template that cannot be used.
     """
@@ -84,7 +84,9 @@ class CustomDataLoader:
         self.batch_size = batch_size
         self.eval_batch_size = batch_size  # of an evaluation; TextLoader has another
         self.block_size = block_size
-        self.room = block_size if classify else block_size - 1  # of a filled template; end-of-text needs one more
+        self.room = (
+            block_size if classify else block_size - 1
+        )  # of a filled template; one is for end-of-text before an empty prompt
         self.text_field = text_field
         self.label_field = label_field
         self.loss_on = loss_on
@@ -215,7 +217,7 @@ class CustomDataLoader:
             names = [name.strip() for name in label_names.split(",")]
         # The cache's key: all that decides what the tokens are.
         key = [CACHE_VERSION, source.digest, self.template, self.text_field, self.label_field, names, self.loss_on]
-        # The source too: who edits this function gets new tokens.
+        # The function's code too: if you edit it, the texts are tokenised again.
         key += [self.block_size, self.seed, self.classify, inspect.getsource(self._add_instruction_finetuning)]
         folder = cache_folder("examples", json.dumps(key))
         self.label_names = names  # as they are asked for, or None; _survey sets the final ones
@@ -265,9 +267,11 @@ class CustomDataLoader:
             pool = stack.enter_context(ThreadPoolExecutor())
             writers = {split: ExampleWriter(stack, os.path.join(folder, split)) for split in wanted}
             wanted_records = ((split, rec) for split, rec in records if split in writers)
-            parts = iter(lambda: list(itertools.islice(wanted_records, 10_000)), [])  # until none is left
+            # Lists of 10,000 records, until an empty list comes.
+            parts = iter(lambda: list(itertools.islice(wanted_records, 10_000)), [])
             begun = ((part, self._start_tokenising(part, pool)) for part in parts)
-            # In pairs, so that the threads tokenise the next part while this one is written.
+            # pairwise asks for the next part, which starts its threads, before it hands out this one. So the threads
+            # tokenise the next part while this one is written. None follows the last part.
             for (part, futures), _ in itertools.pairwise(itertools.chain(begun, [None])):
                 all_tokens = itertools.chain.from_iterable(future.result() for future in futures)
                 for (split, rec), tokens in zip(part, all_tokens):
@@ -284,7 +288,7 @@ class CustomDataLoader:
             return {split: writer.finish(shares_prefix) for split, writer in writers.items()}
 
     def _start_tokenising(self, part, pool):
-        """Has the threads of `pool` tokenise the records of `part`; the futures of `start_encoding`."""
+        """Lets the threads of `pool` tokenise the records of `part`. Returns the futures of `start_encoding`."""
         texts = [rec["text"] for _, rec in part]
         if not self.classify:
             texts = [self._add_instruction_finetuning(rec)["instr_tuned_text"] for _, rec in part]

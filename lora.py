@@ -67,7 +67,7 @@ class LoRALinear(MergeableLinear):  # nn.Linear with merge: weight = W0 + delta,
     def train(self, mode: bool = True):  # model.train() unmerges every layer, model.eval() merges it
         super().train(mode)
         if self.is_lora() and mode:
-            self.unmerge(self.delta_weight)  # weight = W0 (delta is computed only where W0 was not kept)
+            self.unmerge(self.delta_weight)  # weight = W0, of which merge keeps a copy
         elif self.is_lora():
             self.merge(self.delta_weight)  # weight = W0 + (alpha / r) B A: inference costs what the base costs
         return self
@@ -97,7 +97,7 @@ def attach_lora(
     parameters train: call mark_only_lora_as_trainable afterwards.
 
     rslora: scales by alpha / sqrt(rank) ("A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
-    Kalajdzievski 2023). add_adapter computes alpha / rank, so layer_alpha makes alpha sqrt(rank) of it.
+    Kalajdzievski 2023). add_adapter divides by rank, so layer_alpha gives it alpha sqrt(rank).
 
     Raises ValueError, before anything is changed, if nothing matches or a matching layer cannot be adapted.
     """
@@ -135,10 +135,11 @@ def check_layer(layer: nn.Module, name: str, targets: str) -> None:
 
 
 def add_adapter(layer: nn.Module, rank: int, alpha: float, dropout: float = 0.0) -> None:
-    """A new adapter on one layer. A LoRALinear of rank 0 needs no more: from now on is_lora() is true, and its own
-    forward pass adds (alpha / r) B A x. Any other layer gets two hooks, functions that torch calls before and after
-    its forward pass. In training `add_to_output` adds (alpha / r) B A x to what the layer computes. In evaluation
-    without gradients `cover_weight` hides the layer's weight behind W0 + (alpha / r) B A, as fast as W0 alone."""
+    """A new adapter on one layer. In a LoRALinear that was made with rank 0 it is enough to set A and B: is_lora() is
+    then true, and its own forward pass adds (alpha / r) B A x. Any other layer gets two hooks, functions that torch
+    calls before and after its forward pass. `add_to_output` adds (alpha / r) B A x to what the layer computes. In
+    evaluation without gradients `cover_weight` hides the layer's weight behind W0 + (alpha / r) B A instead, which is
+    as fast as W0 alone."""
     training = layer.training
     layer.train()  # a LoRALinear with weights that are merged takes its W0 back
     layer.lora_A, layer.lora_B = adapter.new_matrices(layer, rank)

@@ -93,12 +93,12 @@ class Layout:
     scored: torch.Tensor | None = None  # (N,) lines of x: the last layer computes these alone
 
 
-def attend(q, k, v, mask, dropout):  # (B, H, T, D), k and v (B, H, P + T, D) -> (B T, C)
+def attend(q, k, v, mask, dropout):  # (B, H, T, D), k and v (B, H, n + T, D) -> (B T, C)
     """Scaled dot-product attention ("Attention Is All You Need", Vaswani et al. 2017, section 3.2.1):
     softmax(q k^T / sqrt(D)) v, in which a token looks at itself and at those before it."""
     n_queries = q.size(2)
     nothing_before = k.size(2) == n_queries
-    # Two calls, since torch.compile needs is_causal to be a plain True or False.
+    # Two calls: under torch.compile sizes are symbols, and is_causal must be a plain True or False.
     if mask is None and nothing_before and n_queries > 1:
         y = scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True)
     else:  # with a mask, or a single query, which may look at everything
@@ -236,8 +236,8 @@ class GPT(nn.Module):
         if before and T > 1:
             # Token t of a row sees columns 0 to before + t.
             mask = torch.ones(T, before + T, dtype=torch.bool, device=idx.device).tril(before)
-        # `generate` fills short prompts up on the right. past.real (B, before) is False at these places: no token
-        # looks at them, and they are not counted as positions.
+        # past.real (B, before) is False where `generate` has filled short prompts up. No token looks at these places,
+        # and they are not counted as positions. None: there are none.
         if past is not None and past.real is not None:
             n_real = past.real.sum(1, keepdim=True)  # (B, 1)
             pos = n_real + torch.arange(T, device=idx.device)  # (B, T)
@@ -275,7 +275,7 @@ class GPT(nn.Module):
                         are classes, at each text's last token.
         past            a KVCache of earlier tokens to continue from
         prefix (1, P)   token ids before every row. Not both. Gradient flows through past and prefix.
-        n_sampled       > 0: the softmax is over the targets and so many other words, not all V
+        n_sampled       > 0: the softmax is over the targets and n_sampled other words, not all V
         class_weights   (n_classes,): the mean is a weighted one
         scored (N,)     the scored targets' places in targets.flatten(), where they are known. Else they are found
                         here, and Python waits for the GPU to say how many they are.
@@ -315,14 +315,15 @@ class GPT(nn.Module):
         temperature 0 takes the likeliest token; top_k samples among the k likeliest. After the token `stop` the rest
         of its row is filled with `stop`. past: a KVCache of tokens before idx, left as it is. lengths (B,):
         idx is padded on the right beyond them. A text that fills the context goes on from its last block_size / 2
-        tokens.
+        tokens; with past or lengths it raises ValueError.
         """
         B, T = idx.shape
         size = self.config.block_size
         may_slide = past is None and lengths is None  # then old tokens are dropped where the context is full
         n_read = (past.length if past else 0) + T + max_new_tokens - 1  # the last new token is not read again
         if not may_slide and n_read > size:
-            raise ValueError(f"{T} prompt tokens and {max_new_tokens} new ones exceed the context of {size}")
+            n_prompt = n_read + 1 - max_new_tokens
+            raise ValueError(f"{n_prompt} prompt tokens and {max_new_tokens} new ones exceed the context of {size}")
         cache = KVCache() if past is None else past.fork()
         prompt = idx[:, -size:] if may_slide else idx
         # Places of the prompts' last tokens in prompt.flatten(). For prompts of 3 and 5 tokens, both filled up to 5:
@@ -372,7 +373,7 @@ class GPT(nn.Module):
     def pick_likeliest(self, x, logits):  # (B, C), (B, V) -> (B,)
         """Near -100, where the real GPT-2's logits lie, bfloat16's numbers are 0.5 apart: two labels often get the
         same logit. So the 16 likeliest words' logits are computed again in float32."""
-        if logits.dtype == torch.float32:
+        if logits.dtype in (torch.float32, torch.float64):
             return logits.argmax(-1)
         words = logits.topk(min(16, logits.size(-1))).indices  # (B, 16)
         weights = self.lm_head.weight[words].float()  # (B, 16, C)
@@ -409,7 +410,8 @@ class GPT(nn.Module):
             state["score.weight"] = torch.randn(config.n_classes, config.n_embd, dtype=dtype) * 0.02
         for layer in lora_layers(model).values():
             draw_adapter(layer, dtype)  # A and B get their numbers here; float32, or float64 if dtype is float64
-        # assign: the tensors of `state` become the parameters, which have no numbers yet to copy over. strict=False:
+        # assign: the tensors of `state` become the parameters. Parameters on the meta device have no memory to copy
+        # numbers into. strict=False:
         # there are no A and B among them.
         model.load_state_dict(state, strict=False, assign=True)
         if not config.n_classes:

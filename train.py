@@ -81,7 +81,7 @@ def train(config: Config) -> list[dict]:
 
             # --- evaluate, keep the best weights
             evaluation_is_due = it % config.eval_interval == 0 or is_last
-            if evaluation_is_due and it != progress.evaluated_at:  # not again in a resumed run
+            if evaluation_is_due and it != progress.evaluated_at:  # a resumed run has its last metrics
                 speed = watch.updates_per_s(it)
                 val_loss = evaluate(run)
                 metrics = make_metrics(run, progress, speed, val_loss)
@@ -185,7 +185,8 @@ def set_up(config: Config) -> Run:
 
 
 def build_model(config: Config, device: str, dtype: torch.dtype, n_classes: int = 0) -> GPT:  # task
-    """The base model of a config on its device, with new adapters, the right parameters trainable."""
+    """The base model of a config on its device, with new adapters, the right parameters trainable. (In a resumed run
+    config.init_from is that run's base: `configure` has put it in the place of "resume".)"""
     alpha = layer_alpha(config.alpha, config.rank, config.rslora)
     lora = {"lora_rank": config.rank, "lora_alpha": alpha, "lora_targets": config.lora_targets}
     dropout = {"lora_dropout": config.dropout} if config.rank else {"dropout": config.dropout}
@@ -205,7 +206,7 @@ def build_model(config: Config, device: str, dtype: torch.dtype, n_classes: int 
         mark_only_lora_as_trainable(model)
     elif config.trainable:  # without LoRA, what this pattern names trains alone
         model.requires_grad_(False)
-    # A separate call, because mark_only_lora_as_trainable of your own lora.py may take no more than the model.
+    # A separate call: mark_only_lora_as_trainable of your own lora.py may have no other argument than the model.
     if config.lora_bias != "none" or also:
         train_also(model, config.lora_bias, also)
     check_weights(model, device)
@@ -248,7 +249,7 @@ def compute_gradients(run: Run, indices: np.ndarray, it: int) -> tuple[float, fl
     loader = run.loader
     processes = run.processes
     # Dropout depends on seed, update and process alone: a resumed run draws the same, and no random state is stored.
-    # (The factors are large primes: another seed, update or process rarely gives the same sum.)
+    # (The factors are primes: another seed, update or process rarely gives the same sum.)
     torch.manual_seed((config.seed * 1_000_003 + it * 1009 + processes.world_rank) % 2**63)
     n_scored = loader.n_scored("train", indices)
     loss = 0.0
@@ -288,7 +289,7 @@ def apply_gradients(run: Run, it: int, norm: float) -> bool:
     """Steps along the gradients, at update `it`'s learning rate, and clears them. True where no step was made, since
     float16's gradients overflowed. Ends the program where they do so again and again."""
     # Clipping has multiplied all gradients by grad_clip / norm. With an infinite norm this factor is 0, and 0 * inf
-    # is NaN. So neither AdamW nor Muon makes a step.
+    # is NaN. The gradients are spoiled now, so every optimizer's step is skipped.
     overflowed = not math.isfinite(norm)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:

@@ -45,7 +45,7 @@ def find_shared_head(texts):
 
 
 def start_encoding(texts, pool):
-    """Has the threads of `pool` tokenise many texts. Returns futures: their results, in a row, are the token ids of
+    """Lets the threads of `pool` tokenise many texts. Returns futures: their results, in a row, are the token ids of
     each text."""
     n_head = find_shared_head(texts)
     head = gpt2_encoding().encode_ordinary(texts[0][:n_head])
