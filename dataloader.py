@@ -84,9 +84,9 @@ class CustomDataLoader:
         self.batch_size = batch_size
         self.eval_batch_size = batch_size  # of an evaluation; TextLoader has another
         self.block_size = block_size
-        self.room = (
-            block_size if classify else block_size - 1
-        )  # of a filled template; one is for end-of-text before an empty prompt
+        # The most tokens that a filled template may have. One place is kept free: _make_example puts end-of-text in
+        # front of an empty prompt. (The one at the end is only a target and needs no place.)
+        self.room = block_size if classify else block_size - 1
         self.text_field = text_field
         self.label_field = label_field
         self.loss_on = loss_on
@@ -169,9 +169,9 @@ class CustomDataLoader:
     # --- batches -> an epoch
 
     def order(self, split: str, size: int, epoch: int | None = None) -> list[np.ndarray]:
-        """The indices of each batch, `size` examples of like length (in one batch they may be fewer). With an epoch
-        they are shuffled by seed and epoch alone, whatever the number of processes; without, they run from short to
-        long."""
+        """The indices of each batch, `size` examples of like length (one batch, with the rest, may be smaller).
+        With an epoch they are shuffled by seed and epoch alone, whatever the number of processes; without, they run
+        from short to long."""
         lengths = self.splits[split].lengths
         if epoch is None:
             return cut(np.argsort(lengths, kind="stable"), size)

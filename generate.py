@@ -61,7 +61,7 @@ class ModelSampler:
         self.device = pick_device(self.config.device)
         self.block_size = context_size(checkpoint_of(self.config))
         self.model = None
-        self.loader = None  # the data set: for scoring alone
+        self.loader = None  # the data set: for scoring, or to learn its labels' names
         self.prompts = None  # makes prompts of new texts
         self.n_cut = 0  # new texts that were too long and were cut
         if self.config.task == "classify":

@@ -145,7 +145,7 @@ def add_adapter(layer: nn.Module, rank: int, alpha: float, dropout: float = 0.0)
     layer.lora_A, layer.lora_B = adapter.new_matrices(layer, rank)
     layer.lora_scaling = alpha / rank
     layer.lora_dropout = nn.Dropout(dropout)
-    is_hooked = hasattr(layer, "_lora_hooks")  # load_adapter puts a new adapter in an old one's place
+    is_hooked = hasattr(layer, "_lora_hooks")  # then load_adapter replaces A and B of a layer that has an adapter
     if not isinstance(layer, LoRALinear) and not is_hooked:
         layer._merged = None
         layer._lora_hooks = (

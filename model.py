@@ -1,7 +1,7 @@
 """GPT-2, written out, with LoRA in its linear layers.
 
-"Language Models are Unsupervised Multitask Learners", Radford et al. 2019, section 2.3: pre-norm blocks, tanh-GELU,
-learned positions, the output head tied to the word embedding. Module names are Hugging Face's
+"Language Models are Unsupervised Multitask Learners", Radford et al. 2019, section 2.3, and its code: pre-norm
+blocks, tanh-GELU, learned positions, the output head tied to the word embedding. Module names are Hugging Face's
 (`transformer.h.0.attn.c_attn` ...), so checkpoints map by name.
 
 Shapes: P tokens that all texts of a batch begin with (a prefix, which T does not count), then B rows of T tokens;
@@ -236,8 +236,8 @@ class GPT(nn.Module):
         if before and T > 1:
             # Token t of a row sees columns 0 to before + t.
             mask = torch.ones(T, before + T, dtype=torch.bool, device=idx.device).tril(before)
-        # past.real (B, before) is False where `generate` has filled short prompts up. No token looks at these places,
-        # and they are not counted as positions. None: there are none.
+        # past.real (B, before) is False at the padding after short prompts: no token looks at it, and it takes no
+        # position. If past.real is None, there is no padding.
         if past is not None and past.real is not None:
             n_real = past.real.sum(1, keepdim=True)  # (B, 1)
             pos = n_real + torch.arange(T, device=idx.device)  # (B, T)
@@ -285,7 +285,7 @@ class GPT(nn.Module):
             last = torch.arange(T - 1, B * T, T, device=idx.device)  # (B,): each row's last token in idx.flatten()
             logits = self.head(self.hidden(idx, past, last, prefix))  # (B, V)
             return logits[:, None], None
-        # Of a review's 52 tokens only the label and the end of text are scored: 2 times 50,257 logits, not 52 times.
+        # Only at 2 of a review's 52 places is the next token scored: 2 times 50,257 logits, not 52 times.
         if scored is None:
             scored = find_scored(targets)
         targets = targets.flatten()[scored]  # (N,)
@@ -411,8 +411,7 @@ class GPT(nn.Module):
         for layer in lora_layers(model).values():
             draw_adapter(layer, dtype)  # A and B get their numbers here; float32, or float64 if dtype is float64
         # assign: the tensors of `state` become the parameters. Parameters on the meta device have no memory to copy
-        # numbers into. strict=False:
-        # there are no A and B among them.
+        # numbers into. strict=False: `state` has no A and B, which draw_adapter has made.
         model.load_state_dict(state, strict=False, assign=True)
         if not config.n_classes:
             model.lm_head.weight = model.transformer.wte.weight  # one tensor again

@@ -81,7 +81,7 @@ def train(config: Config) -> list[dict]:
 
             # --- evaluate, keep the best weights
             evaluation_is_due = it % config.eval_interval == 0 or is_last
-            if evaluation_is_due and it != progress.evaluated_at:  # a resumed run has its last metrics
+            if evaluation_is_due and it != progress.evaluated_at:  # a resumed run may have done it
                 speed = watch.updates_per_s(it)
                 val_loss = evaluate(run)
                 metrics = make_metrics(run, progress, speed, val_loss)
@@ -164,7 +164,8 @@ def set_up(config: Config) -> Run:
     processes = Processes(config)
     device = processes.device
     # You may put a lora.py of your own in place of ours. Our layers can have A and B in float32 next to a bfloat16
-    # weight, and say so by mixes_dtypes. Where the layers do not say so, everything is computed in float32.
+    # weight, and MergeableLinear, their base class, says so by mixes_dtypes. Where layers do not, all is computed in
+    # float32.
     mixed = getattr(LoRALinear, "mixes_dtypes", False)
     # computed_in: the dtype of the run that is resumed, if one is.
     dtype = pick_dtype(device, config.dtype, mixed, before=config.computed_in)
@@ -204,7 +205,7 @@ def build_model(config: Config, device: str, dtype: torch.dtype, n_classes: int 
 
     if config.rank:
         mark_only_lora_as_trainable(model)
-    elif config.trainable:  # without LoRA, what this pattern names trains alone
+    elif config.trainable:  # without LoRA: all is frozen here, and train_also lets train what the pattern names
         model.requires_grad_(False)
     # A separate call: mark_only_lora_as_trainable of your own lora.py may have no other argument than the model.
     if config.lora_bias != "none" or also:
@@ -326,7 +327,8 @@ def evaluate(run: Run) -> float:
     processes = run.processes
     batches = loader.order("validation", loader.eval_batch_size)
     n_wanted = run.config.eval_iters
-    if 0 < n_wanted < len(batches):  # from the middle of each part: they run from short texts to long ones
+    # They are sorted from short to long texts. We cut the list into n_wanted parts and take the middle of each.
+    if 0 < n_wanted < len(batches):
         batches = [batches[int((i + 0.5) * len(batches) / n_wanted)] for i in range(n_wanted)]
     total = 0.0
     count = 0
@@ -426,10 +428,10 @@ class Stopwatch:
 
     def __init__(self, it: int):
         self.it = it
-        self.began = time.time()
+        self.began = time.perf_counter()
 
     def updates_per_s(self, it: int) -> float:
-        return (it - self.it) / (time.time() - self.began)
+        return (it - self.it) / (time.perf_counter() - self.began)
 
 
 def open_bar(run: Run, progress: Progress) -> tqdm:
