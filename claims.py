@@ -553,13 +553,14 @@ def judge_all(results: Results) -> list[tuple]:
 def count_verdicts(rows: list[tuple]) -> str:
     """One sentence: how many claims hold."""
     verdicts = [verdict.verdict for *_, verdict in rows]
-    names = {
-        HOLDS: "hold here",
-        FAILS: "do not",
-        OPEN: "are not told apart by this data",
-        MISSING: "were not measured",
+    words = {  # of one, of several
+        HOLDS: ("holds here", "hold here"),
+        FAILS: ("does not", "do not"),
+        OPEN: ("is not told apart by this data", "are not told apart by this data"),
+        MISSING: ("was not measured", "were not measured"),
     }
-    counts = [f"{verdicts.count(name)} {words}" for name, words in names.items() if verdicts.count(name)]
+    numbers = {name: verdicts.count(name) for name in words}
+    counts = [f"{n} {words[name][n > 1]}" for name, n in numbers.items() if n]
     return f"Of {len(rows)} claims of the LoRA papers {', '.join(counts)}."
 
 

@@ -126,10 +126,10 @@ def paint_rates(lines: dict):
             ax.plot(*zip(*points), "o-", color=color, markersize=4, linewidth=1.4)
             ends.append((*points[-1], name, color))
             if points[0][0] < best < points[-1][0]:
-                ax.axvline(best, color=color, linestyle=":", linewidth=1.2)
+                place = 0.93 + 0.08 * len(ends)  # of the rate: above the plot, where no line's name is
+                ax.axvline(best, ymax=place, color=color, linestyle=":", linewidth=1.2, clip_on=False)
                 style = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "fontsize": 9}
-                place = 0.98 - 0.08 * len(ends)
-                ax.annotate(write_rate(best), (best, place), (3, 0), color=color, **style)
+                ax.annotate(write_rate(best), (best, place), (3, 0), color=color, annotation_clip=False, **style)
         # A rate that is much too high must not flatten the rest.
         losses = sorted(loss for points, _ in lines.values() for _, loss in points)
         middle = losses[len(losses) // 2]
