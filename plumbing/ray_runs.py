@@ -99,7 +99,7 @@ def connect(address, jobs, on_gpu):
     try:
         import ray
     except ImportError:
-        raise UserError('runs side by side are made by Ray, which is missing: pip install "ray>=2.40"') from None
+        raise UserError('runs side by side are made by Ray, which is missing: pip install "ray>=2.60"') from None
     new = {"num_cpus": jobs * max(1, os.cpu_count() // jobs), "include_dashboard": False}
     if on_gpu and torch.cuda.is_available():
         new["num_gpus"] = min(jobs, torch.cuda.device_count())

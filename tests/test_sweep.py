@@ -177,7 +177,7 @@ def test_runs_side_by_side_need_ray(place, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         sweep.main(configure([*flags(place, "none"), "--jobs=2"], cls=sweep.SweepConfig, fixed=()))
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and 'pip install "ray>=2.40"' in err and err.count("\n") == 1
+    assert stop.value.code == 2 and 'pip install "ray>=2.60"' in err and err.count("\n") == 1
 
 
 CLUSTER = """
