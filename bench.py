@@ -39,7 +39,7 @@ from lora import mark_only_lora_as_trainable
 from model import GPT, GPTConfig
 from plumbing.errors import one_line_errors
 from plumbing.files import write_json
-from plumbing.machine import pick_device, pick_dtype
+from plumbing.machine import pick_device, pick_dtype, read_cpu_info
 from train import set_up, update
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -541,10 +541,8 @@ def prepare(config, folder):
 
 def machine(device):
     """What the figures were measured on."""
-    cpu = None
-    with contextlib.suppress(OSError, TypeError), open("/proc/cpuinfo") as f:
-        cpu = re.search(r"model name\s*: (.*)", f.read())[1]
-    found = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": device}
+    name = re.search(r"model name\s*: (.*)", read_cpu_info())
+    found = {"cpu": name and name[1], "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": device}
     found |= {"gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else "none"}
     found |= {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft") if installed(name)}
     return found | {"load_at_start": round(os.getloadavg()[0], 2)}

@@ -343,11 +343,11 @@ class GPT(nn.Module):
         for n in range(max_new_tokens):
             token = self.pick_token(x, temperature, top_k)  # (rows,)
             out[rows, n] = token
-            ended = torch.zeros_like(token, dtype=torch.bool) if stop is None else token == stop
-            if ended.any():  # a finished row costs nothing more
-                rows = rows[~ended]
-                token = token[~ended]
-                cache.keep(~ended)
+            if stop is not None and (token == stop).any():  # a finished row costs nothing more
+                goes_on = token != stop
+                rows = rows[goes_on]
+                token = token[goes_on]
+                cache.keep(goes_on)
                 if len(rows) == 0:
                     return torch.cat([idx, out[:, : n + 1]], dim=1)
             if n + 1 == max_new_tokens:

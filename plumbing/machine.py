@@ -137,9 +137,14 @@ def is_cpu_fast_at_bfloat16() -> bool:
 
 
 def is_intel() -> bool:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:  # Linux
-        return "GenuineIntel" in f.read(1000)
-    return "Intel" in platform.processor()
+    return "GenuineIntel" in read_cpu_info()
+
+
+def read_cpu_info() -> str:
+    """What the system says of its CPU: Linux's /proc/cpuinfo, one line elsewhere."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
+        return f.read()
+    return platform.processor()
 
 
 class Processes:

@@ -480,4 +480,5 @@ def test_compiled_graph_breaks_only_where_places_are_counted(P):
         targets[:, :-2] = -1
         model(idx, targets, prefix=tokens(1, P))[1].backward()
     torch._dynamo.reset()
-    assert 1 <= len(graphs) <= 7  # three layers broken at each attention make more than ten
+    most = 6 if torch.__version__ >= (2, 7) else 7  # torch 2.6 breaks once more
+    assert 1 <= len(graphs) <= most  # three layers broken at each attention make more than ten

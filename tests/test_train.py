@@ -320,7 +320,8 @@ def test_transformers_and_generate_open_a_full_run(place, broken_full):
     assert plain_loss(model, place / "reviews" / "validation.csv") == pytest.approx(best, abs=1e-4)
     generate.main(configure(resume(place, "full"), fixed=MODEL_KEYS))
     result = json.loads((place / "full" / "accuracy.json").read_text())
-    assert result["n"] == 20 and result["accuracy"] >= 0.8
+    least = 0.9 if torch.__version__ >= (2, 7) else 0.8  # torch 2.6 rounds in another way: 17 of 20
+    assert result["n"] == 20 and result["accuracy"] >= least
 
 
 class Killed(BaseException):
