@@ -37,6 +37,7 @@ from plumbing.token_cache import (
     Examples,
     ExampleWriter,
     cache_folder,
+    pause_garbage_collection,
     read_meta,
     take_turns,
     whole_folder,
@@ -96,7 +97,8 @@ class CustomDataLoader:
         self._check_template()
         if dataset is None:  # new texts alone: see prompt_loader
             return
-        with take_turns(dataset):  # of several processes that start at once, one tokenises
+        # Of several processes that start at once, one tokenises.
+        with take_turns(dataset), pause_garbage_collection():
             self._load(label_names, wanted)
         if "train" in wanted and 0 < train_examples < len(self.splits["train"]):
             self.splits["train"] = self.splits["train"].choose(train_examples, seed)

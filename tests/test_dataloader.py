@@ -5,7 +5,9 @@ python -m pytest tests/test_dataloader.py
 
 import base64
 import bz2
+import contextlib
 import csv
+import gc
 import hashlib
 import itertools
 import json
@@ -408,6 +410,16 @@ def test_plain_text_has_no_examples_to_choose(tmp_path):
     with pytest.raises(ValueError, match=r"train_examples=20.*pretrain.*--train_examples=0") as e:
         make_loader(config, 64)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("text", ["A joy.", ""])
+def test_loading_leaves_the_garbage_collector_on(tmp_path, text):
+    """Otherwise a program that loads data, or tries to, grows from then on."""
+    path = tmp_path / "train.csv"
+    path.write_text(f"text,label\n{text},bad\n" * 20)
+    with contextlib.suppress(ValueError):  # rows without a text cannot be used
+        CustomDataLoader(str(path))
+    assert gc.isenabled()
 
 
 # --- the shared prefix ---------------------------------------------------------------------------
