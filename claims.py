@@ -147,11 +147,15 @@ def make_settings(setting: Setting, config, full_lr: float, scale: float) -> dic
 # --- what the trainings left -----------------------------------------------------------------------
 
 
+def draws_validation(config) -> bool:
+    """Whether the validation split follows from the seed: then runs of two seeds have no example in common to compare
+    them by."""
+    return instruction_loader(config, context_size(config.init_from)).split_is_drawn("validation")
+
+
 def check_splits(config) -> None:
-    """Raises UserError for data whose validation split follows from the seed: then runs of two seeds have no example
-    in common to compare them by."""
-    loader = instruction_loader(config, context_size(config.init_from))
-    if loader.split_is_drawn("validation"):
+    """Raises UserError for data by which runs of two seeds cannot be compared."""
+    if draws_validation(config):
         raise UserError(
             f"dataset={config.dataset}: claims are compared over seeds, and here the seed draws the validation "
             "split; name the splits by files (train.csv, validation.csv, test.csv) or a column split"

@@ -20,6 +20,7 @@ from statistics import mean
 import plumbing.threads  # noqa: F401  (before torch, which reads these settings once)
 
 # isort: split
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -42,6 +43,7 @@ from plumbing.report_page import draw, make_html, make_markdown, write_page
 from plumbing.scores import wilson
 from plumbing.sources import find_source
 from plumbing.token_cache import cache_folder
+from plumbing.verdicts import bootstrap, seed_deviation
 from train import evaluate, set_up, update
 
 KINDS = "untuned,lora,full,lr_alpha,latency"
@@ -324,6 +326,19 @@ def describe_curve(run, other):
     return " ".join(lines)
 
 
+def tell_losses(lora, full, device):
+    """In words: the validation losses of {r: LoRA's runs} beside those of full fine-tuning, of the same examples."""
+    groups = {rank: group for rank, group in {0: full, **lora}.items() if group}
+    losses = {r: np.stack([claims.losses_of_run(run.folder, device) for run in g]) for r, g in groups.items()}
+    deviation = seed_deviation(losses)
+    gaps = {r: bootstrap(lambda means, r=r: means[r] - means[0], losses, deviation) for r in losses if r}
+    seeds = " and seeds" if deviation else ""
+    return (
+        "LoRA's validation loss minus full fine-tuning's, example by example, with the 95 % interval that "
+        f"examples{seeds} leave: " + ", ".join(f"r = {r} {claims.show(gap)}" for r, gap in gaps.items()) + "."
+    )
+
+
 def percent(p, digits=1):
     return f"{100 * p:.{digits}f} %"
 
@@ -341,10 +356,11 @@ def method_rows(runs, failed):
         numbers = [str(rank), f"{config.alpha:g}"] if lora else ["", ""]
         row = [method, *numbers, f"{config.lr:g}" if tuned else ""]
         if not done:
-            rows.append([*row, "", "", lost, "", "", "", "", ""])
+            rows.append([*row, "", "", "", lost, "", "", "", "", ""])
             continue
         trained, total = count_parameters(config)
         row += [f"{trained * tuned:,}", percent(trained * tuned / total, 2)]
+        row.append(f"{mean(map(best, done)):.4f}" if tuned else "")
         scores = [run.accuracy for run in done]
         p = mean(score["accuracy"] for score in scores)
         low, high = wilson(p, scores[0]["n"])
@@ -513,13 +529,18 @@ def report(config, runs, failed, speeds):
         )
     if runs:
         title("2.6 Results")
-        head = "method, r, alpha, lr, trained, share, test accuracy, 95 % interval, each seed, garbage, minutes, MB"
+        head = "method, r, alpha, lr, trained, share, validation loss, test accuracy, 95 % interval, each seed, "
+        head += "garbage, minutes, MB"
         table(head, method_rows(runs, failed))
         say(
-            "Accuracy is the mean over the seeds, its interval (Wilson) what the size of the test set alone gives. "
-            "Garbage: answers that name no label; they count as wrong. MB: of the adapter, or of the whole model. "
-            "Above the configuration's rank the learning rate falls as 1 / sqrt(r), or training would be too hot."
+            "Loss and accuracy are means over the seeds, the accuracy's interval (Wilson) what the size of the test "
+            "set alone gives. Garbage: answers that name no label; they count as wrong. MB: of the adapter, or of "
+            "the whole model. Above the configuration's rank the learning rate falls as 1 / sqrt(r), or training "
+            "would be too hot."
         )
+    full = [run for run in done if run.method == "full fine-tuning"]
+    if full and any(lora.values()) and not claims.draws_validation(config):
+        say(tell_losses(lora, full, config.device))
     scores = {r: [run.accuracy["accuracy"] for run in group] for r, group in lora.items() if group}
     means = {r: mean(accuracies) for r, accuracies in scores.items()}
     if means:

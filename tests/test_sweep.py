@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 
+import numpy as np
 import psutil
 import pytest
 from conftest import base_folder, finish
@@ -76,6 +77,10 @@ def read(path):
     return json.loads(path.read_text())
 
 
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def test_the_reports_numbers_are_the_runs_own(whole):
     """Lost if it fails: a student hands in numbers that no run gave."""
     rows = {(row["method"], row["r"]): row for row in table(whole, "2.6")}
@@ -119,6 +124,24 @@ def test_the_report_opens_with_what_it_found(whole):
     assert sweep.compare_points(0.79964, 0.79956) == "as good as"  # both are shown as 80.0 %
     assert sweep.compare_points(0.7904, 0.7812) == "0.9 points above"
     assert sweep.compare_points(0.7812, 0.7904) == "0.9 points below"
+
+
+def test_lora_and_full_are_compared_over_the_same_examples(whole):
+    """Lost if it fails: the report's sentence on LoRA beside full fine-tuning is not what the models' losses say."""
+    sentence = re.search(r"LoRA's validation loss minus .*", (whole / "report.md").read_text())[0]
+    full = np.stack([np.load(whole / f"full-seed{s}" / "val_losses.npy") for s in (1, 2)])
+    for r in (1, 2):
+        lora = np.stack([np.load(whole / f"lora-r{r}-seed{s}" / "val_losses.npy") for s in (1, 2)])
+        assert lora.shape == full.shape == (2, 15)
+        gap, low, high = map(float, re.search(rf"r = {r} (\S+) \((\S+) to (\S+)\)", sentence).groups())
+        assert gap == pytest.approx((lora - full).mean(), abs=6e-5)
+        # At least as wide as the same examples' differences alone make it, by the usual formula.
+        paired = (lora - full).mean(axis=0)
+        assert high - low > 0.9 * 2 * 1.96 * paired.std() / 15**0.5 and low < gap < high
+    assert "examples and seeds leave" in sentence
+    row = table(whole, "2.6")[1]
+    losses = [[m["val_loss"] for m in read_lines(whole / f"lora-r1-seed{s}" / "metrics.jsonl")] for s in (1, 2)]
+    assert row["validation loss"] == f"{sum(map(min, losses)) / 2:.4f}"
 
 
 def test_every_question_is_answered_and_nothing_is_fetched(whole):
