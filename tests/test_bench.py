@@ -3,6 +3,10 @@
 python -m pytest tests/test_bench.py
 """
 
+import contextlib
+from types import SimpleNamespace
+
+import pytest
 import torch
 
 import bench
@@ -27,3 +31,29 @@ def test_a_named_gpu_is_the_one_that_is_measured(monkeypatch):
     assert bench.peak_memory("cuda:1") == 20
     assert bench.machine("cuda:1")["gpu"] == "the name of cuda:1"
     assert bench.machine("cpu")["gpu"] == "none"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_peer_is_measured_at_every_batch_size(dtype, monkeypatch):
+    """Otherwise the table's larger batches have nothing beside them."""
+    seen = {}
+
+    @contextlib.contextmanager
+    def running(bench, systems):
+        yield {name: SimpleNamespace(close=lambda: None) for name in systems}
+
+    def alternate(bench, case, pipes, jobs):
+        seen[case] = set(pipes)
+        return {}
+
+    monkeypatch.setattr(bench, "running", running)
+    monkeypatch.setattr(bench, "alternate", alternate)
+    for name in ("add_share", "add_rows"):
+        monkeypatch.setattr(bench, name, lambda *a: None)
+    monkeypatch.setattr(bench, "settings", lambda *a: bench.Config())
+    monkeypatch.setattr(bench, "batches", lambda *a: [])
+    bench.train_part(SimpleNamespace(config=bench.BenchConfig(), device="cpu", dtypes=[dtype], parts=["train"]))
+    assert len(seen) == 8
+    for case, systems in seen.items():
+        assert {f"ours, {dtype}", f"{bench.PEER}, {dtype}"} <= systems, case
+        assert (f"{bench.PEER}, float32" in systems) == (dtype == "float32" or "batch 8" in case), case
