@@ -31,7 +31,7 @@ from generate import SCORED
 from lora import mark_only_lora_as_trainable
 from model import GPT, GPTConfig
 from plumbing.adapter import train_also
-from plumbing.errors import one_line_errors
+from plumbing.errors import first_line, one_line_errors
 from plumbing.files import write_json
 from plumbing.gpt2_files import context_size, find_checkpoint, read_config
 from plumbing.machine import pick_device, pick_dtype
@@ -326,10 +326,13 @@ def describe_curve(run, other):
     return " ".join(lines)
 
 
-def tell_losses(lora, full, device):
-    """In words: the validation losses of {r: LoRA's runs} beside those of full fine-tuning, of the same examples."""
+def tell_losses(config, lora, full):
+    """In words: the validation losses of {r: LoRA's runs} beside those of full fine-tuning, of the same examples.
+    Raises ValueError, OSError or RuntimeError where data cannot be read any more, or the model has no room."""
+    if claims.draws_validation(config):
+        return "The seed draws the validation split, so validation losses are not compared example by example."
     groups = {rank: group for rank, group in {0: full, **lora}.items() if group}
-    losses = {r: np.stack([claims.losses_of_run(run.folder, device) for run in g]) for r, g in groups.items()}
+    losses = {r: np.stack([claims.losses_of_run(run.folder, config.device) for run in g]) for r, g in groups.items()}
     deviation = seed_deviation(losses)
     gaps = {r: bootstrap(lambda means, r=r: means[r] - means[0], losses, deviation) for r in losses if r}
     seeds = " and seeds" if deviation else ""
@@ -539,8 +542,11 @@ def report(config, runs, failed, speeds):
             "would be too hot."
         )
     full = [run for run in done if run.method == "full fine-tuning"]
-    if full and any(lora.values()) and not claims.draws_validation(config):
-        say(tell_losses(lora, full, config.device))
+    if full and any(lora.values()):
+        try:
+            say(tell_losses(config, lora, full))
+        except (ValueError, OSError, RuntimeError) as e:  # data or memory may lack here: the rest needs neither
+            say(f"Validation losses could not be compared example by example here: {first_line(e)}")
     scores = {r: [run.accuracy["accuracy"] for run in group] for r, group in lora.items() if group}
     means = {r: mean(accuracies) for r, accuracies in scores.items()}
     if means:
