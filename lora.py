@@ -57,7 +57,7 @@ class LoRALinear(MergeableLinear):  # nn.Linear with merge: weight = W0 + delta,
         h = F.linear(x, self.weight.to(x.dtype), bias)  # x W0^T: (332, 1024) -> (332, 3072)
         if self.is_lora() and not self.has_weights_merged:
             z = F.linear(self.lora_dropout(x), self.lora_A.to(x.dtype))  # x A^T: (332, 1024) -> (332, 16)
-            h = h + F.linear(self.lora_scaling * z, self.lora_B.to(x.dtype))  # z B^T: (332, 16) -> (332, 3072)
+            h += F.linear(self.lora_scaling * z, self.lora_B.to(x.dtype))  # z B^T: (332, 16) -> (332, 3072)
         return h
 
     def delta_weight(self) -> torch.Tensor:

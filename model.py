@@ -17,16 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lora import LoRALinear
 from plumbing.adapter import draw_adapter, lora_layers, merged_weight
-from plumbing.attention import scaled_dot_product_attention
 from plumbing.batch import find_scored
-from plumbing.cpu_kernels import FastLoRALinear as LoRALinear  # lora.py's, with a faster forward pass for CPUs
-from plumbing.cpu_kernels import fast_on_cpu
 from plumbing.errors import compile_pattern
 from plumbing.gpt2_files import find_checkpoint, read_config, read_weights, write_checkpoint
 from plumbing.kv_cache import KVCache, put_before
 from plumbing.sampled_softmax import sample_softmax
 
+LONG = 512  # tokens: from there on attention written out takes more time and memory than torch's fused kernel
 ATTENTION = r"attn\.c_(attn|proj)$"  # QKV and output projection
 
 
@@ -93,34 +92,45 @@ class Layout:
     scored: torch.Tensor | None = None  # (N,) lines of x: the last layer computes these alone
 
 
-def attend(q, k, v, mask, dropout):  # (B, H, T, D), k and v (B, H, n + T, D) -> (B T, C)
+def attend(q, k, v, mask=None, dropout=0.0):  # (B, H, T, D), k and v (B, H, K, D) -> (B, H, T, D)
     """Scaled dot-product attention ("Attention Is All You Need", Vaswani et al. 2017, section 3.2.1):
-    softmax(q k^T / sqrt(D)) v, in which a token looks at itself and at those before it."""
-    n_queries = q.size(2)
-    nothing_before = k.size(2) == n_queries
-    # Two calls: under torch.compile sizes are symbols, and is_causal must be a plain True or False.
-    if mask is None and nothing_before and n_queries > 1:
-        y = scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True)
-    else:  # with a mask, or a single query, which may look at everything
-        y = scaled_dot_product_attention(q, k, v, mask, dropout)
-    return y.transpose(1, 2).flatten(2).flatten(0, 1)  # (B, T, H, D) -> (B T, C)
+    softmax(q k^T / sqrt(D) + mask) v. mask: 0 where a token may look and minus infinity elsewhere, of a shape that
+    broadcasts to (B, H, T, K). None: T = K tokens that each look at themselves and at those before."""
+    if q.is_cuda or k.size(2) > LONG:  # torch's fused kernel, which never holds all the weights
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
+    if mask is None:
+        mask = causal_mask(q.size(2), k.size(2), q)
+    scores = (q / math.sqrt(q.size(-1))) @ k.mT + mask  # (B, H, T, K)
+    weights = F.dropout(scores.softmax(-1), dropout)
+    return weights @ v
+
+
+def causal_mask(T, K, like):
+    """(T, K): the last T of K tokens look at themselves and at those before, where it is 0. Else minus infinity."""
+    return torch.full((T, K), -math.inf, dtype=like.dtype, device=like.device).triu(K - T + 1)
 
 
 def split_heads(qkv, B):  # (B T, 3, H, D) -> q, k and v, each (B, H, T, D)
     return qkv.unflatten(0, (B, -1)).permute(2, 0, 3, 1, 4)  # (B, T, 3, H, D) -> (3, B, H, T, D)
 
 
-@fast_on_cpu  # the same numbers by another way, where that is faster
+def join_heads(y):  # (B, H, T, D) -> (B T, C)
+    return y.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
 def attend_with_prefix(qkv, layout, dropout=0.0):  # (P + B T, 3, H, D) -> (P + B T, C)
     """The prefix attends to itself, each row to the prefix and to itself."""
-    q, k, v = split_heads(qkv[layout.P :], layout.B)
     if layout.P == 0:
-        return attend(q, k, v, layout.mask, dropout)
-    prefix_q, prefix_k, prefix_v = split_heads(qkv[: layout.P], 1)
+        return join_heads(attend(*split_heads(qkv, layout.B), layout.mask, dropout))
+    prefix_qkv, rows_qkv = qkv.split([layout.P, layout.B * layout.T])
+    # A copy: a view would keep all of qkv in memory until the backward pass.
+    prefix_q, prefix_k, prefix_v = split_heads(prefix_qkv, 1).contiguous()
+    q, k, v = split_heads(rows_qkv, layout.B)
     k = put_before(prefix_k, k)  # (1, H, P, D) for each of B rows, (B, H, T, D) -> (B, H, P + T, D)
     v = put_before(prefix_v, v)
     y = attend(q, k, v, layout.mask, dropout)
-    return torch.cat([attend(prefix_q, prefix_k, prefix_v, None, dropout), y])
+    prefix_y = attend(prefix_q, prefix_k, prefix_v, None, dropout)
+    return torch.cat([join_heads(prefix_y), join_heads(y)])
 
 
 class Attention(nn.Module):
@@ -143,7 +153,7 @@ class Attention(nn.Module):
         else:
             q, k, v = split_heads(qkv, layout.B)
             k, v = layout.past.extend(self.layer, k, v)
-            y = attend(q, k, v, layout.mask, dropout)
+            y = join_heads(attend(q, k, v, layout.mask, dropout))
         if layout.scored is not None:
             y = y[layout.scored]
         return self.resid_dropout(self.c_proj(y))
@@ -232,18 +242,19 @@ class GPT(nn.Module):
         if before + T > self.config.block_size:
             raise ValueError(f"{before + T} tokens exceed the context of {self.config.block_size}")
         pos = torch.arange(before, before + T, device=idx.device)
+        dtype = self.compute_dtype or self.transformer.wte.weight.dtype
         mask = None
-        if before and T > 1:
-            # Token t of a row sees columns 0 to before + t.
-            mask = torch.ones(T, before + T, dtype=torch.bool, device=idx.device).tril(before)
+        if before:
+            like = torch.empty(0, dtype=dtype, device=idx.device)
+            mask = causal_mask(T, before + T, like)  # token t of a row sees columns 0 to before + t
         # past.real (B, before) is False at the padding after short prompts: no token looks at it, and it takes no
         # position. If past.real is None, there is no padding.
         if past is not None and past.real is not None:
             n_real = past.real.sum(1, keepdim=True)  # (B, 1)
             pos = n_real + torch.arange(T, device=idx.device)  # (B, T)
             past.real = torch.cat([past.real, past.real.new_ones(B, T)], dim=1)
-            visible = past.real[:, None, None, :]  # (B, 1, 1, before + T)
-            mask = visible.expand(-1, -1, T, -1) if mask is None else mask & visible
+            hidden = ~past.real[:, None, None, :]  # (B, 1, 1, before + T)
+            mask = mask.expand(B, 1, -1, -1).masked_fill(hidden, -math.inf)  # (B, 1, T, before + T)
         tokens = idx.flatten()
         pos = pos.expand(B, T).flatten()
         if P:
@@ -251,7 +262,7 @@ class GPT(nn.Module):
             pos = torch.cat([torch.arange(P, device=idx.device), pos])
         t = self.transformer
         x = F.embedding(tokens, t.wte.weight) + F.embedding(pos, t.wpe.weight)  # (P + B T, C)
-        x = t.drop(x.to(self.compute_dtype or x.dtype))
+        x = t.drop(x.to(dtype))
         layout = Layout(B, T, P, past, mask)
         for block in t.h[:-1]:
             x = block(x, layout)

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from plumbing.attention import scaled_dot_product_attention
 from plumbing.errors import first_line
 
 
@@ -73,7 +72,12 @@ def try_device(device: str) -> list[torch.Tensor]:
     x = F.embedding(idx, embedding)  # (3, 9, 32)
     q, k, v = F.linear(x, weight).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)  # each (3, 2, 9, 16)
     mask = torch.ones(9, 9, dtype=torch.bool, device=device).tril()
-    y = scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+    # What model.py computes there: torch's fused kernel on CUDA, else its formula.
+    if q.is_cuda:
+        y = F.scaled_dot_product_attention(q, k, v, mask)
+    else:
+        y = (q @ k.mT / 4).masked_fill(~mask, float("-inf")).softmax(-1) @ v
+    y = y.transpose(1, 2).flatten(2)
     logits = F.linear(F.gelu(y, approximate="tanh"), embedding)
     loss = F.cross_entropy(logits.flatten(0, 1), idx.flatten())
     loss.backward()

@@ -19,7 +19,7 @@ CHAPTERS = {  # what each may import, besides plumbing
     "train": {"model", "dataloader", "configurator", "lora"},
     "generate": {"model", "dataloader", "configurator", "lora"},
 }
-ABOUT_LORA = {"peft_format", "cpu_kernels"}  # of plumbing: those that may import lora.py
+ABOUT_LORA = {"peft_format"}  # of plumbing: those that may import lora.py
 TOOLS = {path.stem for path in ROOT.glob("*.py")} - CHAPTERS.keys()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("assets/*/*.md")]
 PAGES.append(ROOT / "homework_tests" / "README.md")

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from conftest import tokens
 from torch.torch_version import TorchVersion
 
-from model import GPT, KVCache
+from model import GPT, KVCache, attend
 from plumbing import machine
-from plumbing.attention import attend_plainly, scaled_dot_product_attention
 from plumbing.batch import Batch
 
 LIES = {
@@ -140,34 +139,36 @@ class OnMps(torch.Tensor):
     device = property(lambda self: torch.device("mps"))
 
 
-CASES = {  # mask, is_causal for 3 rows of 2 heads, 5 tokens and 7 before them
-    "one token sees all": (None, False),
-    "the causal mask": (None, True),
-    "a mask for all rows": (torch.ones(5, 12, dtype=torch.bool).tril(7), False),
-    "a mask for each row": (torch.arange(12) > torch.tensor([0, 3, 5])[:, None, None, None], False),
+def bias(visible):
+    return torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))
+
+
+CASES = {  # the mask of 3 rows of 2 heads, 5 tokens and 7 before them; None: no token before them
+    "the causal mask": None,
+    "a mask for all rows": bias(torch.ones(5, 12, dtype=torch.bool).tril(7)),
+    "a mask for each row": bias(torch.arange(12) > torch.tensor([0, 3, 5])[:, None, None, None]),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_attention_on_mps_is_written_out(monkeypatch, case):
     """Otherwise a Mac's user gets what torch's own attention gives there, which has been wrong without an error."""
-    mask, is_causal = CASES[case]
+    mask = CASES[case]
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 3, 12, 2, 16).transpose(2, 3).double()  # each (3, 2, 12, 16), permuted
-    if not is_causal:
+    if mask is not None:
         q = q[:, :, -5:]
-    expected = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
-    q, k, v = (t.float().as_subclass(OnMps) for t in (q, k, v))
+    wide = None if mask is None else mask.double()
+    expected = F.scaled_dot_product_attention(q, k, v, wide, is_causal=mask is None)
     monkeypatch.setattr(F, "scaled_dot_product_attention", None)
-    if is_causal:
-        monkeypatch.setattr(torch, "ones", lambda *args, device, ones=torch.ones, **options: ones(*args, **options))
-    y = scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
+    monkeypatch.setattr("model.causal_mask", lambda T, K, like: bias(torch.ones(T, K, dtype=torch.bool).tril(K - T)))
+    y = attend(*(t.float().as_subclass(OnMps) for t in (q, k, v)), mask)
     torch.testing.assert_close(y.as_subclass(torch.Tensor).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_model_does_without_torchs_attention(monkeypatch, checkpoint):
     """Otherwise training, scoring or writing on a Mac still goes through it somewhere."""
-    model = GPT.from_pretrained(checkpoint, dropout=1e-30).train()  # with dropout, not by the way for CPUs
+    model = GPT.from_pretrained(checkpoint).train()
     idx = tokens(2, 9)
 
     def results():
@@ -177,12 +178,9 @@ def test_a_model_does_without_torchs_attention(monkeypatch, checkpoint):
         written = model.generate(idx, 6, temperature=0, past=past, lengths=torch.tensor([9, 5]))
         return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters())), written]
 
-    expected = results()
-
-    def written_out(q, k, v, mask=None, dropout=0.0, is_causal=False):
-        return attend_plainly(q, k, v, mask, dropout, is_causal)
-
-    monkeypatch.setattr("model.scaled_dot_product_attention", written_out)
+    with monkeypatch.context() as patch:
+        patch.setattr("model.LONG", 0)
+        expected = results()
     monkeypatch.setattr(F, "scaled_dot_product_attention", None)
     torch.testing.assert_close(results(), expected, rtol=1e-4, atol=1e-5)
 
