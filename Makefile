@@ -29,8 +29,8 @@ test: lint
 	$(BIN)/python -m pytest
 
 gpu: .venv/installed-dev
-	$(BIN)/python -m pytest -vv -rs -m gpu tests/test_gpu.py
+	$(BIN)/python -m pytest -vv -rs -m gpu tests/running/test_gpu.py
 
 # 300 kills instead of the 20 of `make test`
 soak: .venv/installed-dev
-	$(BIN)/python tests/soak.py 300
+	$(BIN)/python tests/running/soak.py 300

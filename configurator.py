@@ -17,9 +17,9 @@ import re
 import typing
 from dataclasses import dataclass
 
-from plumbing.assignments import read_assignments
-from plumbing.errors import UserError, one_line_errors
-from plumbing.flags import parse_flags
+from plumbing.program.config_file import read_assignments
+from plumbing.program.errors import UserError, one_line_errors
+from plumbing.program.flags import parse_flags
 
 TEMPLATE = """Classify the sentiment of the following movie review as positive or negative.
 

@@ -27,12 +27,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from plumbing.batch import IGNORE, Batch, pad
-from plumbing.labels import normalise_label
-from plumbing.plain_text import TextLoader
-from plumbing.records import describe_unused, read_records, survey_rows
-from plumbing.sources import find_source
-from plumbing.token_cache import (
+from plumbing.data.labels import normalise_label
+from plumbing.data.records import describe_unused, read_records, survey_rows
+from plumbing.data.sources import find_source
+from plumbing.data.token_cache import (
     Example,
     Examples,
     ExampleWriter,
@@ -43,7 +41,9 @@ from plumbing.token_cache import (
     whole_folder,
     write_meta,
 )
-from plumbing.tokenizer import end_of_text, gpt2_encoding, start_encoding
+from plumbing.data.tokenizer import end_of_text, gpt2_encoding, start_encoding
+from plumbing.gpt2.batch import IGNORE, Batch, pad
+from tools.plain_text import TextLoader
 
 CACHE_VERSION = 5  # increase it when a change of code gives other tokens for the same data and settings
 

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 
-import plumbing.threads  # noqa: F401  (before torch, which reads these settings once)
+import plumbing.running.threads  # noqa: F401  (before torch, which reads these settings once)
 
 # isort: split
 import torch
@@ -22,21 +22,21 @@ from tqdm import tqdm
 from configurator import MODEL_KEYS, Config, configure, load_run, make_config
 from dataloader import CustomDataLoader, end_of_text, gpt2_encoding, instruction_loader, prompt_loader
 from model import GPT, LoRALinear
-from plumbing.adapter import layer_alpha
-from plumbing.answers import answer_prompts, classify_prompts, decode_answer, find_classes
-from plumbing.batch import pad
-from plumbing.checkpoint import check_same_data
-from plumbing.errors import one_line_errors
-from plumbing.files import write_json
-from plumbing.gpt2_files import context_size, find_checkpoint, read_config
-from plumbing.kv_cache import KVCache
-from plumbing.labels import find_label, split_names
-from plumbing.machine import keep_memory, pick_device, pick_dtype
-from plumbing.model_card import write_card
-from plumbing.peft_format import load_adapter
-from plumbing.predictions import predict_file
-from plumbing.scores import SCORED, print_errors, print_improvement, print_result, tabulate, write_answers
-from plumbing.terminal import forgiving_output
+from plumbing.adapters.layers import layer_alpha
+from plumbing.adapters.peft_format import load_adapter
+from plumbing.data.labels import find_label, split_names
+from plumbing.gpt2.batch import pad
+from plumbing.gpt2.files import context_size, find_checkpoint, read_config
+from plumbing.gpt2.kv_cache import KVCache
+from plumbing.program.errors import one_line_errors
+from plumbing.program.files import write_json
+from plumbing.program.terminal import forgiving_output
+from plumbing.running.checkpoint import check_same_data
+from plumbing.running.machine import keep_memory, pick_device, pick_dtype
+from plumbing.scoring.accuracy import SCORED, print_errors, print_improvement, print_result, tabulate, write_answers
+from plumbing.scoring.answers import answer_prompts, classify_prompts, decode_answer, find_classes
+from plumbing.scoring.model_card import write_card
+from plumbing.scoring.new_texts import predict_file
 
 
 class ModelSampler:

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora import LoRALinear
-from plumbing.adapter import draw_adapter, lora_layers, merged_weight
-from plumbing.batch import find_scored
-from plumbing.errors import compile_pattern
-from plumbing.gpt2_files import find_checkpoint, read_config, read_weights, write_checkpoint
-from plumbing.kv_cache import KVCache, put_before
-from plumbing.sampled_softmax import sample_softmax
+from plumbing.adapters.layers import draw_adapter, lora_layers, merged_weight
+from plumbing.gpt2.batch import find_scored
+from plumbing.gpt2.files import find_checkpoint, read_config, read_weights, write_checkpoint
+from plumbing.gpt2.kv_cache import KVCache, put_before
+from plumbing.program.errors import compile_pattern
+from tools.sampled_softmax import sample_softmax
 
 LONG = 512  # tokens: from there on attention written out takes more time and memory than torch's fused kernel
 ATTENTION = r"attn\.c_(attn|proj)$"  # QKV and output projection

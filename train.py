@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-import plumbing.threads  # noqa: F401  (before torch, which reads these settings once)
+import plumbing.running.threads  # noqa: F401  (before torch, which reads these settings once)
 
 # isort: split
 import numpy as np
@@ -32,8 +32,14 @@ from configurator import RUN_CONFIG, Config, configure, fingerprint
 from dataloader import Batch, CustomDataLoader, make_loader
 from lora import mark_only_lora_as_trainable
 from model import GPT, GPTConfig, LoRALinear
-from plumbing.adapter import layer_alpha, parameter_report, train_also
-from plumbing.checkpoint import (
+from plumbing.adapters.layers import layer_alpha
+from plumbing.adapters.peft_format import ADAPTER_WEIGHTS, save_adapter
+from plumbing.adapters.trainable import parameter_report, train_also
+from plumbing.gpt2.files import context_size
+from plumbing.gpt2.memory import check_weights
+from plumbing.program.errors import one_line_errors
+from plumbing.program.files import write_json
+from plumbing.running.checkpoint import (
     CHECKPOINT,
     Progress,
     check_same_data,
@@ -42,18 +48,13 @@ from plumbing.checkpoint import (
     save_checkpoint,
     write_metrics,
 )
-from plumbing.endings import StopSignals, exit_diverged, exit_stopped, explain_failure
-from plumbing.errors import one_line_errors
-from plumbing.files import write_json
-from plumbing.gpt2_files import context_size
-from plumbing.machine import Processes, compute_deterministically, keep_memory, pick_dtype
-from plumbing.memory import check_weights
-from plumbing.model_card import write_card
-from plumbing.optimizers import build_optimizers
-from plumbing.peft_format import ADAPTER_WEIGHTS, save_adapter
-from plumbing.plain_text import TextLoader
-from plumbing.plots import plot_losses
-from plumbing.wandb_run import WandbRun
+from plumbing.running.endings import StopSignals, exit_diverged, exit_stopped, explain_failure
+from plumbing.running.machine import Processes, compute_deterministically, keep_memory, pick_dtype
+from plumbing.running.optimizers import build_optimizers
+from plumbing.running.wandb_run import WandbRun
+from plumbing.scoring.model_card import write_card
+from plumbing.scoring.plots import plot_losses
+from tools.plain_text import TextLoader
 
 FULL_SAVE_SECONDS = 180  # without LoRA: at least so long between the checkpoints of two evaluations
 

@@ -23,9 +23,9 @@ from transformers import (
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from dataloader import CustomDataLoader
 from lora import attach_lora, mark_only_lora_as_trainable
-from plumbing.adapter import parameter_report
-from plumbing.errors import one_line_errors
-from plumbing.peft_format import save_adapter
+from plumbing.adapters.peft_format import save_adapter
+from plumbing.adapters.trainable import parameter_report
+from plumbing.program.errors import one_line_errors
 
 
 @dataclass

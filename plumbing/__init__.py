@@ -1,1 +1,1 @@
-"""What a first reading can skip: each file has one job, which its name says."""
+"""What a first reading can skip, in rooms: each folder's first line says what it is for."""

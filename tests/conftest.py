@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from plumbing import token_cache
-from plumbing.adapter import lora_layers
+from plumbing.adapters.layers import lora_layers
+from plumbing.data import token_cache
 
 # What the tests tokenise stays out of the user's cache; the reviews, once downloaded, are taken from there.
 OWN = tempfile.TemporaryDirectory(prefix="nanolora-")

@@ -19,7 +19,7 @@ from configurator import MODEL_KEYS, Config, configure
 from dataloader import end_of_text, instruction_loader
 from generate import ModelSampler
 from model import GPT
-from plumbing.peft_format import load_adapter
+from plumbing.adapters.peft_format import load_adapter
 from train import build_model, compute_gradients, evaluate, set_up, train
 
 WORDS = {"ham": "lunch", "news": "minister", "spam": "prize"}

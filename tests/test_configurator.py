@@ -19,7 +19,7 @@ import pytest
 
 import configurator
 from configurator import MODEL_KEYS, Config, configure, load_run, make_config
-from plumbing.errors import UserError
+from plumbing.program.errors import UserError
 
 ROOT = os.path.dirname(os.path.abspath(configurator.__file__))
 FIELDS = {f.name: f.default for f in dataclasses.fields(Config)}

@@ -29,9 +29,10 @@ import tokenizers
 
 from configurator import Config
 from dataloader import CustomDataLoader, gpt2_encoding, instruction_loader, make_loader
-from plumbing import plain_text, sources, token_cache
-from plumbing.files import ASSETS
-from plumbing.plain_text import TextLoader, lowercase_spaced
+from plumbing.data import sources, token_cache
+from plumbing.program.files import ASSETS
+from tools import plain_text
+from tools.plain_text import TextLoader, lowercase_spaced
 
 END = "<|endoftext|>"
 LONG_HEAD = "Classify the sentiment of the following movie review as positive or negative.\n\nReview: {text}\n\n"

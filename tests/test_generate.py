@@ -21,10 +21,10 @@ from configurator import MODEL_KEYS, Config, configure
 from dataloader import CustomDataLoader, gpt2_encoding
 from generate import ModelSampler, find_label, generate_labels, load_model
 from model import GPT
-from plumbing.adapter import lora_layers
-from plumbing.labels import ANSWER_CHARS
-from plumbing.peft_format import save_adapter
-from plumbing.scores import tabulate
+from plumbing.adapters.layers import lora_layers
+from plumbing.adapters.peft_format import save_adapter
+from plumbing.data.labels import ANSWER_CHARS
+from plumbing.scoring.accuracy import tabulate
 
 ROOT = os.path.dirname(os.path.abspath(generate.__file__))
 END = 50256

@@ -18,11 +18,11 @@ import train
 from configurator import configure
 from dataloader import CustomDataLoader
 from model import GPT, GPTConfig
-from plumbing import token_cache
-from plumbing.adapter import lora_state_dict
-from plumbing.checkpoint import load_checkpoint
-from plumbing.peft_format import load_adapter
-from plumbing.plain_text import TextLoader
+from plumbing.adapters.peft_format import load_adapter
+from plumbing.adapters.trainable import lora_state_dict
+from plumbing.data import token_cache
+from plumbing.running.checkpoint import load_checkpoint
+from tools.plain_text import TextLoader
 
 
 @pytest.fixture(scope="module")

@@ -1,56 +1,93 @@
-"""The house: imports run one way, and what the pages name is there.
+"""The house: imports run one way, rooms stay small, and what the pages name is there.
 
 python -m pytest tests/test_house.py
 """
 
 import ast
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSIGNMENT = {"LoRALinear", "mark_only_lora_as_trainable"}  # all that the handout's lora.py has
-CHAPTERS = {  # what each may import, besides plumbing
-    "lora": set(),
-    "model": {"lora"},
-    "dataloader": set(),
-    "configurator": set(),
-    "train": {"model", "dataloader", "configurator", "lora"},
-    "generate": {"model", "dataloader", "configurator", "lora"},
-}
-ABOUT_LORA = {"peft_format"}  # of plumbing: those that may import lora.py
-TOOLS = {path.stem for path in ROOT.glob("*.py")} - CHAPTERS.keys()
+FLOORS = [  # a file imports from its own room and from those of lower floors
+    {"plumbing/program"},
+    {"plumbing/adapters", "plumbing/gpt2", "plumbing/running"},
+    {"plumbing/data"},
+    {"plumbing/scoring"},
+    {"lora"},
+    {"model", "dataloader", "configurator"},
+    {"train", "generate"},
+    {"tools/report"},
+    {"tools"},
+]
+FLOOR_OF = {room: n for n, rooms in enumerate(FLOORS) for room in rooms}
+LISTED = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+NAMES = [name for name in LISTED.stdout.split() if (ROOT / name).exists()]
+FILES = [name for name in NAMES if name.endswith(".py") and re.match(r"(plumbing|tools)/|\w+\.py$", name)]
+FILES = [name for name in FILES if not name.startswith("tools/homework_tests/")]
+ROOMS = sorted({str(Path(name).parent) for name in FILES} - {"."})
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("assets/*/*.md")]
-PAGES.append(ROOT / "homework_tests" / "README.md")
+PAGES.append(ROOT / "tools" / "homework_tests" / "README.md")
 
 
-def imports(path):
-    """(module, name) of each import in a file, wherever it stands; name is None for `import module`."""
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+def room_of(file):
+    return file.removesuffix(".py") if "/" not in file else str(Path(file).parent)
+
+
+def imports(file):
+    """(file of ours, name) of each import, wherever it stands; name is None for a whole module."""
+    for node in ast.walk(ast.parse((ROOT / file).read_text("utf-8"))):
+        pairs = []
         if isinstance(node, ast.Import):
-            yield from ((alias.name.split(".")[0], None) for alias in node.names)
+            pairs = [(alias.name, None) for alias in node.names]
         if isinstance(node, ast.ImportFrom):
-            yield from ((node.module.split(".")[0], alias.name) for alias in node.names)
+            pairs = [(node.module, alias.name) for alias in node.names]
+        for module, name in pairs:
+            path = module.replace(".", "/")
+            for target, what in ((f"{path}/{name}.py", None), (f"{path}.py", name), (f"{path}/__init__.py", name)):
+                if target in FILES:
+                    yield target, what
+                    break
 
 
-@pytest.mark.parametrize("path", [*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py")], ids=lambda path: path.stem)
-def test_imports_run_one_way(path):
+@pytest.mark.parametrize("file", FILES)
+def test_imports_run_one_way(file):
     """Lost if it fails: a chapter cannot be read, or replaced by one's own, without those that come after it."""
-    ours = [(module, name) for module, name in imports(path) if module in CHAPTERS.keys() | TOOLS]
-    modules = {module for module, _ in ours}
-    if path.parent.name == "plumbing":
-        assert modules <= ({"lora"} if path.stem in ABOUT_LORA else set())
-    elif path.stem in CHAPTERS:
-        assert modules <= CHAPTERS[path.stem]
-    if path.stem in ("model", "train", "generate"):
-        assert {name for module, name in ours if module == "lora"} <= ASSIGNMENT
+    room = room_of(file)
+    for target, name in imports(file):
+        there = room_of(target)
+        assert there == room or FLOOR_OF[there] < FLOOR_OF[room], f"{file} imports {target}"
+        if room in ("model", "train", "generate") and there == "lora":
+            assert name in ASSIGNMENT
+
+
+def test_no_circle():
+    """Lost if it fails: two files can only be read together."""
+    graph = {file: {target for target, _ in imports(file)} for file in FILES}
+    while leaves := [file for file, targets in graph.items() if not targets & graph.keys()]:
+        for file in leaves:
+            del graph[file]
+    assert not graph
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_is_small_and_says_what_it_is_for(room):
+    """Lost if it fails: who looks for a piece of the program has to open every file."""
+    files = [file for file in FILES if str(Path(file).parent) == room]
+    assert len([file for file in files if not file.endswith("__init__.py")]) <= 8
+    line = (ROOT / room / "__init__.py").read_text("utf-8").strip()
+    assert line.startswith('"""') and line.endswith('"""') and "\n" not in line
 
 
 def test_what_is_installed_is_all_there_is():
-    """Lost if it fails: after `pip install -e .` one of the chapters or tools cannot be imported."""
-    listed = re.search(r"py-modules = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL).group(1)
-    assert set(re.findall(r'"(\w+)"', listed)) == CHAPTERS.keys() | TOOLS
+    """Lost if it fails: after `pip install -e .` one of the chapters cannot be imported."""
+    settings = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(r"py-modules = \[(.*?)\]", settings, re.DOTALL).group(1)
+    assert set(re.findall(r'"(\w+)"', listed)) == {path.stem for path in ROOT.glob("*.py")}
+    assert 'include = ["plumbing*"]' in settings  # tools is a name that others have too
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name + "/" + page.name)
@@ -65,4 +102,6 @@ def test_what_a_page_names_is_there(page):
             titles = re.findall(r"^#+ (.*)", file.read_text("utf-8"), re.MULTILINE)
             assert section in [re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in titles], link
     for name in re.findall(r"[\w/]+\.(?:py|yaml|ipynb)\b", text):
-        assert any((ROOT / folder / name).exists() for folder in ("", "tests", "plumbing")), name
+        assert any(f"/{there}".endswith(f"/{name}") for there in NAMES), name
+    for module in re.findall(r"python -m ((?:tools|plumbing)[\w.]*)", text):
+        assert f"{module.replace('.', '/')}.py" in FILES, module

@@ -22,7 +22,8 @@ from torch import nn
 
 from lora import LoRALinear, add_adapter, load_adapter, mark_only_lora_as_trainable, save_adapter
 from model import GPT, GPTConfig
-from plumbing.adapter import lora_layers, lora_state_dict, merged_weight, parameter_report
+from plumbing.adapters.layers import lora_layers, merged_weight
+from plumbing.adapters.trainable import lora_state_dict, parameter_report
 
 IN, OUT = 16, 24
 

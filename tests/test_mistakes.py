@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import generate
-import sweep
 import train
 from configurator import MODEL_KEYS, configure
 from model import GPT, GPTConfig
-from plumbing.records import draw_split
+from plumbing.data.records import draw_split
+from tools import sweep
 
 TEXTS = [f"film {i} was {'grand' if i % 2 else 'grim'}" for i in range(40)]
 LABELS = ["good" if i % 2 else "bad" for i in range(40)]

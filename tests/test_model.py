@@ -20,8 +20,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from dataloader import Batch
 from lora import mark_only_lora_as_trainable
 from model import GPT, GPTConfig, KVCache
-from plumbing.adapter import lora_layers
-from plumbing.sampled_softmax import sample_softmax
+from plumbing.adapters.layers import lora_layers
+from tools.sampled_softmax import sample_softmax
 from train import compute_loss
 
 TINY = {"n_layer": 3, "n_head": 4, "n_embd": 64, "vocab_size": 301, "block_size": 64}

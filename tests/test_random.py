@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import dataloader
 from configurator import AT_LEAST, AT_MOST, ONE_OF, Config, configure
 from dataloader import CustomDataLoader, end_of_text, gpt2_encoding
-from plumbing.tokenizer import find_shared_head, start_encoding
+from plumbing.data.tokenizer import find_shared_head, start_encoding
 
 # The same examples each time, so that a red test is of the change that made it; other ones without derandomize.
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}

@@ -36,9 +36,10 @@ import train
 from configurator import MODEL_KEYS, Config, configure
 from dataloader import end_of_text, gpt2_encoding
 from model import GPT
-from plumbing import machine, token_cache
-from plumbing.adamw import AdamW
-from plumbing.checkpoint import hash_state
+from plumbing.data import token_cache
+from plumbing.running import machine
+from plumbing.running.adamw import AdamW
+from plumbing.running.checkpoint import hash_state
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MEDIUM = "configs/finetune_params_config.py"

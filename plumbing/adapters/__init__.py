@@ -1,0 +1,1 @@
+"""An adapter on any linear layer: attached, merged, counted, in PEFT's format."""

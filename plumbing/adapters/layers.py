@@ -1,0 +1,125 @@
+"""What any layer with an adapter has in common, whoever wrote its class: lora_A, lora_B and lora_scaling.
+
+Here and in the files about formats nothing more of a layer is used, so a lora.py of one's own works with them too.
+"""
+
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """{qualified name: layer} of the layers that carry an adapter, in the model's order."""
+    return {name: module for name, module in model.named_modules() if "lora_A" in module._parameters}
+
+
+def merges_itself(layer) -> bool:
+    """A LoRALinear, ours or one of your own: it adds B A x in its own forward pass, so it needs no hooks."""
+    return hasattr(layer, "is_lora")
+
+
+def is_conv1d(layer) -> bool:
+    """Hugging Face's Conv1D: a linear layer that keeps its weight as (in, out)."""
+    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+
+
+def sizes(layer) -> tuple[int, int]:
+    """(out, in) of a linear layer."""
+    return tuple(layer.weight.shape[::-1] if is_conv1d(layer) else layer.weight.shape)
+
+
+def useless_alternatives(pattern: str, names) -> list[str]:
+    """The alternatives of a regular expression, such as `gate` of `up|gate` or of `mlp.(up|gate)$`, with which alone
+    it finds none of the names. Looks at the outermost ones and at groups without another group in them."""
+    groups = [match.span(1) for match in re.finditer(r"(?<!\\)\((?:\?:)?([^()]*)\)", pattern)]
+    if "(" not in pattern:
+        groups.append((0, len(pattern)))
+    useless = []
+    for start, end in groups:
+        group = pattern[start:end]
+        if "|" not in group or group.startswith("?") or "[" in group or r"\|" in group:
+            continue
+        for alternative in group.split("|"):
+            alone = re.compile(pattern[:start] + alternative + pattern[end:])
+            if not any(alone.search(name) for name in names):
+                useless.append(alternative)
+    return useless
+
+
+def check_rank(rank: int, n_in: int, n_out: int, name: str = "a layer") -> None:
+    """Raises ValueError for a rank that a layer of this size cannot have."""
+    largest = min(n_in, n_out)
+    if not 1 <= rank <= largest:
+        raise ValueError(f"rank={rank} does not fit {name} of {n_in} x {n_out}: type a rank from 1 to {largest}")
+
+
+def factory_kwargs(weight: torch.Tensor) -> dict:
+    """Device and dtype of an adapter for this weight: float32 even where the weight is bfloat16, since small updates
+    would be lost in it; float64 for a float64 weight."""
+    return {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+
+
+def new_matrices(layer, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """A, drawn as nn.Linear draws its weight, and B, zero, for a layer of any class."""
+    n_out, n_in = sizes(layer)
+    like = factory_kwargs(layer.weight)
+    A = torch.empty(rank, n_in, **like)
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    return nn.Parameter(A), nn.Parameter(torch.zeros(n_out, rank, **like))
+
+
+def draw_adapter(layer, dtype) -> None:
+    """Real A and B for a layer that was made on the meta device, drawn by its own reset_parameters. The layer's
+    weight is still on that device, where nothing is drawn; `dtype` is the one that it will have."""
+    for name in ("lora_A", "lora_B"):
+        old = getattr(layer, name)
+        new = torch.empty(old.shape, dtype=torch.promote_types(dtype, torch.float32))
+        setattr(layer, name, nn.Parameter(new, requires_grad=old.requires_grad))
+    layer.reset_parameters()
+
+
+def add_low_rank(out, x, layer):  # (..., out), (..., in) -> (..., out)
+    """out += (alpha / r) B A x, in place and in out's dtype: one pass over `out` less than by the plain formula."""
+    A = layer.lora_A.to(out.dtype)
+    B = layer.lora_B.to(out.dtype)
+    z = F.linear(layer.lora_dropout(x).to(out.dtype), A).view(-1, A.size(0))  # (N, r)
+    # A tensor of two dimensions stays as it is: where a view is written in place, autograd copies the gradient.
+    flat = out if out.ndim == 2 else out.view(-1, out.size(-1))
+    flat.addmm_(z * layer.lora_scaling, B.t())
+    return out
+
+
+def alpha_of(layer, rslora: bool = False) -> float:
+    """alpha as it was typed: `lora_scaling` is alpha / r (rslora: alpha / sqrt(r)), rounded."""
+    rank = layer.lora_A.size(0)
+    alpha = layer.lora_scaling * (math.sqrt(rank) if rslora else rank)
+    typed = float(f"{alpha:.12g}")
+    return typed if layer_alpha(typed, rank, rslora) / rank == layer.lora_scaling else alpha
+
+
+def layer_alpha(alpha: float, rank: int, rslora: bool = False) -> float:
+    """The alpha of a layer, which scales by alpha / rank. rslora: the scale is alpha / sqrt(rank), which is
+    alpha sqrt(rank) / rank ("A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", Kalajdzievski 2023,
+    https://arxiv.org/abs/2312.03732)."""
+    return alpha * math.sqrt(rank) if rslora else alpha
+
+
+def dropout_of(layer) -> float:
+    """The share that a layer's dropout drops: `lora_dropout` is a number or an `nn.Dropout`."""
+    dropout = getattr(layer, "lora_dropout", 0.0)
+    return getattr(dropout, "p", dropout)
+
+
+@torch.no_grad()
+def merged_weight(layer) -> torch.Tensor:
+    """W0 + (alpha / r) B A in W0's shape and dtype, rounded once."""
+    w0 = getattr(layer, "_w0", None)
+    if w0 is None and getattr(layer, "has_weights_merged", False):
+        return layer.weight.detach()  # merged in place, by a lora.py of one's own
+    w0 = layer.weight if w0 is None else w0
+    delta = layer.lora_scaling * (layer.lora_B @ layer.lora_A)  # (out, in)
+    delta = delta.t() if is_conv1d(layer) else delta
+    return (w0 + delta).to(w0.dtype)

@@ -1,0 +1,1 @@
+"""A name, file or folder -> columns -> labels and splits -> tokens on disk."""

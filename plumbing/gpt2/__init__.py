@@ -1,0 +1,1 @@
+"""Beside the page of the model: its files, batches, keys and values, memory."""

@@ -1,0 +1,161 @@
+"""A GPT-2 checkpoint: where it lies (a name, a directory, the hub), and reading and writing Hugging Face's layout."""
+
+import json
+import os
+import re
+
+from plumbing.program.errors import first_line
+from plumbing.program.files import ASSETS, find_copy, read_tensors, write_json, write_tensors
+
+HUB_MODELS = {  # what a user types: the repository on the hub
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+}
+MINI = os.path.join(ASSETS, "gpt2-mini")
+CONV1D = re.compile(r"(attn\.c_attn|c_proj|mlp\.c_fc)\.weight$")  # stored by Hugging Face as (in, out)
+
+
+def find_checkpoint(name):
+    """(config.json, [safetensors files]) of a model's name or directory; from the hub's cache if it is there."""
+    name = find_copy(name)
+    if name in HUB_MODELS:
+        from huggingface_hub import snapshot_download
+
+        wanted = {"repo_id": HUB_MODELS[name], "allow_patterns": ["config.json", "model.safetensors"]}
+        try:
+            directory = snapshot_download(local_files_only=True, **wanted)
+            cached = os.path.exists(os.path.join(directory, "model.safetensors"))
+        except OSError:  # not in the cache
+            cached = False
+        try:
+            directory = directory if cached else snapshot_download(**wanted)
+        except Exception as e:  # the client's own, and those of the HTTP library that its version uses
+            raise FileNotFoundError(
+                f"init_from={name}: cannot reach the hub for {HUB_MODELS[name]} ({first_line(e, 120)}). Offline, "
+                "the same runs on the shipped model: python train.py configs/finetune_mini_config.py"
+            ) from e
+    elif name == "gpt2-mini":
+        directory = MINI
+    elif os.path.isdir(name):
+        directory = name
+    else:
+        known = ", ".join([*HUB_MODELS, "gpt2-mini"])
+        raise FileNotFoundError(f"init_from={name}: no such directory; type one that exists, or one of {known}")
+    index = os.path.join(directory, "model.safetensors.index.json")
+    if os.path.exists(index):
+        try:
+            with open(index, encoding="utf-8") as f:
+                files = sorted(set(json.load(f)["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{index} is damaged: {e!r}") from e
+    else:
+        files = ["model.safetensors"]
+    paths = [os.path.join(directory, os.path.basename(f)) for f in ["config.json", *files]]
+    for path in paths:
+        if not os.path.isfile(path):
+            hint = " (run configs/pretrain_mini_config.py to make it)" if name == "gpt2-mini" else ""
+            raise FileNotFoundError(f"init_from={name}: {path} is missing{hint}")
+    return paths[0], paths[1:]
+
+
+def context_size(name):
+    """Tokens that a checkpoint's positions reach; None for "scratch"."""
+    return None if name == "scratch" else read_config(find_checkpoint(name)[0])["block_size"]
+
+
+def read_config(path):
+    """GPTConfig's fields from a Hugging Face config.json; ValueError for what this GPT-2 does not compute."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            config = json.load(f)
+        sizes = {ours: config[theirs] for ours, theirs in SIZES.items()}
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as e:
+        raise ValueError(f"{path} is damaged or no GPT-2 config: {e!r}") from e
+    for key, values in COMPUTED.items():
+        if config.get(key, values[0]) not in values:
+            raise ValueError(f"{path}: {key}={config[key]!r}, but this GPT-2 computes {values[0]!r}")
+    if config.get("n_inner") not in (None, 4 * sizes["n_embd"]):
+        raise ValueError(f"{path}: n_inner={config['n_inner']}, but this GPT-2's MLP is {4 * sizes['n_embd']} wide")
+    for key, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{path}: {SIZES[key]}={value!r} is no size")
+    if config.get("architectures") == ["GPT2ForSequenceClassification"]:
+        sizes["n_classes"] = len(config.get("id2label") or (0, 1))  # transformers leaves two classes out
+    return sizes
+
+
+SIZES = {
+    "block_size": "n_positions",
+    "vocab_size": "vocab_size",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+}
+COMPUTED = {  # key: the values that mean what is computed here, the default first
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "tie_word_embeddings": (True,),
+}
+
+
+def read_weights(files: list, n_head: int, expected: dict, dtype) -> dict:
+    """{parameter: tensor} of a checkpoint's files in `dtype`, each (out, in). expected: {parameter: shape}. Raises
+    FileNotFoundError, or ValueError naming the file and what is wrong with it."""
+    state = {}
+    for path in files:
+        for key, tensor in read_tensors(path, f"n_head={n_head}"):
+            key = key if key.startswith(("transformer.", "score.")) else f"transformer.{key}"
+            if key == "transformer.lm_head.weight" or re.search(r"\.attn\.(masked_)?bias$", key):
+                continue  # tied, and the causal mask of old checkpoints
+            if key == "score.weight" and key not in expected:
+                continue  # a classifier's, of which only the body is asked for
+            tensor = tensor.t() if CONV1D.search(key) and tensor.dim() == 2 else tensor
+            if tuple(tensor.shape) != expected.get(key):
+                raise ValueError(
+                    f"{path} does not fit its config.json: {key} is {tuple(tensor.shape)}, "
+                    f"expected {expected.get(key, 'nothing')}"
+                )
+            state[key] = tensor.to(dtype).contiguous()
+    missing = sorted(expected.keys() - state.keys() - {"score.weight"})
+    if missing:
+        raise ValueError(f"{os.path.dirname(files[0])} is not whole: {missing[0]} is missing")
+    return state
+
+
+def write_checkpoint(directory: str, config, tensors: dict, dtype=None) -> None:
+    """Hugging Face's GPT-2 layout: config.json and model.safetensors. config: a GPTConfig; tensors: {parameter:
+    tensor}, each (out, in); dtype: that of the file (None: as the tensors are)."""
+    stored = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().t() if CONV1D.search(name) else tensor.detach()
+        stored[name] = tensor.to("cpu", dtype or tensor.dtype).contiguous()
+    settings = {
+        "architectures": ["GPT2ForSequenceClassification" if config.n_classes else "GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,
+        "vocab_size": config.vocab_size,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "layer_norm_epsilon": 1e-5,
+        "attn_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "bos_token_id": config.vocab_size - 1,
+        "eos_token_id": config.vocab_size - 1,
+        "tie_word_embeddings": True,
+        "torch_dtype": str(stored["transformer.wte.weight"].dtype).removeprefix("torch."),
+    }
+    if config.n_classes:
+        settings["id2label"] = {i: f"LABEL_{i}" for i in range(config.n_classes)}
+        settings["pad_token_id"] = config.vocab_size - 1
+    os.makedirs(directory, exist_ok=True)
+    write_tensors(os.path.join(directory, "model.safetensors"), stored, f"n_head={config.n_head}")
+    write_json(os.path.join(directory, "config.json"), settings)

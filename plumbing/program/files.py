@@ -1,0 +1,108 @@
+"""Files are whole or the old one, and a damaged one is found out: writing, reading, checksums."""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from plumbing.program.errors import first_line
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # of the repository
+ASSETS = os.path.join(ROOT, "assets")
+
+
+def find_copy(name, default=None):
+    """The path of what a setting names: the copy that ray_runs.py sent to this machine, else `default` or `name`."""
+    return json.loads(os.environ.get("NANOLORA_COPIES", "{}")).get(name, default or name)
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """A file to write bytes to, next to `path`; at the end it is flushed to the disk and renamed. So `path` is
+    always whole: the old one until then, the new one after."""
+    new = f"{path}.tmp"
+    try:
+        with open(new, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        put_in_place(new, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(new)
+        raise
+
+
+def put_in_place(new, path):
+    """Renames a file or folder to `path`. Windows refuses that while another program (a virus scanner, an editor, a
+    process that has the file mapped) has the old one open: then it is tried for three seconds."""
+    for seconds in (0.1, 0.2, 0.4, 0.8, 1.6, None):
+        try:
+            return os.replace(new, path)
+        except OSError as e:
+            is_open = isinstance(e, PermissionError) or getattr(e, "winerror", None) == 1224  # mapped
+            if not is_open:
+                raise
+            if seconds is None:
+                raise OSError(
+                    f"{path} cannot be replaced ({first_line(e)}): close the program that has it open; what was "
+                    "there is whole"
+                ) from e
+        time.sleep(seconds)
+
+
+def write_json(path, value):
+    with whole_file(path) as f:
+        f.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_tensors(path, tensors, note):
+    """A safetensors file. Its metadata, which other readers pass over, holds the tensors' SHA-256 and a note: what
+    the config file next to it must say. The same tensors give the same bytes."""
+    check = hashlib.sha256()
+    for name in sorted(tensors):
+        add_to_check(check, name, tensors[name])
+    data = memoryview(save(tensors, metadata={"format": "pt", "sha256": check.hexdigest(), "config": note}))
+    n = 8 + int.from_bytes(data[:8], "little")
+    # safetensors writes its header in an order that varies from run to run.
+    header = json.dumps(json.loads(bytes(data[8:n])), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    with whole_file(path) as f:
+        f.write(len(header).to_bytes(8, "little") + header)
+        f.write(data[n:])
+
+
+def read_tensors(path, note):
+    """(name, tensor) pairs of a safetensors file. Raises ValueError, naming the file, if it is damaged, or if its own
+    note differs. Whether its bytes are those that were written shows at the end."""
+    check = hashlib.sha256()
+    try:
+        with safe_open(path, framework="pt") as f:
+            names = sorted(f.keys())
+            metadata = f.metadata() or {}
+        expected = metadata.get("sha256")
+        if metadata.get("config", note) != note:
+            raise ValueError(f"{path} was written with {metadata['config']}, the config next to it says {note}")
+        for name in names:
+            with safe_open(path, framework="pt") as f:  # opened again: so the pages of copied tensors are freed
+                tensor = f.get_tensor(name)
+            if expected:
+                add_to_check(check, name, tensor)
+            yield name, tensor
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path} is damaged or cut short: {e}") from e
+    if expected and check.hexdigest() != expected:
+        raise ValueError(f"{path} is damaged: its tensors are not those that were written (SHA-256 differs)")
+
+
+def add_to_check(check, name, tensor):
+    """Feeds a tensor's name, kind and bytes to a hash."""
+    check.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+    check.update(tensor.reshape(-1).view(torch.uint8).numpy())

@@ -1,0 +1,97 @@
+"""Flags (`--key=value`) for the fields of a dataclass: a mistake is one line, and --help prints the class's table."""
+
+import argparse
+import inspect
+import math
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable
+from dataclasses import fields
+
+from plumbing.program.errors import UserError
+
+
+def parse_flags(
+    argv: list[str], cls: type, about: str, aliases: dict[str, str], suggest: Callable[[str], str]
+) -> tuple[str | None, dict]:
+    """(the config file's path or None, {key: value} of the flags). UserError for a mistake.
+
+    about: what --help prints above the table. aliases: {another spelling: key}. suggest(key): what may be meant by an
+    unknown key, or "".
+    """
+    kinds = typing.get_type_hints(cls)
+    parser = argparse.ArgumentParser(
+        prog=f"python {os.path.basename(sys.argv[0])}",
+        usage="%(prog)s [configs/FILE.py] [--key=value ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=make_help(cls, about),
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.error = lambda message: refuse(message, suggest)
+    parser.add_argument("config_file", nargs="?", default=None, help=argparse.SUPPRESS)
+    for field in fields(cls):
+        names = [field.name, *(alias for alias, key in aliases.items() if key == field.name)]
+        spellings = dict.fromkeys(f"--{s}" for name in names for s in (name, name.replace("_", "-")))
+        options = {"nargs": "?", "const": "True"} if kinds[field.name] is bool else {}
+        parser.add_argument(*spellings, dest=field.name, help=argparse.SUPPRESS, **options)
+    # In a command that is copied out of the handout's PDF the two dashes are one long one.
+    argv = [re.sub(r"^[–—](?=[a-z][\w-]+(=|$))", "--", word) for word in argv]
+    texts = vars(parser.parse_args(argv))
+    path = texts.pop("config_file")
+    return path, {key: convert(key, text, kinds[key], f"--{key}={text}") for key, text in texts.items()}
+
+
+def refuse(message, suggest):
+    """argparse's message as a line that says what to type."""
+    unknown = re.match(r"unrecognized arguments: (\S+)", message)
+    if not unknown:
+        raise UserError(message)
+    word = unknown.group(1)
+    if not word.startswith("-"):
+        raise UserError(f"{word}: one config file at most; settings are typed as --key=value")
+    key = word.lstrip("-").split("=")[0].replace("-", "_")
+    raise UserError(f"unknown flag --{key}: {suggest(key) or '--help lists the flags'}")
+
+
+def convert(key, text, kind, where):
+    """A flag's text as the key's type; UserError if it is none."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":  # quotes that a shell left in
+        text = text[1:-1]
+    kinds = typing.get_args(kind) or (kind,)
+    if type(None) in kinds and text in ("None", "none"):
+        return None
+    if str in kinds:
+        return text
+    if bool in kinds:
+        if text.lower() in ("true", "false", "1", "0", "yes", "no"):
+            return text.lower() in ("true", "1", "yes")
+        raise UserError(f"{where}: {key} is True or False")
+    if int in kinds and re.fullmatch(r"\s*[+-]?\d{1,99}\s*", text):
+        return int(text)  # not by way of a float, which has 53 bits
+    try:
+        number = float(text)
+        if not math.isfinite(number) or (int in kinds and number != int(number)):
+            raise ValueError
+        return int(number) if int in kinds else number
+    except (ValueError, OverflowError):
+        wanted = "an integer, such as 16" if int in kinds else "a number, such as 5e-4"
+        raise UserError(f"{where}: {key} is {wanted}") from None
+
+
+def make_help(cls, about):
+    """Every key with its type, default and the comment at its right."""
+    lines = [about]
+    kinds = typing.get_type_hints(cls)
+    defaults = {field.name: field.default for field in fields(cls)}
+    for owner in reversed(cls.__mro__[:-1]):
+        for line in inspect.getsource(owner).splitlines():
+            if section := re.match(r"    # --- (.*)", line):
+                lines.append(f"\n{section.group(1)}:")
+            elif key := re.match(r"    (\w+): .*?  # (.*)", line):
+                name, comment = key.groups()
+                kind = getattr(kinds[name], "__name__", str(kinds[name]))
+                lines.append(f"  --{name:27} {kind:12} {str(defaults[name])!r:24} {comment}")
+    return "\n".join(lines).replace("%", "%%")

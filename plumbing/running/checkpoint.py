@@ -1,0 +1,172 @@
+"""Exact resume: what a run needs to end in the bits of one that was never stopped, in one file, always whole."""
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field, fields
+
+import torch
+from filelock import FileLock, SoftFileLock, Timeout
+
+from plumbing.program.errors import first_line
+from plumbing.program.files import add_to_check, whole_file
+
+CHECKPOINT = "checkpoint.pt"
+KEYS = {"progress", "trained", "optimizers", "scaler"}
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    iter: int = 0  # updates done
+    best: float = math.inf  # the lowest validation loss
+    losses: list[float] = field(default_factory=list)  # of the updates since the last evaluation
+    metrics: list[dict] = field(default_factory=list)  # one for each evaluation: the lines of metrics.jsonl
+    skipped: int = 0  # updates that float16's scaler left out, for infinite gradients
+
+    @property
+    def evaluated_at(self) -> int | None:
+        """Updates done at the last evaluation."""
+        return self.metrics[-1]["iter"] if self.metrics else None
+
+
+def save_checkpoint(out_dir, progress, model, optimizers, scaler) -> None:
+    """Writes checkpoint.pt. Raises OSError, with the room that is needed, if it cannot be written."""
+    trained = trained_parameters(model)
+    state = {
+        "progress": asdict(progress),
+        "trained": {name: p.detach() for name, p in trained.items()},
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "scaler": scaler.state_dict(),
+    }
+    path = os.path.join(out_dir, CHECKPOINT)
+    try:
+        with whole_file(path) as f:
+            torch.save(state | {"sha256": hash_state(state)}, f)
+    except (OSError, RuntimeError) as e:  # torch's writer wraps some
+        states = [s for optimizer in optimizers for s in optimizer.state.values()]
+        moments = [t for s in states for t in s.values() if torch.is_tensor(t)]
+        room = sum(t.nbytes for t in [*trained.values(), *moments]) / 1e6
+        raise OSError(
+            f"{path} could not be written, it takes {room:.0f} MB more than the last one, which is whole "
+            f"({first_line(e, 120)})"
+        ) from e
+
+
+def load_checkpoint(out_dir, model, optimizers, scaler, processes) -> Progress:
+    """The progress of the checkpoint in the first process's out_dir; its weights, moments and scale go into the
+    arguments. A run that was stopped before its first checkpoint begins again. Raises ValueError, naming the file, if
+    it is damaged or another model's."""
+    path = os.path.join(out_dir, CHECKPOINT)
+    file = processes.share_file(path)
+    if file is None:
+        return Progress()
+    state = read_checkpoint(path, file)
+    ours = trained_parameters(model)
+    theirs = state["trained"]
+    different = ours.keys() ^ theirs.keys() or {n for n in ours if ours[n].shape != theirs[n].shape}
+    if different:
+        raise ValueError(f"{path} was made for another model: {min(different)} differs")
+    with torch.no_grad():
+        for name, param in ours.items():
+            param.copy_(theirs[name])
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        load_optimizer(optimizer, saved)
+    if state["scaler"]:  # empty: no float16 until now, so there is no scale to take over
+        scaler.load_state_dict(state["scaler"])
+    return state["progress"]
+
+
+def check_same_data(config, loader, scored: str | None = None) -> None:
+    """Raises ValueError if the data of a resumed run are no longer those that it was trained on. A split that is only
+    `scored` may have changed if the data set names it itself; then a line says so."""
+    if config.trained_on in (None, loader.digest):
+        return
+    changed = f"dataset={config.dataset} has changed since the run in {config.out_dir} began"
+    if scored is None:
+        raise ValueError(f"{changed}; put its old content back, or start another run with another --out_dir")
+    if loader.split_is_drawn(scored):
+        raise ValueError(
+            f"{changed}, and the seed draws its {scored} split: some of its rows may have been trained on; put the "
+            "old content back, or name the rows to score by a file test.csv or a column split"
+        )
+    print(f"note: {changed}; its own {scored} split is scored as it is now")
+
+
+def read_checkpoint(path, file):
+    """The content of the checkpoint `path`, its progress as a Progress. file: that path, or its bytes to read from.
+    weights_only: a file runs no code."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        # torch.load does not notice a changed bit.
+        if state.pop("sha256") != hash_state(state):
+            raise ValueError("its content is not what was written, SHA-256 differs")
+    except Exception as e:  # zip, pickle and torch each raise their own
+        raise ValueError(f"{path} is damaged ({first_line(e, 120)}); start again with another --out_dir") from e
+    known = {f.name for f in fields(Progress)}
+    if state.keys() != KEYS or state["progress"].keys() != known:
+        raise ValueError(f"{path} was written by another version; start again with another --out_dir")
+    state["progress"] = Progress(**state["progress"])
+    return state
+
+
+def load_optimizer(optimizer, saved):
+    """A checkpoint's moments and counters. An --lr or --weight_decay that was typed on resuming wins over its own."""
+    typed = []
+    for group in optimizer.param_groups:
+        typed.append({key: group[key] for key in ("peak_lr", "weight_decay", "betas") if key in group})
+    optimizer.load_state_dict(saved)
+    for group, values in zip(optimizer.param_groups, typed):
+        group.update(values)
+
+
+def trained_parameters(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def hash_state(state) -> str:
+    """SHA-256 of nested dicts and lists of tensors and plain values."""
+    check = hashlib.sha256()
+
+    def add(path, value):
+        if torch.is_tensor(value):
+            add_to_check(check, path, value.cpu())
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                add(f"{path}/{key}", item)
+        elif isinstance(value, list | tuple):
+            for i, item in enumerate(value):
+                add(f"{path}/{i}", item)
+        else:
+            check.update(f"{path} {value!r}".encode())
+
+    add("", state)
+    return check.hexdigest()
+
+
+def write_metrics(out_dir: str, metrics: list[dict]) -> None:
+    """metrics.jsonl, from the start: after a kill it may be ahead of the checkpoint, and then it is written again."""
+    with whole_file(os.path.join(out_dir, "metrics.jsonl")) as f:
+        f.writelines((json.dumps(line) + "\n").encode() for line in metrics)
+
+
+def lock_folder(out_dir: str) -> FileLock:
+    """Keeps a second run out of out_dir until this process ends, however it ends. Raises ValueError if another run is
+    in it, OSError if it is no folder."""
+    os.makedirs(out_dir, exist_ok=True)
+    lock = FileLock(os.path.join(out_dir, ".lock"))
+    reason = None
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as e:
+        if not isinstance(lock, SoftFileLock):
+            raise ValueError(f"out_dir={out_dir}: another run is writing there; type another --out_dir") from e
+    except (OSError, NotImplementedError) as e:
+        reason = first_line(e)
+    if isinstance(lock, SoftFileLock):  # filelock's way out: a file that merely exists, and that a kill leaves there
+        reason = "its file system has no locks"
+    if reason:
+        print(f"note: {out_dir} cannot be locked ({reason}): nothing keeps a second run out of it")
+    return lock

@@ -1,0 +1,221 @@
+"""What a run computes on: device, dtype, memory, and the processes that torchrun started."""
+
+import contextlib
+import ctypes
+import io
+import os
+import platform
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from plumbing.program.errors import first_line
+
+
+def keep_memory():
+    """Freed tensors stay with the process: glibc would give large ones back and fault them in again at each
+    step, a third of a CPU step's time."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large tensor
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap is not shrunk
+
+
+def compute_deterministically():
+    """The same seed gives the same bits on CUDA too, where the backward pass of attention and of embeddings adds in
+    an order that changes. Raises RuntimeError later, from an operation that has no such way."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(True)
+
+
+def pick_device(device: str = "auto") -> str:
+    """ "auto": cuda, else mps, else cpu; a device that computes something else than the CPU is passed over with a
+    note. ValueError if the device cannot be had."""
+    # cuDNN's attention comes first on newer GPUs and plans again for each new shape, half a second each.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if device != "auto":
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as e:
+            raise ValueError(f"device={device}: not on this machine ({first_line(e)}); type --device=cpu") from e
+        return device
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    for name, is_available in available.items():
+        if not is_available():
+            continue
+        wrong = compare_with_cpu(name)
+        if not wrong:
+            return name
+        print(f"note: {name} computes wrong numbers here ({wrong}), so the CPU is used; --device={name} insists")
+    return "cpu"
+
+
+def compare_with_cpu(device: str) -> str:
+    """What a small forward and backward pass gives else on the device than on the CPU; "" where they agree. Drivers
+    and new kernels have been wrong without an error, on Apple's mps more than once."""
+    try:
+        results = zip(("loss", "gradients", "token ids"), try_device(device), try_device("cpu"))
+        different = [name for name, a, b in results if not torch.allclose(a, b, rtol=1e-3, atol=1e-4)]
+        return ", ".join(different)
+    except RuntimeError as e:
+        return first_line(e)
+
+
+def try_device(device: str) -> list[torch.Tensor]:
+    """Loss, gradients and copied token ids of one attention layer with a mask, in float32, as CPU tensors."""
+    generator = torch.Generator().manual_seed(0)
+    idx = torch.randint(0, 50, (3, 9), generator=generator)
+    embedding = torch.randn(50, 32, generator=generator).to(device).requires_grad_()
+    weight = (0.3 * torch.randn(96, 32, generator=generator)).to(device).requires_grad_()
+    idx = idx.to(device)
+    x = F.embedding(idx, embedding)  # (3, 9, 32)
+    q, k, v = F.linear(x, weight).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)  # each (3, 2, 9, 16)
+    mask = torch.ones(9, 9, dtype=torch.bool, device=device).tril()
+    # What model.py computes there: torch's fused kernel on CUDA, else its formula.
+    if q.is_cuda:
+        y = F.scaled_dot_product_attention(q, k, v, mask)
+    else:
+        y = (q @ k.mT / 4).masked_fill(~mask, float("-inf")).softmax(-1) @ v
+    y = y.transpose(1, 2).flatten(2)
+    logits = F.linear(F.gelu(y, approximate="tanh"), embedding)
+    loss = F.cross_entropy(logits.flatten(0, 1), idx.flatten())
+    loss.backward()
+    gradients = torch.cat([embedding.grad.flatten(), weight.grad.flatten()])
+    return [loss.detach().cpu(), gradients.cpu(), idx.cpu().float()]
+
+
+def pick_dtype(device: str, dtype: str = "auto", mixed: bool = True, before: str | None = None) -> torch.dtype:
+    """The dtype to compute in. "auto": bfloat16 where the hardware is fast at it, float16 on older GPUs, else
+    float32. mixed=False: float32 in any case, for layers that cannot have a weight in one dtype and an adapter in
+    another. before: what a resumed run computed in until now. It stays, unless another is typed or this machine does
+    not have it; then a line says so. Raises ValueError for a dtype that the device does not have."""
+    if before is None:
+        return find_dtype(device, dtype, mixed)
+    if dtype in ("auto", before):
+        try:
+            picked = find_dtype(device, before, mixed)
+        except ValueError:
+            picked = find_dtype(device, "auto", mixed)
+    else:
+        picked = find_dtype(device, dtype, mixed)
+    after = str(picked).removeprefix("torch.")
+    if after != before:
+        print(f"note: the run computed in {before} until now, and goes on in {after}")
+    return picked
+
+
+def find_dtype(device, dtype, mixed):
+    """`pick_dtype` for a run that begins."""
+    if not mixed:
+        if dtype not in ("auto", "float32"):
+            print(f"note: the layers of this lora.py know one dtype: float32 instead of {dtype}")
+        return torch.float32
+    on_cuda = device.startswith("cuda")
+    bf16_cuda = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == "auto":
+        if on_cuda:
+            dtype = "bfloat16" if bf16_cuda else "float16"
+        else:
+            dtype = "bfloat16" if device == "cpu" and is_cpu_fast_at_bfloat16() else "float32"
+    elif dtype == "bfloat16" and on_cuda and not bf16_cuda:
+        raise ValueError(f"dtype=bfloat16: {torch.cuda.get_device_name(device)} has none; type --dtype=float16")
+    elif dtype == "float16" and device == "cpu":
+        raise ValueError("dtype=float16 is orders of magnitude too slow on cpu; type --dtype=auto")
+    elif dtype == "float16" and device.startswith("mps") and torch.__version__ < (2, 8):
+        raise ValueError(
+            f"dtype=float16: the gradient scaler of torch {torch.__version__} needs float64, which mps has not (2.8 "
+            "does without); type --dtype=float32"
+        )
+    return getattr(torch, dtype)
+
+
+def is_cpu_fast_at_bfloat16() -> bool:
+    """Whether products in bfloat16 take less time than in float32: with AMX they do, and with AVX512-BF16 on AMD's
+    CPUs. With that alone on an Intel Xeon (model 207, 2 cores) they took 1.6 to 2 times as long."""
+
+    def has(feature):
+        return getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)()
+
+    return has("amx_tile") or (has("avx512_bf16") and not is_intel())
+
+
+def is_intel() -> bool:
+    return "GenuineIntel" in read_cpu_info()
+
+
+def read_cpu_info() -> str:
+    """What the system says of its CPU: Linux's /proc/cpuinfo, one line elsewhere."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
+        return f.read()
+    return platform.processor()
+
+
+class Processes:
+    """This process among those that torchrun started; alone without torchrun."""
+
+    def __init__(self, config):
+        self.world_rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.is_first = self.world_rank == 0
+        self.device = config.device
+        if self.world_size > 1:
+            self._join(config)
+        self.device = pick_device(self.device)
+
+    def _join(self, config):
+        """Takes this process's own device and meets the others."""
+        if config.batch_size < self.world_size:
+            raise ValueError(
+                f"batch_size={config.batch_size}: type at least one example for each of {self.world_size} processes"
+            )
+        on_cuda = config.device in ("auto", "cuda") and torch.cuda.is_available()
+        if on_cuda:
+            local_rank = int(os.environ["LOCAL_RANK"])
+            n_gpus = torch.cuda.device_count()
+            if local_rank >= n_gpus:
+                raise ValueError(f"more processes than GPUs on this machine: type --nproc_per_node={n_gpus}")
+            self.device = f"cuda:{local_rank}"
+            torch.cuda.set_device(self.device)
+        elif config.device in ("auto", "cpu"):
+            self.device = "cpu"
+        else:
+            raise ValueError(f"device={config.device}: several processes need GPUs of their own, or --device=cpu")
+        dist.init_process_group("nccl" if on_cuda else "gloo")
+
+    def leave(self):
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+    def sum(self, values):
+        """Sum over the processes of a list of floats."""
+        if self.world_size == 1:
+            return values
+        t = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(t)
+        return t.tolist()
+
+    def share_file(self, path: str) -> str | io.BytesIO | None:
+        """The first process's file, to be read on every process, of which some may be on machines without it: the
+        path of one process alone, else the file's bytes. None if it is not there."""
+        size = 0
+        if self.is_first:
+            size = os.path.getsize(path) if os.path.exists(path) else -1
+        (size,) = self.sum([size])
+        if size < 0 or self.world_size == 1:
+            return None if size < 0 else path
+        content = torch.empty(int(size), dtype=torch.uint8, device=self.device)
+        if self.is_first and size:
+            content.copy_(torch.from_file(path, size=int(size), dtype=torch.uint8))
+        dist.broadcast(content, 0)
+        return io.BytesIO(content.cpu().numpy())
+
+    def sum_gradients(self, params):
+        """One reduction for all of them: the gradient of the global batch, on every process."""
+        if self.world_size == 1:
+            return
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in params]
+        flat = torch.cat([g.reshape(-1) for g in grads])
+        dist.all_reduce(flat)
+        for p, part in zip(params, flat.split([p.numel() for p in params])):
+            p.grad = part.view_as(p)

@@ -1,0 +1,41 @@
+"""wandb is never worth a run: where it fails, a line says so and training goes on."""
+
+import os
+
+from plumbing.program.errors import first_line
+
+
+class WandbRun:
+    """A run on Weights & Biases if it is wanted and can be had; else its methods do nothing."""
+
+    def __init__(self, config, wanted: bool):
+        self.run = None
+        if wanted:
+            self.run = self._try(self._start, config)
+
+    def log(self, values: dict, step: int) -> None:
+        if self.run:
+            self._try(self.run.log, values, step=step)
+
+    def finish(self) -> None:
+        if self.run:
+            self._try(self.run.finish)
+
+    def _start(self, config):
+        import wandb
+
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "120")  # seconds
+        return wandb.init(
+            project=config.wandb_project,
+            name=config.wandb_run_name or os.path.basename(os.path.normpath(config.out_dir)),
+            dir=config.out_dir,
+            config=vars(config),
+            settings=wandb.Settings(init_timeout=30),
+        )
+
+    def _try(self, function, *args, **options):
+        try:
+            return function(*args, **options)
+        except Exception as e:  # no key, no network, its service gone
+            print(f"note: wandb is off ({first_line(e)}); WANDB_MODE=offline needs no account")
+            self.run = None

@@ -1,0 +1,101 @@
+"""A score from what was found and what is true: the table, its interval, and how both are written and printed."""
+
+import contextlib
+import json
+import math
+import os
+from collections import Counter
+
+from plumbing.adapters.peft_format import ADAPTER_WEIGHTS
+from plumbing.program.files import whole_file
+
+SCORED = ("init_from", "dataset", "split", "template")  # of the config: what makes two scores comparable
+
+
+def tabulate(found: list, labels: list[int], label_names: list[str]) -> dict:
+    """Accuracy of the labels found (ints, or None for a text without any) against the true ones.
+
+    None is wrong and counted as garbage. Returns n, accuracy and garbage as shares, the accuracy's 95 % interval,
+    each label's recall (None if it does not occur) and the confusion table: rows the true labels,
+    columns those found and then garbage. Raises ValueError for no labels, or lists of unequal lengths.
+    """
+    if len(found) != len(labels) or len(labels) == 0:
+        raise ValueError(f"{len(found)} texts for {len(labels)} labels")
+    n_labels = len(label_names)
+    table = [[0] * (n_labels + 1) for _ in label_names]
+    for i, label in zip(found, labels):
+        column = n_labels if i is None else i
+        table[label][column] += 1
+    n = len(labels)
+    accuracy = sum(table[i][i] for i in range(n_labels)) / n
+    return {
+        "n": n,
+        "accuracy": accuracy,
+        "interval": wilson(accuracy, n),
+        "garbage": sum(row[-1] for row in table) / n,
+        "recall": [row[i] / sum(row) if sum(row) else None for i, row in enumerate(table)],
+        "confusion": table,
+        "label_names": list(label_names),
+    }
+
+
+def wilson(p: float, n: int) -> list[float]:
+    """The 95 % interval [low, high] of a share p seen in n examples (Wilson 1927, "Probable Inference, the Law of
+    Succession, and Statistical Inference")."""
+    z = 1.959964
+    middle = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
+
+
+def write_answers(path: str, examples, generated: list[str], found: list, names: list[str]) -> None:
+    """predictions.jsonl: each text with its label, what was written and the label found in it."""
+    with whole_file(path) as f:
+        for example, text, i in zip(examples, generated, found):
+            row = {"text": example.text, "label": names[example.label], "generated": text}
+            row["predicted"] = None if i is None else names[i]
+            f.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+
+
+def print_result(result: dict) -> None:
+    """The accuracy and the confusion table."""
+    names = result["label_names"]
+    low, high = result["interval"]
+    print(
+        f"accuracy {100 * result['accuracy']:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f}) of "
+        f"{result['n']} examples, garbage {100 * result['garbage']:.2f} %"
+    )
+    width = max(len(name) for name in [*names, "garbage"]) + 2
+    columns = [*names, "garbage", "recall"]
+    print("\n" + "true \\ written".ljust(width + 6) + "".join(name.rjust(width) for name in columns))
+    for name, row, recall in zip(names, result["confusion"], result["recall"]):
+        cells = [*map(str, row), "" if recall is None else f"{100 * recall:.1f} %"]
+        print(name.ljust(width + 6) + "".join(cell.rjust(width) for cell in cells))
+
+
+def print_errors(examples, generated: list[str], found: list, names: list[str]) -> None:
+    """Two examples of each kind of error."""
+    shown = Counter()
+    for example, text, i in zip(examples, generated, found):
+        true = names[example.label]
+        written = "garbage" if i is None else names[i]
+        if i == example.label or shown[true, written] == 2:
+            continue
+        if not shown:
+            print("\nsome errors:")
+        shown[true, written] += 1
+        review = " ".join(example.text.split())
+        print(f"  {true} taken for {written}: wrote {text[:30]!r} after {review[:90]!r}")
+
+
+def print_improvement(out_dir: str, result: dict) -> None:
+    """The accuracy next to the untuned model's, if that was scored in out_dir too, and where the weights lie."""
+    path = os.path.join(out_dir, "untuned", "accuracy.json")
+    with contextlib.suppress(OSError, ValueError), open(path) as f:
+        before = json.load(f)
+        if all(before.get(key) == result[key] for key in SCORED):
+            print(f"untuned {100 * before['accuracy']:.2f} %, tuned {100 * result['accuracy']:.2f} %")
+    for name in (ADAPTER_WEIGHTS, "model.safetensors", "loss.png"):
+        path = os.path.join(out_dir, name)
+        if os.path.exists(path):
+            print(f"{path} ({os.path.getsize(path) / 1e6:.2f} MB)")

@@ -1,0 +1,214 @@
+"""Device and dtype: what is chosen, and that a device which computes wrongly is not.
+
+python -m pytest tests/running/test_machine.py
+"""
+
+import io
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tokens
+from torch.torch_version import TorchVersion
+
+from model import GPT, KVCache, attend
+from plumbing.gpt2.batch import Batch
+from plumbing.running import machine
+
+LIES = {
+    "the loss": lambda loss, grad, idx: [loss + 0.1, grad, idx],
+    "a gradient": lambda loss, grad, idx: [loss, torch.cat([grad[1:], grad[:1]]), idx],
+    "token ids": lambda loss, grad, idx: [loss, grad, idx.flip(0)],
+    "not a number": lambda loss, grad, idx: [loss, grad * float("nan"), idx],
+    "an error": None,
+}
+
+
+@pytest.fixture
+def fake_mps(monkeypatch):
+    """A machine that says it has mps, whose results are the CPU's as `lie` changes them."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    honest = machine.try_device
+
+    def set_lie(lie):
+        def run(device):
+            results = honest("cpu")
+            if device == "cpu":
+                return results
+            if lie is None:
+                raise RuntimeError("no kernel for this operator")
+            return lie(*results)
+
+        monkeypatch.setattr(machine, "try_device", run)
+
+    return set_lie
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_device_that_lies_is_passed_over(fake_mps, lie, capsys):
+    """Otherwise a driver's bug trains garbage for hours, without an error."""
+    fake_mps(LIES[lie])
+    assert machine.pick_device() == "cpu"
+    assert capsys.readouterr().out.startswith("note: mps computes wrong numbers here (")
+
+
+def test_an_honest_device_is_taken(fake_mps, capsys):
+    """Otherwise nobody with an accelerator gets it without a flag."""
+    fake_mps(lambda *results: list(results))
+    assert machine.pick_device() == "mps"
+    assert not capsys.readouterr().out
+
+
+def test_cudnns_attention_is_off_in_training_and_in_scoring():
+    """Otherwise newer GPUs plan half a second for each new length of a batch, longer than they compute."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    machine.pick_device("cpu")  # what train.py and generate.py begin with
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_layers_of_one_dtype_get_float32(capsys):
+    """Otherwise a lora.py of one's own ends in an error about dtypes on machines with bfloat16."""
+    assert machine.pick_dtype("cpu", "auto", mixed=False) == torch.float32
+    assert not capsys.readouterr().out
+    assert machine.pick_dtype("cpu", "bfloat16", mixed=False) == torch.float32
+    assert "float32 instead of bfloat16" in capsys.readouterr().out
+
+
+class FewGPUs:
+    """torch.cuda of a machine with two GPUs."""
+
+    is_available = staticmethod(lambda: True)
+    device_count = staticmethod(lambda: 2)
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_more_processes_than_gpus_is_one_line(monkeypatch, device):
+    """Otherwise a wrong --nproc_per_node ends in as many tracebacks as there are processes."""
+    monkeypatch.setattr(torch, "cuda", FewGPUs)
+    for name, value in {"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="--nproc_per_node=2"):
+        machine.Processes(SimpleNamespace(device=device, batch_size=8))
+
+
+def test_several_processes_do_not_share_one_accelerator(monkeypatch):
+    """Otherwise torchrun on a Mac ends in a traceback from inside gloo."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"device=mps: .*--device=cpu"):
+        machine.Processes(SimpleNamespace(device="mps", batch_size=8))
+
+
+def test_deterministic_refuses_what_is_not():
+    """Otherwise --deterministic is a word, and two runs on a GPU differ all the same."""
+    machine.compute_deterministically()
+    try:
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_float16_where_the_scaler_works(monkeypatch):
+    """Otherwise float16 is refused on a Mac for a reason that is false there, or ends in torch's traceback."""
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.7.1"))
+    with pytest.raises(ValueError, match=r"dtype=float16: .*--dtype=float32"):
+        machine.pick_dtype("mps", "float16")
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.10.0"))
+    assert machine.pick_dtype("mps", "float16") == torch.float16
+    assert machine.pick_dtype("mps") == torch.float32
+
+
+# --- Apple's mps ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device, waits", [("mps", True), ("cpu", True), ("cuda:1", False)])
+def test_a_copy_is_waited_for_but_on_cuda(monkeypatch, device, waits):
+    """Otherwise a Mac trains on garbage token ids, read from memory that was freed."""
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *args, **options: asked.append((args, options)) or t)
+    Batch(torch.ones(1, 2), torch.ones(3, 4), torch.ones(3, 4)).to(device)
+    assert asked == [((device,), {"non_blocking": not waits})] * 4
+
+
+class OnMps(torch.Tensor):
+    """A tensor that says it is on mps; it computes on the CPU."""
+
+    device = property(lambda self: torch.device("mps"))
+
+
+def bias(visible):
+    return torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))
+
+
+CASES = {  # the mask of 3 rows of 2 heads, 5 tokens and 7 before them; None: no token before them
+    "the causal mask": None,
+    "a mask for all rows": bias(torch.ones(5, 12, dtype=torch.bool).tril(7)),
+    "a mask for each row": bias(torch.arange(12) > torch.tensor([0, 3, 5])[:, None, None, None]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_attention_on_mps_is_written_out(monkeypatch, case):
+    """Otherwise a Mac's user gets what torch's own attention gives there, which has been wrong without an error."""
+    mask = CASES[case]
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 3, 12, 2, 16).transpose(2, 3).double()  # each (3, 2, 12, 16), permuted
+    if mask is not None:
+        q = q[:, :, -5:]
+    wide = None if mask is None else mask.double()
+    expected = F.scaled_dot_product_attention(q, k, v, wide, is_causal=mask is None)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)
+    monkeypatch.setattr("model.causal_mask", lambda T, K, like: bias(torch.ones(T, K, dtype=torch.bool).tril(K - T)))
+    y = attend(*(t.float().as_subclass(OnMps) for t in (q, k, v)), mask)
+    torch.testing.assert_close(y.as_subclass(torch.Tensor).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_does_without_torchs_attention(monkeypatch, checkpoint):
+    """Otherwise training, scoring or writing on a Mac still goes through it somewhere."""
+    model = GPT.from_pretrained(checkpoint).train()
+    idx = tokens(2, 9)
+
+    def results():
+        _, loss = model(idx, idx, prefix=tokens(1, 4))
+        past = KVCache()
+        model.hidden(tokens(1, 4), past)
+        written = model.generate(idx, 6, temperature=0, past=past, lengths=torch.tensor([9, 5]))
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters())), written]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("model.LONG", 0)
+        expected = results()
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)
+    torch.testing.assert_close(results(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "features, vendor, expected",
+    [
+        (("amx_tile", "avx512_bf16"), "GenuineIntel", torch.bfloat16),
+        (("avx512_bf16",), "AuthenticAMD", torch.bfloat16),
+        (("avx512_bf16",), "GenuineIntel", torch.float32),
+        ((), "AuthenticAMD", torch.float32),
+    ],
+)
+def test_a_cpu_computes_in_what_it_is_fast_at(monkeypatch, features, vendor, expected):
+    """Lost if it fails: training takes 1.5 times as long as it needs to, or twice."""
+    for feature in ("amx_tile", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, f"_is_{feature}_supported", lambda feature=feature: feature in features)
+    monkeypatch.setattr(machine, "open", lambda *args, **options: io.StringIO(f"vendor_id : {vendor}"), raising=False)
+    assert machine.pick_dtype("cpu") == expected
+
+
+def test_the_vendor_where_there_is_no_proc(monkeypatch):
+    """Lost if it fails: on Windows an Intel CPU computes in its slow bfloat16."""
+
+    def refuse(*args, **options):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(machine, "open", refuse, raising=False)
+    for processor, expected in (("Intel64 Family 6 Model 207, GenuineIntel", True), ("AMD64 Family 25", False)):
+        monkeypatch.setattr(machine.platform, "processor", lambda processor=processor: processor)
+        assert machine.is_intel() == expected

@@ -1,0 +1,35 @@
+"""How OpenMP's threads wait: set before torch reads it, and never over what the user has set.
+
+python -m pytest tests/running/test_threads.py
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+REPO = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+PROGRAM = """
+import os, sys
+order = []
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            order.append(os.environ.get("GOMP_SPINCOUNT"))
+sys.meta_path.insert(0, Watch())
+import {chapter}
+print(order[0])
+"""
+
+
+@pytest.mark.parametrize("chapter", ["train", "generate", "sweep", "anatomy", "bench"])
+@pytest.mark.parametrize("typed", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}])
+def test_threads_soon_sleep_unless_the_user_says_otherwise(chapter, typed):
+    """Otherwise a training next to a browser is several times slower, or a user's own setting is overwritten."""
+    own = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {key: value for key, value in os.environ.items() if key not in own} | typed
+    command = [sys.executable, "-c", PROGRAM.format(chapter=chapter)]
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=100)
+    expected = typed.get("GOMP_SPINCOUNT", "None") if typed else "3000"
+    assert done.stdout.split() == [expected], done.stderr

@@ -1,0 +1,334 @@
+"""sweep.py: its report says what the runs' own files say, done runs are kept, a failing one is told.
+
+python -m pytest tests/tools/test_sweep.py
+"""
+
+import contextlib
+import csv
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import psutil
+import pytest
+from conftest import base_folder, finish
+from safetensors.torch import load_file
+
+from configurator import Config, configure
+from tools import sweep
+
+REPO = os.path.dirname(os.path.dirname(os.path.abspath(sweep.__file__)))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A random GPT-2 (base) and separable reviews (reviews.csv)."""
+    folder = base_folder(tmp_path_factory, "sweep")
+    rng = random.Random(1)
+    with open(folder / "reviews.csv", "w", newline="") as f:
+        rows = csv.writer(f)
+        rows.writerow(["text", "label", "split"])
+        for i in range(90):
+            cue = ("dreadful", "wonderful")[i % 2]
+            split = ("train", "validation", "test")[max(0, i - 60) // 15 + (i >= 60)]
+            rows.writerow(
+                [" ".join([cue, *rng.choices(["a", "film", "plot"], k=i % 5)]), ("bad", "good")[i % 2], split]
+            )
+    return folder
+
+
+def flags(place, out, **settings):
+    values = {"init_from": place / "base", "dataset": place / "reviews.csv", "out_dir": place / out, "device": "cpu"}
+    values |= {"dtype": "float32", "ranks": "1,2", "rank": 2, "alpha": 8, "seeds": "1,2", "max_iters": 6, "lr": 0.01}
+    values |= {"batch_size": 8, "eval_interval": 2, "warmup_iters": 0, "label_names": None, "dropout": 0.0} | settings
+    return [f"--{key}={value}" for key, value in values.items()]
+
+
+def start(argv, *program):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, *(program or ("-m", "tools.sweep")), *argv]
+    return subprocess.Popen(command, cwd=REPO, env=env, text=True, **pipes)
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """The folder of a sweep that ran to its end."""
+    finish(start(flags(place, "whole")))
+    return place / "whole-sweep"
+
+
+def table(folder, title):
+    """The rows of the table under a heading of report.md, as dicts."""
+    part = (folder / "report.md").read_text().split(f"\n## {title}")[1].split("\n## ")[0]
+    lines = [[c.strip() for c in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("|")]
+    return [dict(zip(lines[0], line)) for line in lines[2:]]
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_reports_numbers_are_the_runs_own(whole):
+    """Lost if it fails: a student hands in numbers that no run gave."""
+    rows = {(row["method"], row["r"]): row for row in table(whole, "2.6")}
+    assert list(rows) == [("no tuning", ""), ("LoRA", "1"), ("LoRA", "2"), ("full fine-tuning", "")]
+    for (method, r), row in rows.items():
+        names = ["untuned"] if method == "no tuning" else [f"{f'lora-r{r}' if r else 'full'}-seed{s}" for s in (1, 2)]
+        scores = [read(whole / name / "accuracy.json") for name in names]
+        p = sum(s["accuracy"] for s in scores) / len(scores)
+        assert row["test accuracy"] == f"{100 * p:.1f} %"
+        assert row["each seed"] == ", ".join(f"{100 * s['accuracy']:.1f}" for s in scores)
+        if r:
+            tensors = load_file(whole / names[0] / "adapter_model.safetensors")
+            assert row["trained"] == f"{sum(t.numel() for t in tensors.values()):,}"
+            assert row["alpha"] == str(4 * int(r))
+            size = os.path.getsize(whole / names[0] / "adapter_model.safetensors")
+            assert row["MB"] == f"{size / 1e6:.2f}"
+    for row in table(whole, "2.9"):
+        lr, alpha = re.match(r"lr (\S+), alpha (\S+)", row["run"]).groups()
+        assert float(lr) * float(alpha) == pytest.approx(0.08)
+        losses = []
+        for name in ("lora-r2-seed1", "lora-r2-double-lr-half-alpha-seed1", "lora-r2-half-lr-double-alpha-seed1"):
+            settings = read(whole / name / "train_config.json")
+            if settings["lr"] == float(lr):
+                losses.append(min(m["val_loss"] for m in read_lines(whole / name / "metrics.jsonl")))
+        assert [row["best validation loss"]] == [f"{loss:.4f}" for loss in losses]
+    speeds = read(whole / "latency.json")
+    assert [row["tokens/s (median)"] for row in table(whole, "2.1")] == [
+        f"{speeds[name]['median']:.1f}" for name in ("base", "unmerged", "merged")
+    ]
+
+
+def test_the_report_opens_with_what_it_found(whole):
+    """Lost if it fails: the first lines of a report say something else than its table, or call a tie a victory."""
+    rows = [row for row in table(whole, "2.6") if row["method"] != "no tuning"]
+    top = max(rows, key=lambda row: float(row["test accuracy"].split()[0]))
+    summary = (whole / "report.md").read_text().split("\n\n")[1]
+    name = f"LoRA with r = {top['r']}" if top["r"] else top["method"]
+    assert summary.startswith(f"Best is {name}: {top['test accuracy']} of 15 test examples (95 % interval ")
+    assert f"It trains {top['trained']} of " in summary and " full fine-tuning (" in summary
+    assert sweep.compare_points(0.79964, 0.79956) == "as good as"  # both are shown as 80.0 %
+    assert sweep.compare_points(0.7904, 0.7812) == "0.9 points above"
+    assert sweep.compare_points(0.7812, 0.7904) == "0.9 points below"
+
+
+def test_lora_and_full_are_compared_over_the_same_examples(whole):
+    """Lost if it fails: the report's sentence on LoRA beside full fine-tuning is not what the models' losses say."""
+    sentence = re.search(r"LoRA's validation loss minus .*", (whole / "report.md").read_text())[0]
+    full = np.stack([np.load(whole / f"full-seed{s}" / "val_losses.npy") for s in (1, 2)])
+    for r in (1, 2):
+        lora = np.stack([np.load(whole / f"lora-r{r}-seed{s}" / "val_losses.npy") for s in (1, 2)])
+        assert lora.shape == full.shape == (2, 15)
+        gap, low, high = map(float, re.search(rf"r = {r} (\S+) \((\S+) to (\S+)\)", sentence).groups())
+        assert gap == pytest.approx((lora - full).mean(), abs=6e-5)
+        # At least as wide as the same examples' differences alone make it, by the usual formula.
+        paired = (lora - full).mean(axis=0)
+        assert high - low > 0.9 * 2 * 1.96 * paired.std() / 15**0.5 and low < gap < high
+    assert "examples and seeds leave" in sentence
+    row = table(whole, "2.6")[1]
+    losses = [[m["val_loss"] for m in read_lines(whole / f"lora-r1-seed{s}" / "metrics.jsonl")] for s in (1, 2)]
+    assert row["validation loss"] == f"{sum(map(min, losses)) / 2:.4f}"
+
+
+def test_a_report_needs_no_data(place, whole):
+    """Lost if it fails: where the data is gone, or is on the machines that trained alone, there is no report."""
+    reports = {path: path.read_bytes() for path in whole.glob("report.*")}
+    (place / "reviews.csv").rename(place / "elsewhere.csv")
+    try:
+        finish(start(flags(place, "whole")))
+        text = (whole / "report.md").read_text()
+    finally:
+        (place / "elsewhere.csv").rename(place / "reviews.csv")
+        for path, content in reports.items():
+            path.write_bytes(content)
+    assert "could not be compared example by example here: dataset=" in text and "2.9 Learning rate" in text
+
+
+def test_every_question_is_answered_and_nothing_is_fetched(whole):
+    """Lost if it fails: the report lacks an answer, or its pictures are gone when it is mailed."""
+    page = (whole / "report.html").read_text()
+    for number in range(1, 10):
+        assert re.search(rf"<h2>2\.{number} ", page)
+    sources = re.findall(r'(?:src|srcset|href)="([^"]*)"', page)
+    assert len(sources) == 8 and all(s.startswith("data:image/svg+xml;base64,") for s in sources)
+
+
+def test_done_runs_are_kept(place, whole):
+    """Lost if it fails: starting the sweep again costs all its hours again, or gives another report."""
+    before = {p: p.stat().st_mtime_ns for p in whole.glob("*/accuracy.json")}
+    report = (whole / "report.html").read_bytes()
+    finish(start(flags(place, "whole")))
+    assert {p: p.stat().st_mtime_ns for p in whole.glob("*/accuracy.json")} == before and len(before) == 9
+    assert (whole / "report.html").read_bytes() == report
+    out, _ = finish(start([*flags(place, "whole"), "--dry_run"]))
+    assert out.count(" done\n") == 9
+    out, _ = finish(start([*flags(place, "whole", lr=0.02), "--dry_run", "--only=untuned,lora"]))
+    assert out.count(" done\n") == 1  # another learning rate is another training
+
+
+def test_killed_and_started_again(place, whole):
+    """Lost if it fails: a sweep that was stopped gives another report than one that was not."""
+    argv = flags(place, "killed", only="untuned,lora,full")
+    process = start(argv)
+    while not (place / "killed-sweep" / "lora-r2-seed1" / "checkpoint.pt").exists():
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    finish(process, 143)
+    assert not (place / "killed-sweep" / "report.html").exists()
+    done = list((place / "killed-sweep").glob("*/accuracy.json"))
+    before = {p: p.stat().st_mtime_ns for p in done}
+    finish(start(argv))
+    assert before.keys() and all(p.stat().st_mtime_ns == t for p, t in before.items())
+    for row, other in zip(table(place / "killed-sweep", "2.6"), table(whole, "2.6"), strict=True):
+        assert row | {"minutes": ""} == other | {"minutes": ""}
+
+
+def test_a_failing_run_is_told_and_the_others_go_on(place):
+    """Lost if it fails: one run's failure costs the others, or passes for a result."""
+    argv = flags(place, "failing", ranks="1,40", seeds="1", only="lora")
+    _, err = finish(start(argv), 1)
+    assert re.search(r"^error: lora-r40-seed1: train.py ended with exit code 2: error: rank=40", err, re.M)
+    good, bad = table(place / "failing-sweep", "2.6")
+    assert good["test accuracy"].endswith("%") and "rank=40 does not fit" in bad["test accuracy"]
+    assert "rank=40 does not fit" in table(place / "failing-sweep", "Runs that failed")[0]["reason"]
+
+
+def test_runs_side_by_side_need_ray(place, capsys, monkeypatch):
+    """Lost if it fails: without Ray --jobs=2 ends in a traceback that names no package to install."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit) as stop:
+        sweep.main(configure([*flags(place, "none"), "--jobs=2"], cls=sweep.SweepConfig, fixed=()))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and 'pip install "ray>=2.60"' in err and err.count("\n") == 1
+
+
+CLUSTER = """
+from ray.cluster_utils import Cluster
+options = {"object_store_memory": 10**8, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args=options | {"num_cpus": 0, "node_ip_address": "127.0.0.2"})
+for i in (3, 4):
+    cluster.add_node(num_cpus=1, node_ip_address=f"127.0.0.{i}", **options)
+print(cluster.address, flush=True)
+input()
+cluster.shutdown()
+"""
+DRIVER = """
+import sys, sweep, plumbing.ray_runs
+plumbing.ray_runs.SEND_SECONDS = 0  # a minute is longer than this test
+sweep.main(sweep.configure(sys.argv[1:], cls=sweep.SweepConfig, fixed=()))
+"""
+
+
+def test_a_run_outlives_its_machine(place, monkeypatch):
+    """Lost if it fails: a sweep over machines loses a run with its machine, gives other weights than on one machine,
+    or leaves processes behind. A cluster of a head and two machines, of which one is killed."""
+    pytest.importorskip("ray")
+    settings = {"ranks": "2", "seeds": "1,2", "only": "lora", "max_iters": 400}
+    settings |= {"eval_interval": 20, "eval_iters": 2}
+    shared_memory = set(os.listdir("/dev/shm"))
+    temp = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # a short path: sockets lie in it
+    monkeypatch.setenv("RAY_TMPDIR", temp)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    cluster = subprocess.Popen([sys.executable, "-c", CLUSTER], text=True, **pipes)
+    alone = start(flags(place, "alone", **settings))
+    try:
+        address = cluster.stdout.readline().strip()
+        driver = start([*flags(place, "cluster", **settings), f"--ray={address}"], "-c", DRIVER)
+        run = place / "cluster-sweep" / "lora-r2-seed1"
+        while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 4:
+            assert driver.poll() is None, driver.communicate()
+            time.sleep(0.02)
+        (training,) = (
+            p for p in ours(temp) if {"train.py", run.name} <= set(re.split("[ /]", " ".join(p.cmdline())))
+        )
+        raylet = next(p for p in training.parents() if p.name() == "raylet")
+        for process in [raylet, *raylet.children(recursive=True)]:
+            process.kill()
+        finish(driver)
+    finally:
+        cluster.communicate("\n")
+        shutil.rmtree(temp)
+    finish(alone)
+    assert re.search(r"from update [1-9]\d* to 400", (run / "log.txt").read_text())
+    for seed in (1, 2):
+        a, b = (place / f"{folder}-sweep" / f"lora-r2-seed{seed}" for folder in ("alone", "cluster"))
+        for name in ("adapter_model.safetensors", "adapter_config.json", "predictions.jsonl"):
+            assert (a / name).read_bytes() == (b / name).read_bytes(), (seed, name)
+    assert (place / "cluster-sweep" / "report.html").exists()
+    assert not [p.cmdline() for p in ours(temp)] and set(os.listdir("/dev/shm")) <= shared_memory
+
+
+def ours(temp):
+    """The processes that have to do with a cluster, which keeps its files in `temp`."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if temp in " ".join(process.cmdline()) or process.cwd().startswith(temp):
+                found.append(process)
+    return found
+
+
+@pytest.mark.parametrize(
+    "losses, says",
+    [
+        ([8, 4, 2, 1.5, 1.2], "still falls at the end: by 0.3000 over its last quarter"),
+        ([8, 1, 0.5, 0.6, 0.7], "has risen by 0.2000 since"),
+        ([8, 1, 0.5, 0.5, 0.5], "flat at the end"),
+    ],
+)
+def test_what_a_curve_shows_is_computed(tmp_path, losses, says):
+    """Lost if it fails: the report sees in a curve what is not there."""
+    for name, add in (("one", 0), ("other", 0.1)):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"iter": 10 * i, "val_loss": loss + add}) for i, loss in enumerate(losses)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines))
+    run, other = (
+        sweep.Run(n, "LoRA", Config(rank=r, out_dir=str(tmp_path / n))) for n, r in (("one", 1), ("other", 8))
+    )
+    text = sweep.describe_curve(run, other)
+    assert says in text and f"lowest, {min(losses):.4f}, at update {10 * losses.index(min(losses))} of 40" in text
+    assert "lies above r = 8's at 0 of 4 evaluations; its best loss is 0.1000 lower" in text
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--ranks=16,x", "ranks=16,x"),
+        ("--ranks=0", "ranks=0"),
+        ("--seeds=1,1", "seeds=1,1"),
+        ("--only=lora,ful", "'ful'"),
+        ("--jobs=0", "jobs=0"),
+        ("--task=pretrain", "another --init_from or --task"),
+        ("--rankss=1", "did you mean --ranks?"),
+    ],
+)
+def test_bad_input_is_one_line(place, capsys, flag, words):
+    """Lost if it fails: a typing error costs a night of runs."""
+    with pytest.raises(SystemExit) as stop:
+        sweep.main(configure([*flags(place, "none"), flag], cls=sweep.SweepConfig, fixed=()))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and words in err and err.count("\n") == 1
+
+
+def test_a_high_rank_trains_at_a_lower_rate(place):
+    """Lost if it fails: r = 196 at the rate that suits r = 16 diverges, and the report says that rank hurts."""
+    argv = [*flags(place, "rates", lr=2e-3, rank=16, ranks="1,16,64"), "--sweep_dir=rates"]
+    runs = sweep.plan(configure(argv, cls=sweep.SweepConfig, fixed=()))
+    rates = {(run.method, run.config.rank): run.config.lr for run in runs if run.method != sweep.AGAINST}
+    assert rates["LoRA", 1] == rates["LoRA", 16] == 2e-3 and rates["LoRA", 64] == 1e-3
+    tuned = [run.config for run in runs if run.config.rank == 16 and run.method != "no tuning"]
+    assert [c.lr * c.alpha for c in tuned] == pytest.approx([2e-3 * 64] * 4)  # two seeds, two against each other

@@ -1,0 +1,126 @@
+"""The handout, made from the solution: a copy of the repository with its exercises empty, and their grader.
+
+    python -m tools.homework DIRECTORY
+
+A function with the comment `# task` at its def, or above it, is an exercise. Its signature and docstring stay; its
+body becomes an error that says what homework_tests/README.md asks for. For the teacher: docs/teaching.md.
+"""
+
+import ast
+import json
+import re
+import shutil
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+from plumbing.program.errors import UserError, one_line_errors
+
+HERE = Path(__file__).resolve().parents[1]
+# The other programs, the tests and the README answer what is asked: they are not copied.
+COPIED = ["lora.py", "model.py", "dataloader.py", "train.py", "generate.py", "configurator.py", "constraints.txt"]
+COPIED += [
+    "requirements.txt",
+    "LICENSE",
+    "assets",
+    "configs",
+    "docs",
+    "notebooks",
+    "plumbing",
+    "tools/homework_tests",
+]
+# What would give an exercise away. A function becomes an error, since other files import it; the rest is cut.
+SPOILERS = {
+    "lora.py": ["LoRALinear.delta_weight"],
+    "plumbing/adapters/layers.py": ["new_matrices", "add_low_rank", "merged_weight"],
+    "plumbing/data/labels.py": ["find_label"],
+}
+CALLED = {"LoRALinear", "mark_only_lora_as_trainable"}  # where an exercise calls these, only the calls are cut
+
+
+def make_homework(directory: str) -> None:
+    """Writes the copy into a new directory. UserError if it is there or a mark is missing; KeyError if a text is."""
+    if Path(directory).exists():
+        raise UserError(f"{directory} is there already: type the name of a new directory")
+    with tempfile.TemporaryDirectory(dir=Path(directory).absolute().parent) as new:
+        copy = Path(new) / "copy"
+        copy.mkdir()
+        for name in COPIED:
+            if (HERE / name).is_dir():
+                ignored = shutil.ignore_patterns("__pycache__", "mergeable.py", "teaching.md")
+                shutil.copytree(HERE / name, copy / Path(name).name, ignore=ignored)
+            else:
+                shutil.copy(HERE / name, copy / name)
+        readme = (copy / "homework_tests" / "README.md").rename(copy / "README.md")
+        items = re.findall(r"^- `([\w.]+)`: (.*(?:\n  .*)*)", readme.read_text("utf-8"), re.MULTILINE)
+        asked = {name: " ".join(text.split()) for name, text in items}  # {exercise: what is asked}
+        for name in [name for name in {*COPIED, *SPOILERS} if name.endswith(".py")]:
+            source = (copy / name).read_text("utf-8")
+            (copy / name).write_text(empty(source, asked, SPOILERS.get(name, ())), "utf-8")
+        for path in (copy / "notebooks").glob("*.ipynb"):  # without the cells that call what is not copied
+            notebook = json.loads(path.read_text("utf-8"))
+            others = re.compile("sweep|bench|tests/")
+            notebook["cells"] = [cell for cell in notebook["cells"] if not others.search("".join(cell["source"]))]
+            path.write_text(json.dumps(notebook, indent=1) + "\n", "utf-8")
+        if asked:
+            raise UserError(f"no function with `# task` for {', '.join(asked)} of homework_tests/README.md")
+        copy.rename(directory)
+
+
+def empty(source: str, asked: dict[str, str], spoilers: list[str]) -> str:
+    """A file's source without the bodies of its exercises and without its spoilers."""
+    lines = source.splitlines()
+    cuts = []  # (first line, last line, what comes in their place), counted from 1
+    for name, node in definitions(ast.parse(source)):
+        above, header = lines[node.lineno - 2 : node.lineno]
+        if "# task" in (above.strip(), header[-6:]):
+            first = node.lineno - (above.strip() == "# task")
+            cuts.append((first, node.lineno, [header.partition("  #")[0] + "  # task"]))
+            cuts.append(cut_body(lines, node, f"exercise {name}: {asked.pop(name)}"))
+        elif name in spoilers and isinstance(node, ast.FunctionDef) and "." not in name:
+            cuts.append(cut_body(lines, node, "left out: it is part of an exercise, to be written there"))
+        elif name in spoilers:
+            cuts.append((with_comments(lines, node), node.end_lineno, []))
+        elif isinstance(node, ast.ClassDef) and "MergeableLinear" in map(ast.unparse, node.bases):
+            cuts.append((node.lineno, node.lineno, [f"class {name}(nn.Linear):"]))
+        if name == "mark_only_lora_as_trainable":  # what comes after it is about others' models
+            cuts.append((node.end_lineno + 1, len(lines), []))
+    for first, last, new in sorted(cuts, reverse=True):
+        lines[first - 1 : last] = new
+    return "".join(f"{line}\n" for line in lines if "import MergeableLinear" not in line)
+
+
+def definitions(tree: ast.Module) -> list[tuple[str, ast.AST]]:
+    """(name, node) of a file's classes and functions, and of the classes' methods."""
+    nodes = [node for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
+    methods = [(f"{c.name}.{m.name}", m) for c in classes for m in c.body if isinstance(m, ast.FunctionDef)]
+    return [(node.name, node) for node in nodes] + methods
+
+
+def cut_body(lines: list[str], node: ast.FunctionDef, problem: str) -> tuple[int, int, list[str]]:
+    """An error in place of the calls, or of all that follows the docstring and the inherited constructor."""
+    statements = [s for s in ast.walk(node) if isinstance(s, (ast.Assign, ast.Expr))]
+    calls = [s for s in statements if CALLED & {n.id for n in ast.walk(s) if isinstance(n, ast.Name)}]
+    n_kept = (ast.get_docstring(node) is not None) + (node.name == "__init__")
+    cut = calls or node.body[n_kept:]
+    text = [f'    "{part}"' for part in textwrap.wrap(problem, 90, drop_whitespace=False)]
+    error = [" " * cut[0].col_offset + line for line in ("raise NotImplementedError(", *text, ")")]
+    return with_comments(lines, cut[0]), cut[-1].end_lineno, error
+
+
+def with_comments(lines: list[str], node: ast.stmt) -> int:
+    """The line on which the blank lines and comments before a statement begin."""
+    first = node.lineno
+    while not lines[first - 2].strip() or lines[first - 2].lstrip().startswith("#"):
+        first -= 1
+    return first
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+            raise UserError("type python -m tools.homework DIRECTORY, a new one")
+        make_homework(sys.argv[1])
+    print(f"{sys.argv[1]}: its README.md says what is asked; docs/teaching.md is for the teacher")

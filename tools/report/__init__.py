@@ -1,0 +1,1 @@
+"""The report: runs side by side, claims and verdicts, pages and pictures."""
