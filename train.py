@@ -52,8 +52,8 @@ from plumbing.running.endings import StopSignals, exit_diverged, exit_stopped, e
 from plumbing.running.machine import Processes, compute_deterministically, keep_memory, pick_dtype
 from plumbing.running.optimizers import build_optimizers
 from plumbing.running.wandb_run import WandbRun
+from plumbing.scoring.loss_plot import plot_losses
 from plumbing.scoring.model_card import write_card
-from plumbing.scoring.plots import plot_losses
 from tools.plain_text import TextLoader
 
 FULL_SAVE_SECONDS = 180  # without LoRA: at least so long between the checkpoints of two evaluations

@@ -20,6 +20,7 @@ FLOORS = [  # a file imports from its own room and from those of lower floors
     {"lora"},
     {"model", "dataloader", "configurator"},
     {"train", "generate"},
+    {"tools/runs"},
     {"tools/report"},
     {"tools"},
 ]

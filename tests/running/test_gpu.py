@@ -29,7 +29,7 @@ from plumbing.gpt2 import memory
 from plumbing.program.files import write_json
 from plumbing.running.machine import Processes, pick_dtype
 from plumbing.running.optimizers import build_optimizers
-from tools.bench import peak_memory
+from tools.runs.measure import peak_memory
 
 REPO = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 MINI = os.path.join(REPO, "configs", "finetune_mini_config.py")

@@ -11,6 +11,7 @@ import torch
 
 from configurator import configure
 from tools import bench
+from tools.runs import measure
 
 
 def test_its_own_flags_are_read():
@@ -26,11 +27,11 @@ def test_a_named_gpu_is_the_one_that_is_measured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device="cuda:0": events.append(device))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device="cuda:0": memory[device])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device="cuda:0": f"the name of {device}")
-    seconds, result = bench.timed("cuda:1", lambda x: events.append("work") or x, 5)
+    seconds, result = measure.timed("cuda:1", lambda x: events.append("work") or x, 5)
     assert events == ["cuda:1", "work", "cuda:1"] and seconds >= 0 and result == 5
-    assert bench.peak_memory("cuda:1") == 20
-    assert bench.machine("cuda:1")["gpu"] == "the name of cuda:1"
-    assert bench.machine("cpu")["gpu"] == "none"
+    assert measure.peak_memory("cuda:1") == 20
+    assert measure.describe_machine("cuda:1")["gpu"] == "the name of cuda:1"
+    assert measure.describe_machine("cpu")["gpu"] == "none"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -48,12 +49,11 @@ def test_the_peer_is_measured_at_every_batch_size(dtype, monkeypatch):
 
     monkeypatch.setattr(bench, "running", running)
     monkeypatch.setattr(bench, "alternate", alternate)
-    for name in ("add_share", "add_rows"):
-        monkeypatch.setattr(bench, name, lambda *a: None)
-    monkeypatch.setattr(bench, "settings", lambda *a: bench.Config())
-    monkeypatch.setattr(bench, "batches", lambda *a: [])
-    whole = SimpleNamespace(config=bench.BenchConfig(), device="cpu", dtypes=[dtype], parts=["train"])
-    bench.train_part(whole)
+    whole = SimpleNamespace(config=bench.BenchConfig(only="train"), device="cpu", dtypes=[dtype], shares=[])
+    whole.settings = lambda *a: bench.Config()
+    whole.batches = lambda *a: []
+    whole.add_rows = lambda *a: None
+    bench.measure_training(whole)
     assert whole.losses == [5.0, 5.0]  # of the first step
     assert len(seen) == 8
     for case, systems in seen.items():

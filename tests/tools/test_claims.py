@@ -19,10 +19,11 @@ from dataloader import instruction_loader
 from generate import ModelSampler
 from model import GPT
 from tools import sweep
-from tools.anatomy import LayerAnatomy
 from tools.report import claims
 from tools.report.claims import BATCHES, FULL, LORA, PLACES, PLUS, RANKS, STABLE, TRADES, Setting
-from tools.report.page import draw, make_html, make_markdown
+from tools.report.directions import LayerAnatomy
+from tools.report.page import make_html, make_markdown
+from tools.report.paint import draw
 from tools.report.verdicts import (
     FAILS,
     HOLDS,
@@ -37,6 +38,7 @@ from tools.report.verdicts import (
     ratio,
     seed_deviation,
 )
+from tools.runs.run import count_parameters
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(sweep.__file__)))
 N = 400  # validation examples
@@ -232,7 +234,7 @@ def test_trainings_are_what_the_claims_speak_of():
     # At r = 16 both scales are the same, so the configuration's own run stands for it.
     assert {made[s].alpha for r, s in STABLE.items() if r != 16} == {own.alpha / math.sqrt(16)}
     assert {made[s].lora_plus for s in PLUS} == {16}
-    counts = {place: sweep.count_parameters(made[s])[0] for place, s in PLACES.items()}
+    counts = {place: count_parameters(made[s])[0] for place, s in PLACES.items()}
     assert max(counts.values()) <= 1.05 * min(counts.values()), counts
     assert counts["all"] == 6 * 96 * 256
     assert {made[s].batch_size * made[s].gradient_accumulation_steps for s in BATCHES[4][0]} == {128}

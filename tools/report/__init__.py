@@ -1,1 +1,1 @@
-"""The report: runs side by side, claims and verdicts, pages and pictures."""
+"""What a sweep leaves, told: the assignment's questions, claims and verdicts, pages and pictures."""

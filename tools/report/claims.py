@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean
 
 import numpy as np
@@ -25,7 +26,8 @@ from plumbing.gpt2.files import context_size
 from plumbing.program.errors import UserError, first_line
 from plumbing.program.files import whole_file
 from plumbing.scoring.accuracy import wilson
-from plumbing.scoring.plots import (
+from tools.report import directions
+from tools.report.paint import (
     paint_differences,
     paint_over_rank,
     paint_rates,
@@ -33,7 +35,6 @@ from plumbing.scoring.plots import (
     paint_stress,
     write_rate,
 )
-from tools import anatomy
 from tools.report.verdicts import (
     FAILS,
     HOLDS,
@@ -204,7 +205,7 @@ class Results:
     batch: int
     n_examples: int  # that each training sees
     folders: dict[tuple[Setting, int], str]  # of (setting, 0 or 1 for its seed)
-    turns: dict[str, list[float]]  # {"base", "merged", "unmerged"}: tokens/s, measured by turns
+    turns: dict[str, list[float]]  # {"base", "merged", "unmerged"}: tokens/s, measured alternating
 
     @functools.cached_property
     def deviation(self) -> float:
@@ -250,7 +251,7 @@ def show(e: Estimate, digits: int = 4) -> str:
 
 
 def gather(runs: dict, config, full_lr: float, turns: dict) -> Results:
-    """Results from the runs that are done, {name: sweep's Run}."""
+    """Results from the runs that are done, {name: Run}."""
     losses, accuracies, folders = {}, {}, {}
     n_test = 0
     for setting, n in tqdm(plan(), unit="run", desc="validation losses", disable=None):
@@ -259,8 +260,8 @@ def gather(runs: dict, config, full_lr: float, turns: dict) -> Results:
             continue
         folders[setting, n] = run.config.out_dir
         losses.setdefault(setting, []).append(losses_of_run(run.config.out_dir, config.device))
-        accuracies.setdefault(setting, []).append(run.accuracy["accuracy"])
-        n_test = run.accuracy["n"]
+        accuracies.setdefault(setting, []).append(run.accuracy)
+        n_test = run.score["n"]
     batch = config.batch_size * config.gradient_accumulation_steps
     losses = {setting: np.stack(rows) for setting, rows in losses.items()}
     n_examples = count_updates(config) * batch
@@ -274,7 +275,7 @@ MARGIN = 0.05  # "as good as": its loss is at most so much higher, as a share of
 
 @dataclass
 class Verdict:
-    """What a rule says: the measurement in words, the verdict, and how to paint it (see report_page.draw)."""
+    """What a rule says: the measurement in words, the verdict, and how to paint it (see paint.draw)."""
 
     here: str
     verdict: str
@@ -285,7 +286,7 @@ class Verdict:
 
 def paint_rows(rows, what="difference of the losses"):
     """How to paint intervals one below the other, and the size of that picture."""
-    return paint_differences(rows, what), (5.4, 1 + 0.6 * len(rows))
+    return partial(paint_differences, rows=rows, what=what), (5.4, 1 + 0.6 * len(rows))
 
 
 CLAIMS = []  # (number, the claim's words, source, rule)
@@ -294,11 +295,11 @@ CLAIMS = []  # (number, the claim's words, source, rule)
 def claim(number: str, words: str, source: str):
     """Puts a rule, Results -> Verdict, on the list of claims."""
 
-    def enlist(rule):
+    def register(rule):
         CLAIMS.append((number, words, source, rule))
         return rule
 
-    return enlist
+    return register
 
 
 HU = "Hu et al. 2021"
@@ -325,7 +326,8 @@ def small_rank_is_enough(results):
     here += ", ".join(f"r = {r}: {show(gap)}" for r, gap in gaps.items())
     here += f". r = 1: {results.tell(RANKS[1])}; r = 16: {results.tell(RANKS[16])}. The verdict is on r = 1."
     lines = {"LoRA": {r: results.losses[s].mean(axis=1) for r, s in RANKS.items()}}
-    return Verdict(here, judge(gaps[1], at_most=MARGIN * results.loss(results.best(large))), paint_over_rank(lines))
+    verdict = judge(gaps[1], at_most=MARGIN * results.loss(results.best(large)))
+    return Verdict(here, verdict, partial(paint_over_rank, lines=lines))
 
 
 def compare_places(results):
@@ -379,7 +381,7 @@ def paint_curves(results, curves):
     for name, settings in curves.items():
         points = [(results.rate(s), results.loss(s)) for s in settings]
         lines[name] = (points, best_rate(results, {s: results.loss(s) for s in settings}, settings))
-    return paint_rates(lines)
+    return partial(paint_rates, lines=lines)
 
 
 @claim(
@@ -433,7 +435,7 @@ def rate_is_alpha(results):
     return Verdict(here, verdict, *paint_rows(rows, "loss minus the configuration's"))
 
 
-@claim("6", "LoRA bears large batches less well than full fine-tuning", SCHULMAN)
+@claim("6", "LoRA tolerates large batches less well than full fine-tuning", SCHULMAN)
 def large_batches(results):
     def gap(means, batch):
         lora, full = BATCHES[batch]
@@ -464,7 +466,7 @@ def stable_ranks(results):
     lines = {
         name: {r: results.losses[s].mean(axis=1) for r, s in settings.items()} for name, settings in lines.items()
     }
-    return Verdict(here, judge(gain, at_most=0), paint_over_rank(lines))
+    return Verdict(here, judge(gain, at_most=0), partial(paint_over_rank, lines=lines))
 
 
 @claim("8", "A higher learning rate for B than for A speeds learning up", "Hayou et al. 2024, LoRA+, ratio 16")
@@ -506,10 +508,11 @@ def shared_directions(results):
         f"layers: {first.value:.2f} ({first.low:.2f} to {first.high:.2f}); of random matrices {by_chance:.2f}; of "
         f"the update's own first direction {first_update:.2f}. The paper's measure of shared: above 0.5."
     )
-    maps = [("r = 8 and r = 64", anatomy.mean_similarity(layers, 8, 64)[0][1])]
-    two = dict(anatomy.mean_similarity(twins, 64, 64))
+    maps = [("r = 8 and r = 64", directions.mean_similarity(layers, 8, 64)[0][1])]
+    two = dict(directions.mean_similarity(twins, 64, 64))
     maps += [("two seeds of r = 64", two["A"]), ("random", two["random"])]
-    return Verdict(here, judge(first, at_least=0.5), paint_similarity(maps, "first i", "first j"), (5.4, 2.4), 3)
+    paint = partial(paint_similarity, maps=maps, rows="first i", columns="first j")
+    return Verdict(here, judge(first, at_least=0.5), paint, (5.4, 2.4), 3)
 
 
 @claim("11", "What LoRA adds is not what W0 already stresses", f"{HU}, section 7.3, table 7")
@@ -524,15 +527,15 @@ def not_stressed(results):
         f"{by_chance:.2f} along random ones, {own:.2f} along W0's own; the update is {factor:.2f} times the first. "
         f"Nearer to random than to its own, as a logarithm of ratios: {show(nearer, 2)}."
     )
-    paint = paint_stress([(x.own, x.stressed, x.random) for x in layers])
+    paint = partial(paint_stress, layers=[(x.own, x.stressed, x.random) for x in layers])
     return Verdict(here, judge(nearer, at_least=0), paint)
 
 
 def study(folder, other=None):
     """The anatomy of a run's adapter, layer by layer."""
-    adapter = anatomy.Adapter(folder)
-    base = anatomy.Base(adapter.config["base_model_name_or_path"])
-    return list(anatomy.study(adapter, base, anatomy.Adapter(other) if other else None))
+    adapter = directions.Adapter(folder)
+    base = directions.Base(adapter.config["base_model_name_or_path"])
+    return list(directions.study(adapter, base, directions.Adapter(other) if other else None))
 
 
 # --- the chapter -----------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from plumbing.data.token_cache import hash_files
 from plumbing.program.errors import UserError, first_line
 from plumbing.program.files import ROOT, put_in_place
 from plumbing.running.checkpoint import CHECKPOINT
-from tools.report.programs import start_program
+from tools.runs.programs import start_program
 
 SEND_SECONDS = 60  # at least so long between two checkpoints that a run sends
 PIECE = 2**28  # bytes of a file in one object
@@ -38,7 +38,7 @@ CODE = (
 def run_on_ray(
     runs: list, address: str | None, jobs: int, on_gpu: bool, sources: dict[str, str], environment: dict[str, str]
 ) -> Iterator[tuple[str, str | None, str | None]]:
-    """Makes runs side by side, each a task of Ray's, and yields what `programs.run_here` does.
+    """Makes runs side by side, each a task of Ray's, and yields what `run_here` does.
 
     address: "auto" (the cluster of this machine, or else a new one on it), HOST:PORT, or None: a new one on this
     machine alone. jobs: runs on a machine without GPUs, or on a new cluster's. sources: {what a setting names: its

@@ -1,0 +1,110 @@
+"""What is measured: a call's seconds, peak memory, tokens a second; and the machine that it is measured on."""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from lora import mark_only_lora_as_trainable
+from model import GPT
+from plumbing.running.machine import pick_device, pick_dtype, read_cpu_info
+
+
+def timed(device: str, function: Callable, *arguments) -> tuple[float, object]:
+    """(seconds, result) of a call, with all work on the device done."""
+    synchronize(device)
+    began = time.perf_counter()
+    result = function(*arguments)
+    synchronize(device)
+    return time.perf_counter() - began, result
+
+
+def synchronize(device: str) -> None:
+    """Waits until the device has done all that it was given."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    elif device.startswith("mps"):
+        torch.mps.synchronize()
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: of the GPU's tensors or, without a GPU, of the whole process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    # Linux passes ru_maxrss on from parent to child, so it is read elsewhere there.
+    with contextlib.suppress(OSError), open("/proc/self/status") as f:
+        return int(re.search(r"VmHWM:\s+(\d+)", f.read())[1]) * 1024
+    import resource  # Windows has none
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def spread(values: list[float]) -> dict:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values), "steps": len(values)}
+
+
+def describe_machine(device: str) -> dict:
+    """The hardware, the versions and how busy the machine is."""
+    name = re.search(r"model name\s*: (.*)", read_cpu_info())
+    found = {"cpu": name and name[1], "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": device}
+    found["gpu"] = torch.cuda.get_device_name(device) if device.startswith("cuda") else "none"
+    for package in ("torch", "transformers", "peft"):
+        if is_installed(package):
+            found[package] = importlib.metadata.version(package)
+    if hasattr(os, "getloadavg"):  # Windows has none
+        found["load_at_start"] = round(os.getloadavg()[0], 2)
+    return found
+
+
+def is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+# --- latency ---------------------------------------------------------------------------------------
+
+
+def load_model(config, unmerged: bool = False) -> GPT:
+    """As generate.py loads a tuned model: its adapters are merged, unless told otherwise. Device and dtype of the
+    config are names, not "auto"."""
+    model = GPT.from_pretrained(config.init_from, lora_rank=config.rank, lora_alpha=config.alpha)
+    mark_only_lora_as_trainable(model)
+    return model.to(config.device).set_dtype(getattr(torch, config.dtype)).train(unmerged)
+
+
+def latency(config, unmerged: bool) -> Callable[[str], None]:
+    """A function that runs one text of 52 tokens: a "forward" pass, or "generate" 32 tokens."""
+    model = load_model(config, unmerged)
+    idx = torch.arange(1000, 1052, device=config.device)[None]  # (1, 52)
+
+    @torch.no_grad()
+    def run(job):
+        model(idx) if job == "forward" else model.generate(idx, 32, temperature=0)
+
+    return run
+
+
+def compare_latency(config, n_turns: int = 12) -> dict:
+    """Tokens a second of the base, the unmerged and the merged model of a config's rank."""
+    device = pick_device(config.device)
+    config = replace(config, device=device, dtype=str(pick_dtype(device, config.dtype)).removeprefix("torch."))
+    systems = {
+        "base": latency(replace(config, rank=0), False),
+        "unmerged": latency(config, True),
+        "merged": latency(config, False),
+    }
+    turns = {name: [] for name in systems}
+    for i in range(n_turns):
+        for name, run in systems.items():  # alternating, so drift affects all equally
+            seconds, _ = timed(device, run, "generate")
+            if i > 0:  # the first is a warm-up
+                turns[name].append(32 / seconds)
+    found = {"rank": config.rank, "machine": describe_machine(device), "turns": turns}
+    return found | {name: spread(values) for name, values in turns.items()}
