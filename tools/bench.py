@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from plumbing.running import threads  # before torch, which reads these settings once
 
@@ -60,9 +61,6 @@ class BenchConfig:
     only: str = PARTS  # the parts to run, with commas
     quick: bool = False  # fewer cases, within 3 minutes on 2 cores, 4 on a GPU
     steps: int = 0  # measured steps of a case; 0: 11, or 2 with --quick
-    layers: int = 0  # > 0: cuts the models to this depth, for a smoke run
-    dataset: str = "rt_reviews"  # as for train.py
-    label_names: str | None = None  # as for train.py
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # auto, float32, bfloat16, float16; auto trains in bfloat16 and float16 on a GPU
     out: str = "bench.json"  # where the figures are written
@@ -76,7 +74,6 @@ class Bench:
     folder: str  # of the random models and the texts
     device: str
     dtypes: list[str]
-    shapes: dict[str, tuple]
     data: dict  # the settings that name the texts
     loader: CustomDataLoader  # of the same texts
     has_peer: bool
@@ -139,8 +136,8 @@ def prepare(config, folder):
     began = time.monotonic()
     if unknown := set(config.only.split(",")) - set(PARTS.split(",")):
         raise ValueError(f"only={config.only}: no part {min(unknown)!r}; type some of {PARTS}")
-    if min(config.steps, config.layers) < 0:
-        raise ValueError(f"steps={config.steps}, layers={config.layers}: type at least 0")
+    if config.steps < 0:
+        raise ValueError(f"steps={config.steps}: type at least 0")
     if not os.path.isdir(os.path.dirname(os.path.abspath(config.out))):
         raise ValueError(f"out={config.out}: no such directory")
     device = pick_device(config.device)
@@ -148,19 +145,15 @@ def prepare(config, folder):
     dtypes = [str(pick_dtype(device, config.dtype)).removeprefix("torch.")]
     if config.dtype == "auto" and dtypes == ["bfloat16"] and on_gpu:
         dtypes.append("float16")
-    data = write_texts(config, os.path.join(folder, "texts.jsonl"))
+    data = write_texts(os.path.join(folder, "texts.jsonl"))
     loader = CustomDataLoader(**data, wanted=("train", "test"))
-    for split, examples in loader.splits.items():
-        if len(examples) < 64:
-            raise ValueError(f"dataset={config.dataset}: {len(examples)} {split} examples, at least 64 are needed")
-    shapes = {name: (config.layers or n_layer, *rest) for name, (n_layer, *rest) in SHAPES.items()}
-    for name, (n_layer, n_head, n_embd) in shapes.items():
+    for name, (n_layer, n_head, n_embd) in SHAPES.items():
         GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)).save_pretrained(os.path.join(folder, name))
     has_peer = is_installed("transformers") and is_installed("peft")
     steps = config.steps or (2 if config.quick else 11)
     seconds = 220 if on_gpu else 140  # a GPU has more cases, and often a slow CPU
     until = began + seconds if config.quick else float("inf")
-    bench = Bench(config, folder, device, dtypes, shapes, data, loader, has_peer, steps, began, until)
+    bench = Bench(config, folder, device, dtypes, data, loader, has_peer, steps, began, until)
     if not has_peer:
         bench.left_out.append(f"{PEER}: not installed (pip install -r requirements-dev.txt)")
     if not on_gpu:
@@ -168,10 +161,10 @@ def prepare(config, folder):
     return bench
 
 
-def write_texts(config, path):
-    """A part of the data set as a file. Returns the settings that name it."""
+def write_texts(path):
+    """A part of rt_reviews as a file. Returns the settings that name it."""
     sizes = {"train": 2000, "validation": 8, "test": 1000}
-    loader = CustomDataLoader(config.dataset, Config.template, label_names=config.label_names, wanted=sizes)
+    loader = CustomDataLoader("rt_reviews", Config.template, wanted=sizes)
     with open(path, "w", encoding="utf-8") as f:
         for split, examples in loader.splits.items():
             for ex in examples[:: max(1, len(examples) // sizes[split])][: sizes[split]]:
@@ -224,14 +217,6 @@ def train_ours(config):
     return lambda indices: update(run, indices, 0)
 
 
-def clip_and_step(config, optimizer, scaler):
-    scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], config.grad_clip)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
-
-
 def peer_model(config):
     """The base in config.dtype, adapters in float32, as peft makes them."""
     sys.modules["torchao"] = None  # peft stops at an old torchao, as Colab has one; nothing here needs it
@@ -277,7 +262,11 @@ def train_peer(config):
         with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
             loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         scaler.scale(loss).backward()
-        clip_and_step(config, optimizer, scaler)
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(params, config.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
         return float(loss)
 
     return step
@@ -331,24 +320,24 @@ def products(config):
 # --- processes that alternate ----------------------------------------------------------------------
 
 
-def serve(pipe, system, config, options):
+def serve(pipe, system, device):
     """A child's life: load a system, do job after job, answer (seconds, result, peak memory)."""
-    run = system(config, **options)
+    run = system()
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
-            pipe.send((*timed(config.device, run, pipe.recv()), peak_memory(config.device)))
+            pipe.send((*timed(device, run, pipe.recv()), peak_memory(device)))
 
 
 @contextlib.contextmanager
 def running(bench, systems):
-    """{name: pipe} of {name: (function, config, options)}, each started in a process of its own."""
+    """{name: pipe} of the systems {name: function that loads it}, each started in a process of its own."""
     context = multiprocessing.get_context("spawn")
     pipes = {}
     children = []
     for name, system in systems.items():
         if bench.has_peer or not name.startswith(PEER):
             pipes[name], theirs = context.Pipe()
-            children.append(context.Process(target=serve, args=(theirs, *system), daemon=True))
+            children.append(context.Process(target=serve, args=(theirs, system, bench.device), daemon=True))
             os.environ |= waiting(name)
             children[-1].start()
             theirs.close()
@@ -393,23 +382,25 @@ def measure_training(bench):
     for dtype, (shape, rank, sizes) in itertools.product(bench.dtypes, groups):
         config = bench.settings(shape, rank, sizes[-1], dtype)
         float32 = replace(config, dtype="float32")
-        systems = {f"ours, {dtype}": (train_ours, config, {}), f"{PEER}, {dtype}": (train_peer, config, {})}
+        systems = {f"ours, {dtype}": partial(train_ours, config), f"{PEER}, {dtype}": partial(train_peer, config)}
         extra = {}  # only with the smallest batch
         if shape == "gpt2-mini":
-            systems["ours, float32"] = (train_ours, float32, {})
+            systems["ours, float32"] = partial(train_ours, float32)
         if shape == "gpt2-mini" or not quick:
-            extra[f"{PEER}, float32"] = (train_peer, float32, {})
+            extra[f"{PEER}, float32"] = partial(train_peer, float32)
         if (shape, rank) == ("gpt2-medium", 16):
             name = f"ours, {dtype}, every weight trained (rank = 0)"
-            extra[name] = (train_ours, replace(config, rank=0), {})
+            extra[name] = partial(train_ours, replace(config, rank=0))
         if "peak" in bench.config.only.split(",") and shape == "gpt2-medium":
-            systems[PRODUCT] = (products, config, {})
+            systems[PRODUCT] = partial(products, config)
         with running(bench, systems | extra) as pipes:
             for size in sizes:  # ascending, so that each has its own peak of memory
                 case = f"training, {shape}, batch {size}, r = {rank}"
                 jobs = bench.batches("train", size)
                 answers = alternate(bench, case, pipes, jobs)
-                add_share(bench, case, dtype, answers, [count_operations(bench, shape, rank, job) for job in jobs])
+                add_share(
+                    bench, case, dtype, answers, [count_operations(bench.loader, shape, rank, job) for job in jobs]
+                )
                 bench.add_rows(case, "examples/s", answers, size)
                 if size != sizes[0]:
                     continue
@@ -423,7 +414,7 @@ def measure_training(bench):
 def measure_peak(bench):
     """Where no training was measured beside it."""
     for dtype in () if bench.shares else bench.dtypes:
-        systems = {PRODUCT: (products, bench.settings("gpt2-medium", 0, 1, dtype), {})}
+        systems = {PRODUCT: partial(products, bench.settings("gpt2-medium", 0, 1, dtype))}
         with running(bench, systems) as pipes:
             add_share(bench, "alone", dtype, alternate(bench, PRODUCT, pipes, [PRODUCT] * bench.steps), [])
 
@@ -439,11 +430,11 @@ def add_share(bench, case, dtype, answers, counts):
         bench.shares.append(share)
 
 
-def count_operations(bench, shape, rank, indices):
+def count_operations(loader, shape, rank, indices):
     """The useful operations of a LoRA training step on these examples; see COUNTED."""
-    n_layer, _, C = bench.shapes[shape]
-    P = len(bench.loader.prefixes["train"])
-    examples = [bench.loader.splits["train"][i] for i in indices]
+    n_layer, _, C = SHAPES[shape]
+    P = len(loader.prefixes["train"])
+    examples = [loader.splits["train"][i] for i in indices]
     a_token = (
         4 * 12 * n_layer * C * C + 6 * 6 * rank * C * n_layer
     )  # A, B of QKV, projection: r (C + 3 C) + r (C + C)
@@ -456,11 +447,11 @@ def count_operations(bench, shape, rank, indices):
 def measure_scoring(bench):
     for shape in ["gpt2-medium"] if bench.config.quick else SHAPES:
         config = bench.settings(shape, 128, 32, bench.dtypes[0])
-        systems = {f"ours, {config.dtype}": (score_ours, config, {})}
+        systems = {f"ours, {config.dtype}": partial(score_ours, config)}
         variants = [(config.dtype, True), ("float32", True), (config.dtype, False)]
         for dtype, merged in variants[:2] if bench.config.quick else variants:
             name = f"{PEER}, {dtype}, {'merged' if merged else 'unmerged'}"
-            systems[name] = (score_peer, replace(config, dtype=dtype), {"merged": merged})
+            systems[name] = partial(score_peer, replace(config, dtype=dtype), merged)
         case = f"scoring, {shape}, batch 32, 5 new tokens"
         jobs = bench.batches("test", 32)
         with running(bench, systems) as pipes:
@@ -523,7 +514,7 @@ def measure_latency(bench):
     systems = {}
     for name, rank, unmerged in (("base model", 0, False), ("merged", 128, False), ("unmerged", 128, True)):
         config = bench.settings("gpt2-medium", rank, 1, bench.dtypes[0])
-        systems[f"{name}, {config.dtype}"] = (latency, config, {"unmerged": unmerged})
+        systems[f"{name}, {config.dtype}"] = partial(latency, config, unmerged)
     with running(bench, systems) as pipes:
         case = "forward pass, gpt2-medium, 1 example of 52 tokens, r = 128"
         bench.add_rows(case, "s", alternate(bench, case, pipes, ["forward"] * 3 * bench.steps))

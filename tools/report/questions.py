@@ -1,9 +1,9 @@
-"""The assignment's questions: a function answers each from the runs' own files, as parts of a page (page.py)."""
+"""The report of a sweep: a function answers each question of the assignment from the runs' own files."""
 
-import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from statistics import mean
 
 import numpy as np
@@ -29,7 +29,7 @@ class Results:
     failed: dict[str, str]  # {name: reason}
     speeds: dict | None  # of compare_latency
 
-    @functools.cached_property
+    @cached_property
     def done(self) -> list[Run]:
         return [run for run in self.runs if run.done()]
 
@@ -37,7 +37,7 @@ class Results:
         """The runs of a method that are done."""
         return [run for run in self.done if run.method == method]
 
-    @property
+    @cached_property
     def lora(self) -> dict[int, list[Run]]:
         """{rank: its runs that are done}, without ranks that have none."""
         return group_by(self.of(LORA), lambda run: run.config.rank)
@@ -50,7 +50,7 @@ class Results:
         return self.lora.get(rank, [])
 
     def plot(self, name, alt, paint, **options):
-        """Draws a picture and returns its part."""
+        """Draws a picture and returns its part of the page."""
         draw(os.path.join(self.config.sweep_dir, f"{name}.svg"), paint, **options)
         return "plot", (f"{name}.svg", alt)
 
@@ -65,159 +65,22 @@ def write_report(config, runs: list[Run], failed: dict, speeds: dict | None, ful
     results = Results(config, [run for run in runs if run.method != CLAIM], failed, speeds)
     summary = summarize(results)
     parts = []
-    for answer in ANSWERS:
-        parts += answer(results)
+    for title, answer in QUESTIONS:
+        if found := answer(results):
+            parts += [("h2", title), *found]
     if of_claims := {run.name: run for run in runs if run.method == CLAIM}:
         found = claims.gather(of_claims, config, full_lr, speeds.get("turns", {}))
         judged = claims.judge_all(found)
         parts += claims.write_chapter(judged, found, results.plot)
         summary.append(claims.count_verdicts(judged))
     if failed:
-        parts.append(("h2", "Runs that failed"))
-        parts.append(("table", [["run", "reason"], *map(list, failed.items())]))
+        parts += [("h2", "Runs that failed"), ("table", [["run", "reason"], *map(list, failed.items())])]
     head = [("h1", "LoRA fine-tuning: the report")]
     if summary:
         head.append(("p", " ".join(summary)))
     head.append(("p", describe_sweep(results)))
     write_page(os.path.join(config.sweep_dir, "report.md"), make_markdown(head + parts))
     write_page(os.path.join(config.sweep_dir, "report.html"), make_html(head + parts, config.sweep_dir))
-
-
-# --- the questions, in their order -----------------------------------------------------------------
-
-
-def answer_latency(results):
-    if not results.speeds:
-        return []
-    shown = {name: results.speeds[name] for name in ("base", "unmerged", "merged")}
-    rows = [[name, f"{v['median']:.1f}", f"{v['low']:.1f} to {v['high']:.1f}"] for name, v in shown.items()]
-    base, unmerged, merged = (v["median"] for v in shown.values())
-    text = (
-        f"r = {results.speeds['rank']}, one text, 32 tokens after 52. Beside the base, the unmerged model runs at "
-        f"{percent(unmerged / base)} of the speed, for its adapters' extra products, the merged one at "
-        f"{percent(merged / base)}: its matrices have the base's shapes."
-    )
-    head = ["model", "tokens/s (median)", "lowest to highest"]
-    return [("h2", "2.1 Inference latency"), ("table", [head, *rows]), ("p", text)]
-
-
-def answer_validation_loss(results):
-    if not results.default:
-        return []
-    run = results.default[0]
-    name = f"r = {run.config.rank}"
-    picture = results.plot_curves("loss", f"validation loss of {name} over updates", {name: results.default})
-    return [("h2", "2.2 Validation loss"), picture, ("p", describe_curve(run))]
-
-
-def answer_trained_share(results):
-    rows = {}
-    for run in results.done:
-        rank = run.config.rank
-        if run.method != UNTUNED and rank not in rows:
-            trained, total = count_parameters(run.config)
-            rows[rank] = [str(rank or "full"), f"{trained:,}", f"{total:,}", percent(trained / total, 2)]
-    if not rows:
-        return []
-    return [("h2", "2.3 Share of parameters trained"), ("table", [["r", "trained", "all", "share"], *rows.values()])]
-
-
-def answer_template(results):
-    return [("h2", "2.4 Template"), ("code", results.config.template)]
-
-
-def answer_untuned(results):
-    if not results.of(UNTUNED):
-        return []
-    score = results.of(UNTUNED)[0].score
-    low, high = score["interval"]
-    text = (
-        f"{percent(score['accuracy'])} of {score['n']} test examples (95 % interval {percent(low)} to "
-        f"{percent(high)}); {percent(score['garbage'])} of the answers name no label."
-    )
-    return [("h2", "2.5 Accuracy without tuning"), ("p", text)]
-
-
-def answer_all_methods(results):
-    """The table of the methods and ranks."""
-    if not results.runs:
-        return []
-    compared = [run for run in results.runs if run.method != AGAINST]
-    groups = group_by(compared, lambda run: (run.method, run.config.rank))
-    rows = [describe_group(group, results.failed) for group in groups.values()]
-    text = (
-        "Loss and accuracy are means over the seeds. The accuracy's interval (Wilson) is what the size of the test "
-        "set alone gives. Garbage: answers that name no label; they count as wrong. MB: of the adapter, or of the whole "
-        "model. Above the configuration's rank the learning rate falls as 1 / sqrt(r), or it would be too high."
-    )
-    parts = [("h2", "2.6 Results"), ("table", [HEAD, *rows]), ("p", text)]
-    if results.lora and results.of(FULL):
-        parts.append(("p", compare_losses(results)))
-    return parts
-
-
-def answer_rank(results):
-    if not results.lora:
-        return []
-    accuracies = {rank: [run.accuracy for run in group] for rank, group in results.lora.items()}
-    levels = {method: mean_accuracy(results.of(method)) for method in (FULL, UNTUNED) if results.of(method)}
-    paint = partial(paint_accuracy, accuracies=accuracies, levels=levels)
-    means = {rank: mean(values) for rank, values in accuracies.items()}
-    top = max(means, key=means.get)
-    text = f"r = {top} is best with {percent(means[top])}"
-    if FULL in levels:
-        text += f", {compare_points(means[top], levels[FULL])} full fine-tuning"
-    picture = results.plot("accuracy", "test accuracy over the rank", paint)
-    return [("h2", "2.7 Accuracy over the rank"), picture, ("p", f"{text}.")]
-
-
-def answer_rank_one(results):
-    """Beside r = 128 or, without that, the default rank."""
-    ones = results.lora.get(1)
-    if not ones:
-        return []
-    others = results.lora.get(128) or results.default or ones
-    groups = {f"r = {group[0].config.rank}": group for group in (ones, others)}
-    picture = results.plot_curves("loss-r1", "validation loss of r = 1 over updates", groups)
-    return [("h2", "2.8 Validation loss of r = 1"), picture, ("p", describe_curve(ones[0], others[0]))]
-
-
-def answer_lr_alpha(results):
-    """The default run and two in which the learning rate rises as alpha falls, or falls as it rises."""
-    if not results.of(AGAINST) or not results.default:
-        return []
-    own = results.default
-    three = {f"lr {run.config.lr:g}, alpha {run.config.alpha:g}": run for run in (own[0], *results.of(AGAINST))}
-    rows = [[name, f"{run.best_loss:.4f}", percent(run.accuracy)] for name, run in three.items()]
-    groups = {name: [run] for name, run in three.items()}
-    picture = results.plot_curves("lr-alpha", "validation loss, learning rate against alpha", groups)
-    apart = range_of(run.best_loss for run in three.values())
-    gained = own[0].curve[0][1] - own[0].best_loss
-    text = f"Their best losses lie {apart:.4f} apart, {percent(apart / gained, 2)} of what training gained."
-    if len(own) > 1:
-        text += f" The seed alone moves it by {range_of(run.best_loss for run in own):.4f}."
-    text += (
-        " B starts at zero and AdamW's steps have the size of lr whatever the gradient's, so alpha B grows as "
-        "alpha times lr, which is the same in the three: to first order they are one knob."
-    )
-    table = [["run", "best validation loss", "test accuracy"], *rows]
-    return [("h2", "2.9 Learning rate and alpha"), ("table", table), picture, ("p", text)]
-
-
-ANSWERS = (
-    answer_latency,
-    answer_validation_loss,
-    answer_trained_share,
-    answer_template,
-    answer_untuned,
-    answer_all_methods,
-    answer_rank,
-    answer_rank_one,
-    answer_lr_alpha,
-)
-
-
-# --- in words --------------------------------------------------------------------------------------
 
 
 def describe_sweep(results):
@@ -230,19 +93,150 @@ def describe_sweep(results):
     return f"{text}. Every number is read from the runs' own files."
 
 
+# --- the questions, in their order -----------------------------------------------------------------
+
+QUESTIONS = []  # (title, function)
+
+
+def question(title: str):
+    """Registers a function, Results -> the parts below the title. No parts: the runs for it are not there."""
+
+    def register(answer: Callable[[Results], list]):
+        QUESTIONS.append((title, answer))
+        return answer
+
+    return register
+
+
+@question("2.1 Inference latency")
+def answer_latency(results):
+    if not results.speeds:
+        return []
+    shown = {name: results.speeds[name] for name in ("base", "unmerged", "merged")}
+    rows = [[name, f"{v['median']:.1f}", f"{v['low']:.1f} to {v['high']:.1f}"] for name, v in shown.items()]
+    base, unmerged, merged = (v["median"] for v in shown.values())
+    text = (
+        f"r = {results.speeds['rank']}, one text, 32 tokens after 52. Beside the base, the unmerged model runs at "
+        f"{percent(unmerged / base)} of the speed, for its adapters' extra products, the merged one at "
+        f"{percent(merged / base)}: its matrices have the base's shapes."
+    )
+    return [("table", [["model", "tokens/s (median)", "lowest to highest"], *rows]), ("p", text)]
+
+
+@question("2.2 Validation loss")
+def answer_loss(results):
+    if not results.default:
+        return []
+    run = results.default[0]
+    name = f"r = {run.config.rank}"
+    picture = results.plot_curves("loss", f"validation loss of {name} over updates", {name: results.default})
+    return [picture, ("p", describe_curve(run))]
+
+
+@question("2.3 Share of parameters trained")
+def answer_share(results):
+    counts = {run.config.rank: count_parameters(run.config) for run in results.done if run.method != UNTUNED}
+    rows = [[str(r or "full"), f"{n:,}", f"{total:,}", percent(n / total, 2)] for r, (n, total) in counts.items()]
+    return [("table", [["r", "trained", "all", "share"], *rows])] if rows else []
+
+
+@question("2.4 Template")
+def answer_template(results):
+    return [("code", results.config.template)]
+
+
+@question("2.5 Accuracy without tuning")
+def answer_untuned(results):
+    return [
+        (
+            "p",
+            f"{percent(run.accuracy)} of {run.score['n']} test examples (95 % interval {show_interval([run])}); "
+            f"{percent(run.score['garbage'])} of the answers name no label.",
+        )
+        for run in results.of(UNTUNED)
+    ]
+
+
+@question("2.6 Results")
+def answer_all(results):
+    """The table of the methods and ranks."""
+    if not results.runs:
+        return []
+    compared = [run for run in results.runs if run.method != AGAINST]
+    groups = group_by(compared, lambda run: (run.method, run.config.rank)).values()
+    rows = [describe_group(group, results.failed) for group in groups]
+    text = (
+        "Loss and accuracy are means over the seeds. The accuracy's interval (Wilson) is what the size of the test "
+        "set alone gives. Garbage: answers that name no label; they count as wrong. MB: of the adapter, or of the "
+        "whole model. Above the configuration's rank the learning rate falls as 1 / sqrt(r), or it would be too high."
+    )
+    parts = [("table", [HEAD, *rows]), ("p", text)]
+    if results.lora and results.of(FULL):
+        parts.append(("p", compare_losses(results)))
+    return parts
+
+
+@question("2.7 Accuracy over the rank")
+def answer_rank(results):
+    if not results.lora:
+        return []
+    accuracies = {rank: [run.accuracy for run in group] for rank, group in results.lora.items()}
+    levels = {method: mean_accuracy(results.of(method)) for method in (FULL, UNTUNED) if results.of(method)}
+    paint = partial(paint_accuracy, accuracies=accuracies, levels=levels)
+    top = max(results.lora.values(), key=mean_accuracy)
+    text = f"r = {top[0].config.rank} is best with {percent(mean_accuracy(top))}"
+    if FULL in levels:
+        text += f", {compare_points(mean_accuracy(top), levels[FULL])} full fine-tuning"
+    return [results.plot("accuracy", "test accuracy over the rank", paint), ("p", f"{text}.")]
+
+
+@question("2.8 Validation loss of r = 1")
+def answer_rank_one(results):
+    """Beside r = 128 or, without that, the default rank."""
+    if 1 not in results.lora:
+        return []
+    ones = results.lora[1]
+    others = results.lora.get(128) or results.default or ones
+    groups = {f"r = {group[0].config.rank}": group for group in (ones, others)}
+    picture = results.plot_curves("loss-r1", "validation loss of r = 1 over updates", groups)
+    return [picture, ("p", describe_curve(ones[0], others[0]))]
+
+
+@question("2.9 Learning rate and alpha")
+def answer_lr_alpha(results):
+    """The default run and two in which the learning rate rises as alpha falls, or falls as it rises."""
+    own = results.default
+    if not results.of(AGAINST) or not own:
+        return []
+    three = {f"lr {run.config.lr:g}, alpha {run.config.alpha:g}": run for run in (own[0], *results.of(AGAINST))}
+    rows = [[name, f"{run.best_loss:.4f}", percent(run.accuracy)] for name, run in three.items()]
+    groups = {name: [run] for name, run in three.items()}
+    picture = results.plot_curves("lr-alpha", "validation loss, learning rate against alpha", groups)
+    apart = np.ptp([run.best_loss for run in three.values()])
+    gained = own[0].curve[0][1] - own[0].best_loss
+    text = f"Their best losses lie {apart:.4f} apart, {percent(apart / gained, 2)} of what training gained."
+    if len(own) > 1:
+        text += f" The seed alone moves it by {np.ptp([run.best_loss for run in own]):.4f}."
+    text += (
+        " B starts at zero and AdamW's steps have the size of lr whatever the gradient's, so alpha B grows as "
+        "alpha times lr, which is the same in the three: to first order they are one knob."
+    )
+    return [("table", [["run", "best validation loss", "test accuracy"], *rows]), picture, ("p", text)]
+
+
+# --- in words --------------------------------------------------------------------------------------
+
+
 def summarize(results):
     """The report in three sentences: the best accuracy, what it cost, LoRA beside full fine-tuning."""
-    groups = [*results.lora.values()] + [results.of(FULL)] * bool(results.of(FULL))
+    groups = [group for group in (*results.lora.values(), results.of(FULL)) if group]
     if not groups:
         return []
     top = max(groups, key=mean_accuracy)
-    accuracy = mean_accuracy(top)
-    n = top[0].score["n"]
-    low, high = wilson(accuracy, n)
     trained, total = count_parameters(top[0].config)
     sentences = [
-        f"Best is {name_of(top)}: {percent(accuracy)} of {n} test examples (95 % interval {percent(low)} to "
-        f"{percent(high)}).",
+        f"Best is {name_of(top)}: {percent(mean_accuracy(top))} of {top[0].score['n']} test examples (95 % interval "
+        f"{show_interval(top)}).",
         f"It trains {trained:,} of {total:,} parameters ({percent(trained / total)}) in "
         f"{mean(run.minutes for run in top):.1f} minutes.",
     ]
@@ -275,10 +269,10 @@ def compare_points(accuracy, other):
 def compare_losses(results):
     """LoRA's validation losses minus those of full fine-tuning, over the same examples."""
     config = results.config
+    losses = {}
     try:
         if claims.draws_validation(config):
             return "The seed draws the validation split, so validation losses are not compared example by example."
-        losses = {}
         for rank, group in {0: results.of(FULL), **results.lora}.items():
             losses[rank] = np.stack([claims.losses_of_run(run.folder, config.device) for run in group])
     except (ValueError, OSError, RuntimeError) as e:  # data that is gone, or no memory: the rest needs neither
@@ -308,11 +302,11 @@ def describe_curve(run, other=None):
         text += f"It is flat at the end: its last quarter changes it by {abs(fall):.4f}."
     if other and other is not run:
         theirs = dict(other.curve)
-        shared = [(loss, theirs[it]) for it, loss in curve if it and it in theirs]
+        above = [loss > theirs[it] for it, loss in curve if it and it in theirs]
         gap = low - other.best_loss
         text += (
-            f" It lies above r = {other.config.rank}'s at {sum(a > b for a, b in shared)} of {len(shared)} evaluations"
-            f"; its best loss is {abs(gap):.4f} {'higher' if gap > 0 else 'lower'}."
+            f" It lies above r = {other.config.rank}'s at {sum(above)} of {len(above)} evaluations; its best loss is "
+            f"{abs(gap):.4f} {'higher' if gap > 0 else 'lower'}."
         )
     return text
 
@@ -335,25 +329,23 @@ def describe_group(group, failed):
     if done:
         trained, total = count_parameters(config)
         trained = 0 if method == UNTUNED else trained
-        accuracy = mean_accuracy(done)
-        low, high = wilson(accuracy, done[0].score["n"])
         row |= {"trained": f"{trained:,}", "share": percent(trained / total, 2)}
-        row |= {"test accuracy": f"{percent(accuracy)} {lost}".strip()}
-        row |= {"95 % interval": f"{percent(low)} to {percent(high)}"}
-        row |= {"each seed": ", ".join(f"{100 * run.accuracy:.1f}" for run in done)}
-        row |= {"garbage": percent(mean(run.score["garbage"] for run in done))}
+        row["test accuracy"] = f"{percent(mean_accuracy(done))} {lost}".strip()
+        row["95 % interval"] = show_interval(done)
+        row["each seed"] = ", ".join(f"{100 * run.accuracy:.1f}" for run in done)
+        row["garbage"] = percent(mean(run.score["garbage"] for run in done))
     if done and method != UNTUNED:
+        row["validation loss"] = f"{mean_loss(done):.4f}"
+        row["minutes"] = f"{mean(run.minutes for run in done):.1f}"
         size = os.path.getsize(done[0].path(ADAPTER_WEIGHTS if method == LORA else "model.safetensors"))
-        row |= {"validation loss": f"{mean_loss(done):.4f}", "MB": f"{size / 1e6:.2f}"}
-        row |= {"minutes": f"{mean(run.minutes for run in done):.1f}"}
+        row["MB"] = f"{size / 1e6:.2f}"
     return [row.get(name, "") for name in HEAD]
 
 
-# --- numbers ---------------------------------------------------------------------------------------
+# --- groups of runs, one for each seed -------------------------------------------------------------
 
 
 def group_by(runs, key):
-    """{key: runs}, in their order."""
     groups = {}
     for run in runs:
         groups.setdefault(key(run), []).append(run)
@@ -361,8 +353,8 @@ def group_by(runs, key):
 
 
 def name_of(group):
-    config = group[0].config
-    return f"LoRA with r = {config.rank}" if config.rank else FULL
+    rank = group[0].config.rank
+    return f"LoRA with r = {rank}" if rank else FULL
 
 
 def mean_accuracy(group):
@@ -373,9 +365,10 @@ def mean_loss(group):
     return mean(run.best_loss for run in group)
 
 
-def range_of(values):
-    values = list(values)
-    return max(values) - min(values)
+def show_interval(group):
+    """The 95 % interval of their mean accuracy."""
+    low, high = wilson(mean_accuracy(group), group[0].score["n"])
+    return f"{percent(low)} to {percent(high)}"
 
 
 def percent(share, digits=1):
