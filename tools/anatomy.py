@@ -105,11 +105,6 @@ def print_table(rows):
 def write_anatomy(adapter, base, layers, other=None):
     """anatomy.html and its pictures in the adapter's folder. Returns the page's path."""
     folder = adapter.directory
-
-    def plot(name, alt, paint, **options):
-        draw(os.path.join(folder, f"anatomy-{name}.png"), paint, **options)
-        return "plot", (f"anatomy-{name}.png", alt)
-
     spectra = {}  # {kind of layer, such as attn.c_attn: [singular values]}
     for x in layers:
         spectra.setdefault(re.split(r"\.\d+\.", x.name)[-1], []).append(x.singular_values)
@@ -119,9 +114,9 @@ def write_anatomy(adapter, base, layers, other=None):
         ("h1", f"What the adapter in {name_of(folder)} learned"),
         ("p", f"Its base: {base.name}. {describe(layers)}"),
         ("h2", "Singular values"),
-        plot("singular-values", "singular values of the update, the largest first", paint_values),
+        draw(folder, "anatomy-singular-values.png", "singular values of the update, the largest first", paint_values),
         ("h2", "W0 along the update's directions"),
-        plot("stress", "W0 along its own, the update's and random directions", paint_norms),
+        draw(folder, "anatomy-stress.png", "W0 along its own, the update's and random directions", paint_norms),
     ]
     if other:
         compared = [x for x in layers if x.similarity is not None]
@@ -133,7 +128,7 @@ def write_anatomy(adapter, base, layers, other=None):
         alt = "similarity of the input directions, mean over the layers"
         parts += [
             ("h2", f"Directions shared with {name_of(other.directory)}"),
-            plot("similarity", alt, paint_maps, panels=3, size=(8.4, 3.2)),
+            draw(folder, "anatomy-similarity.png", alt, paint_maps, panels=3, size=(8.4, 3.2)),
             ("p", "Equation 4 of Hu et al. 2021: 1 where one subspace lies within the other."),
             ("table", similarity_rows(layers)),
         ]

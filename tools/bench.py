@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from plumbing.running import threads  # before torch, which reads these settings once
@@ -36,7 +36,7 @@ from plumbing.program.errors import one_line_errors
 from plumbing.program.files import ROOT, write_json
 from plumbing.running.machine import pick_device, pick_dtype
 from tools.report.page import make_markdown
-from tools.runs.measure import describe_machine, is_installed, latency, load_model, peak_memory, spread, timed
+from tools.runs.measure import describe_machine, is_installed, load_model, peak_memory, spread, time_latency, timed
 from train import set_up, update
 
 PARTS = "train,score,start,latency,peak,neighbour"
@@ -48,9 +48,6 @@ NEIGHBOURS = {  # what else runs on the machine: a Python program's text
     "beside a busy thread": "while True: pass",
     "beside a second torch program": "import torch\nx = torch.randn(512, 512)\nwhile True: x = (x @ x).tanh()",
 }
-COUNTED = """Useful in a training step: 4 N a token (2 N forward, 2 N backward; N = the blocks' frozen matrices), 6 an
-adapter parameter and token (2 forward, 4 backward), attention's own products, the head where a target is scored;
-tokens as needed: the shared prefix once a batch, each row's own without padding."""
 
 
 @dataclass
@@ -66,29 +63,44 @@ class BenchConfig:
     out: str = "bench.json"  # where the figures are written
 
 
-@dataclass
 class Bench:
-    """What the parts share, and what they find."""
+    """What is to be measured: random weights, and real texts in a file for every system. And what was found."""
 
-    config: BenchConfig
-    folder: str  # of the random models and the texts
-    device: str
-    dtypes: list[str]
-    data: dict  # the settings that name the texts
-    loader: CustomDataLoader  # of the same texts
-    has_peer: bool
-    steps: int
-    began: float  # seconds, of time.monotonic
-    until: float  # after it no case begins
-    rows: list[dict] = field(default_factory=list)
-    shares: list[dict] = field(default_factory=list)  # of the machine's peak
-    losses: list[float] = field(default_factory=list)  # ours and the peer's, of the same step
-    left_out: list[str] = field(default_factory=list)
+    def __init__(self, config, folder):
+        if unknown := set(config.only.split(",")) - set(PARTS.split(",")):
+            raise ValueError(f"only={config.only}: no part {min(unknown)!r}; type some of {PARTS}")
+        if config.steps < 0:
+            raise ValueError(f"steps={config.steps}: type at least 0")
+        if not os.path.isdir(os.path.dirname(os.path.abspath(config.out))):
+            raise ValueError(f"out={config.out}: no such directory")
+        if not (is_installed("transformers") and is_installed("peft")):
+            raise ValueError(f"{PEER} are not installed: pip install -r requirements-dev.txt")
+        self.config = config
+        self.folder = folder
+        self.device = pick_device(config.device)
+        self.on_gpu = self.device.startswith("cuda")
+        self.dtypes = [str(pick_dtype(self.device, config.dtype)).removeprefix("torch.")]
+        if config.dtype == "auto" and self.dtypes == ["bfloat16"] and self.on_gpu:
+            self.dtypes.append("float16")
+        self.machine = describe_machine(self.device)
+        self.steps = config.steps or (2 if config.quick else 11)
+        self.began = time.monotonic()
+        seconds = 220 if self.on_gpu else 140  # a GPU has more cases, and often a slow CPU
+        self.until = self.began + seconds if config.quick else float("inf")
+        self.texts = {"dataset": os.path.join(folder, "texts.jsonl"), "template": Config.template}
+        write_texts(self.texts["dataset"])
+        self.loader = CustomDataLoader(**self.texts, wanted=("train", "test"))
+        for name, (n_layer, n_head, n_embd) in SHAPES.items():
+            GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)).save_pretrained(os.path.join(folder, name))
+        self.rows = []
+        self.shares = []  # of the machine's peak
+        self.losses = []  # ours and the peer's, of the same step
+        self.left_out = []
 
     def settings(self, shape, rank, batch_size, dtype):
         """The Config of a case. No dropout; the adapter's scale is 4; the labels are the texts' own."""
         model = {"init_from": os.path.join(self.folder, shape), "rank": rank, "alpha": 4.0 * rank, "dropout": 0.0}
-        options = {"label_names": None, "lr": 1e-4, "max_new_tokens": 5, **self.data}
+        options = {"label_names": None, "lr": 1e-4, "max_new_tokens": 5, **self.texts}
         return Config(batch_size=batch_size, dtype=dtype, device=self.device, **model, **options)
 
     def batches(self, split, size):
@@ -104,78 +116,65 @@ class Bench:
             self.left_out.append(f"{case}: no time left in --quick")
         return time.monotonic() <= self.until
 
-    def add_rows(self, case, unit, answers, amount=None):
-        """A row for each system: `amount` a second (None: seconds); its time and memory over the first system's."""
-        first = next(iter(answers.values()), None)
-        for name, given in answers.items():
-            times = [seconds for seconds, _, _ in given[1:]]
-            memory = given[-1][2]
-            row = {"case": case, "system": name, "unit": unit, "memory": memory}
+    def measure(self, case, unit, pipes, jobs, amount=None, warm_up=None):
+        """Lets the systems of `pipes` do the jobs, each in turn, and adds their rows. Returns {name: [(seconds,
+        result, peak memory)]}, the first of each a warm-up."""
+        answers = {name: [] for name in pipes} if self.in_time(case) else {}
+        for n, job in enumerate([jobs[0] if warm_up is None else warm_up, *jobs]):
+            if n > 1 and time.monotonic() > self.until:
+                break
+            for name in list(answers):
+                try:
+                    pipes[name].send(job)
+                    answers[name].append(pipes[name].recv())
+                except (EOFError, OSError):  # the child has printed why, unless it was killed
+                    self.left_out.append(f"{case}, {name}: its process ended (out of memory?)")
+                    del answers[name]
+        shown = {name: given for name, given in answers.items() if name != PRODUCT}
+        seconds = {name: [answer[0] for answer in given[1:]] for name, given in shown.items()}
+        self.add_rows(case, unit, seconds, amount, {name: given[-1][2] for name, given in shown.items()})
+        return answers
+
+    def add_rows(self, case, unit, seconds, amount=None, memory=None):
+        """A row for each system of {name: seconds of each step}: `amount` a second (None: seconds), and its time and
+        memory over the first system's."""
+        memory = memory or dict.fromkeys(seconds)
+        first = next(iter(seconds), None)
+        for name, times in seconds.items():
+            row = {"case": case, "system": name, "unit": unit, "memory": memory[name]}
             row |= spread([amount / s for s in times] if amount else times)
-            if given is not first:
-                row["time_ratio"] = spread([s / a[0] for s, a in zip(times, first[1:])])
-                row["memory_ratio"] = memory / first[-1][2] if memory else None
+            if name != first:
+                row["time_ratio"] = spread([s / theirs for s, theirs in zip(times, seconds[first])])
+                row["memory_ratio"] = memory[name] / memory[first] if memory[name] else None
             self.rows.append(row)
 
 
-def main(config):
-    with tempfile.TemporaryDirectory() as folder:
-        with one_line_errors():
-            bench = prepare(config, folder)
-        machine = describe_machine(bench.device)
-        os.environ |= {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}  # for the children
-        os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
-        for name, measure in MEASURES.items():
-            if name in config.only.split(","):
-                measure(bench)
-    report(bench, machine)
-
-
-def prepare(config, folder):
-    """What is to be measured, random weights, and real texts in a file for every system."""
-    began = time.monotonic()
-    if unknown := set(config.only.split(",")) - set(PARTS.split(",")):
-        raise ValueError(f"only={config.only}: no part {min(unknown)!r}; type some of {PARTS}")
-    if config.steps < 0:
-        raise ValueError(f"steps={config.steps}: type at least 0")
-    if not os.path.isdir(os.path.dirname(os.path.abspath(config.out))):
-        raise ValueError(f"out={config.out}: no such directory")
-    device = pick_device(config.device)
-    on_gpu = device.startswith("cuda")
-    dtypes = [str(pick_dtype(device, config.dtype)).removeprefix("torch.")]
-    if config.dtype == "auto" and dtypes == ["bfloat16"] and on_gpu:
-        dtypes.append("float16")
-    data = write_texts(os.path.join(folder, "texts.jsonl"))
-    loader = CustomDataLoader(**data, wanted=("train", "test"))
-    for name, (n_layer, n_head, n_embd) in SHAPES.items():
-        GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)).save_pretrained(os.path.join(folder, name))
-    has_peer = is_installed("transformers") and is_installed("peft")
-    steps = config.steps or (2 if config.quick else 11)
-    seconds = 220 if on_gpu else 140  # a GPU has more cases, and often a slow CPU
-    until = began + seconds if config.quick else float("inf")
-    bench = Bench(config, folder, device, dtypes, data, loader, has_peer, steps, began, until)
-    if not has_peer:
-        bench.left_out.append(f"{PEER}: not installed (pip install -r requirements-dev.txt)")
-    if not on_gpu:
-        bench.left_out.append("figures on a GPU: none is used here")
-    return bench
-
-
 def write_texts(path):
-    """A part of rt_reviews as a file. Returns the settings that name it."""
+    """A part of rt_reviews as a file."""
     sizes = {"train": 2000, "validation": 8, "test": 1000}
     loader = CustomDataLoader("rt_reviews", Config.template, wanted=sizes)
     with open(path, "w", encoding="utf-8") as f:
         for split, examples in loader.splits.items():
             for ex in examples[:: max(1, len(examples) // sizes[split])][: sizes[split]]:
                 f.write(json.dumps({"text": ex.text, "label": loader.label_names[ex.label], "split": split}) + "\n")
-    return {"dataset": path, "template": Config.template}
 
 
-def report(bench, machine):
+def main(config):
+    with tempfile.TemporaryDirectory() as folder:
+        with one_line_errors():
+            bench = Bench(config, folder)
+        os.environ |= {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}  # for the children
+        os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+        for name, measure in MEASURES.items():
+            if name in config.only.split(","):
+                measure(bench)
+    report(bench)
+
+
+def report(bench):
     """Prints the figures and writes them to config.out."""
-    found = {key: getattr(bench, key) for key in ("rows", "shares", "losses", "left_out")}
-    write_json(bench.config.out, {"machine": machine} | found)
+    keys = ("machine", "rows", "shares", "losses", "left_out")
+    write_json(bench.config.out, {key: getattr(bench, key) for key in keys})
     print(make_markdown([("table", make_table(bench.rows))]))
     print("A range spans batches of short and long texts; a ratio compares the same batch.")
     for share in bench.shares:
@@ -183,11 +182,9 @@ def report(bench, machine):
         if "useful" in share:
             line += f"; {share['case']}: useful operations reach {100 * share['useful']['median']:.0f} % of it"
         print(line)
-    if bench.shares:
-        print(COUNTED)
     if bench.losses:
         print("same loss: ours {:.6f}, peer {:.6f} (float32, first step)".format(*bench.losses))
-    print(", ".join(f"{key} {value}" for key, value in machine.items() if value is not None))
+    print(", ".join(f"{key} {value}" for key, value in bench.machine.items() if value is not None))
     print("\n".join(f"left out: {line}" for line in bench.left_out))
     if bench.losses and abs(bench.losses[0] - bench.losses[1]) > 1e-3:
         sys.exit("error: the losses differ, so the two did not do the same work")
@@ -329,18 +326,17 @@ def serve(pipe, system, device):
 
 
 @contextlib.contextmanager
-def running(bench, systems):
+def running(systems, device):
     """{name: pipe} of the systems {name: function that loads it}, each started in a process of its own."""
     context = multiprocessing.get_context("spawn")
     pipes = {}
     children = []
     for name, system in systems.items():
-        if bench.has_peer or not name.startswith(PEER):
-            pipes[name], theirs = context.Pipe()
-            children.append(context.Process(target=serve, args=(theirs, system, bench.device), daemon=True))
-            os.environ |= waiting(name)
-            children[-1].start()
-            theirs.close()
+        pipes[name], theirs = context.Pipe()
+        children.append(context.Process(target=serve, args=(theirs, system, device), daemon=True))
+        os.environ |= waiting(name)
+        children[-1].start()
+        theirs.close()
     yield pipes
     for child in children:
         child.terminate()
@@ -354,74 +350,54 @@ def waiting(system):
     return {"GOMP_SPINCOUNT": threads.DEFAULT_SPINS if system.startswith(PEER) else threads.SPINS}
 
 
-def alternate(bench, case, pipes, jobs, warm_up=None):
-    """{name: [(seconds, result, peak memory)]}, the first of each a warm-up: all do one job, then all the next."""
-    answers = {name: [] for name in pipes} if bench.in_time(case) else {}
-    for n, job in enumerate([jobs[0] if warm_up is None else warm_up, *jobs]):
-        if n > 1 and time.monotonic() > bench.until:
-            break
-        for name in list(answers):
-            try:
-                pipes[name].send(job)
-                answers[name].append(pipes[name].recv())
-            except (EOFError, OSError):  # the child has printed why, unless it was killed
-                bench.left_out.append(f"{case}, {name}: its process ended (for lack of memory?)")
-                del answers[name]
-    return answers
-
-
 # --- the parts -------------------------------------------------------------------------------------
 
 
 def measure_training(bench):
     quick = bench.config.quick
-    sizes = (8, 32, 64) if bench.device.startswith("cuda") else (8, 32)
+    sizes = (8, 32, 64) if bench.on_gpu else (8, 32)
     groups = [(shape, rank, sizes) for shape in SHAPES for rank in (128, 16)]
     if quick:
         groups = [("gpt2-medium", 128, sizes), ("gpt2-mini", 16, sizes[1:])]
     for dtype, (shape, rank, sizes) in itertools.product(bench.dtypes, groups):
         config = bench.settings(shape, rank, sizes[-1], dtype)
-        float32 = replace(config, dtype="float32")
-        systems = {f"ours, {dtype}": partial(train_ours, config), f"{PEER}, {dtype}": partial(train_peer, config)}
-        extra = {}  # only with the smallest batch
-        if shape == "gpt2-mini":
-            systems["ours, float32"] = partial(train_ours, float32)
+        systems = both(config)
         if shape == "gpt2-mini" or not quick:
-            extra[f"{PEER}, float32"] = partial(train_peer, float32)
+            systems |= both(replace(config, dtype="float32"))
         if (shape, rank) == ("gpt2-medium", 16):
-            name = f"ours, {dtype}, every weight trained (rank = 0)"
-            extra[name] = partial(train_ours, replace(config, rank=0))
+            systems[f"ours, {dtype}, every weight trained (rank = 0)"] = partial(train_ours, replace(config, rank=0))
         if "peak" in bench.config.only.split(",") and shape == "gpt2-medium":
             systems[PRODUCT] = partial(products, config)
-        with running(bench, systems | extra) as pipes:
+        with running(systems, bench.device) as pipes:
             for size in sizes:  # ascending, so that each has its own peak of memory
                 case = f"training, {shape}, batch {size}, r = {rank}"
                 jobs = bench.batches("train", size)
-                answers = alternate(bench, case, pipes, jobs)
-                add_share(
-                    bench, case, dtype, answers, [count_operations(bench.loader, shape, rank, job) for job in jobs]
-                )
-                bench.add_rows(case, "examples/s", answers, size)
-                if size != sizes[0]:
-                    continue
+                answers = bench.measure(case, "examples/s", pipes, jobs, size)
+                add_share(bench, case, dtype, answers, [count_operations(bench.loader, shape, rank, b) for b in jobs])
                 # In the first step the weights are equal. Later each has drawn an A of its own, and they differ.
-                if {"ours, float32", f"{PEER}, float32"} <= answers.keys():
-                    bench.losses = [answers[name][0][1] for name in ("ours, float32", f"{PEER}, float32")]
-                for name in (extra.keys() - systems.keys()) & pipes.keys():  # in float32 the peer is in both
-                    pipes.pop(name).close()
+                pair = ("ours, float32", f"{PEER}, float32")
+                if size == sizes[0] and set(pair) <= answers.keys():
+                    bench.losses = [answers[name][0][1] for name in pair]
+
+
+def both(config):
+    """The two systems that train."""
+    dtype = config.dtype
+    return {f"ours, {dtype}": partial(train_ours, config), f"{PEER}, {dtype}": partial(train_peer, config)}
 
 
 def measure_peak(bench):
     """Where no training was measured beside it."""
     for dtype in () if bench.shares else bench.dtypes:
         systems = {PRODUCT: partial(products, bench.settings("gpt2-medium", 0, 1, dtype))}
-        with running(bench, systems) as pipes:
-            add_share(bench, "alone", dtype, alternate(bench, PRODUCT, pipes, [PRODUCT] * bench.steps), [])
+        with running(systems, bench.device) as pipes:
+            answers = bench.measure(PRODUCT, "s", pipes, [PRODUCT] * bench.steps)
+            add_share(bench, "alone", dtype, answers, [])
 
 
 def add_share(bench, case, dtype, answers, counts):
     """The machine's peak and, of each step, the share that ours reaches of the peak measured in the same round."""
-    peaks = [result for _, result, _ in answers.pop(PRODUCT, [])[1:]]
+    peaks = [result for _, result, _ in answers.get(PRODUCT, [])[1:]]
     times = [seconds for seconds, _, _ in answers.get(f"ours, {dtype}", [])[1:]]
     if peaks:
         share = {"case": case, "dtype": dtype, "peak_gflops": spread(peaks)}
@@ -431,13 +407,14 @@ def add_share(bench, case, dtype, answers, counts):
 
 
 def count_operations(loader, shape, rank, indices):
-    """The useful operations of a LoRA training step on these examples; see COUNTED."""
+    """The useful operations of a LoRA training step on these examples: 4 N a token (2 N forward, 2 N backward; N =
+    the blocks' frozen matrices), 6 for each parameter of an adapter and token (2 forward, 4 backward), attention's
+    own products, and the head where a target is scored. The shared prefix counts once a batch, padding never."""
     n_layer, _, C = SHAPES[shape]
     P = len(loader.prefixes["train"])
     examples = [loader.splits["train"][i] for i in indices]
-    a_token = (
-        4 * 12 * n_layer * C * C + 6 * 6 * rank * C * n_layer
-    )  # A, B of QKV, projection: r (C + 3 C) + r (C + C)
+    a_token = 4 * 12 * n_layer * C * C
+    a_token += 6 * 6 * rank * C * n_layer  # A and B of QKV and projection: r (C + 3 C) + r (C + C)
     own = [len(ex.tokens) - 1 - P for ex in examples]  # the last token is a target only
     pairs = P * (P + 1) / 2 + sum(P * n + n * (n + 1) / 2 for n in own)  # of a query and a key that it sees
     scored = sum(len(ex.tokens) - ex.n_prompt for ex in examples)
@@ -454,8 +431,8 @@ def measure_scoring(bench):
             systems[name] = partial(score_peer, replace(config, dtype=dtype), merged)
         case = f"scoring, {shape}, batch 32, 5 new tokens"
         jobs = bench.batches("test", 32)
-        with running(bench, systems) as pipes:
-            bench.add_rows(case, "examples/s", alternate(bench, case, pipes, jobs, jobs[0][:2]), 32)
+        with running(systems, bench.device) as pipes:
+            bench.measure(case, "examples/s", pipes, jobs, 32, warm_up=jobs[0][:2])
 
 
 def measure_start(bench):
@@ -468,16 +445,14 @@ def measure_start(bench):
     generate = ("A film", ["generate.py", *flags, "--start=A film", "--max_new_tokens=1"])
     for what, first, ours in (("train", "update", train), ("generate", "token", generate)):
         case = f"{what}.py, from its start to the first {first}, gpt2-mini"
-        programs = {"ours": ours}
-        if bench.has_peer:
-            call = f"bench.start_peer({what!r}, configurator.{config!r})"
-            programs[PEER] = ("done", ["-c", f"import configurator; from tools import bench; {call}"])
+        call = f"bench.start_peer({what!r}, configurator.{config!r})"
+        peer = ("done", ["-c", f"import configurator; from tools import bench; {call}"])
+        programs = {"ours": ours, PEER: peer}
         try:
             if bench.in_time(case):
                 rounds = range(1 if bench.config.quick else 3)
                 seconds = [[seconds_until(name, *program) for name, program in programs.items()] for _ in rounds]
-                answers = {n: [(s, None, None) for s in (0, *times)] for n, times in zip(programs, zip(*seconds))}
-                bench.add_rows(case, "s", answers)
+                bench.add_rows(case, "s", dict(zip(programs, zip(*seconds))))
         except RuntimeError as e:
             bench.left_out.append(f"{case}: {e}")
 
@@ -511,33 +486,27 @@ def seconds_until(system, sign, command):
 
 
 def measure_latency(bench):
-    systems = {}
-    for name, rank, unmerged in (("base model", 0, False), ("merged", 128, False), ("unmerged", 128, True)):
-        config = bench.settings("gpt2-medium", rank, 1, bench.dtypes[0])
-        systems[f"{name}, {config.dtype}"] = partial(latency, config, unmerged)
-    with running(bench, systems) as pipes:
-        case = "forward pass, gpt2-medium, 1 example of 52 tokens, r = 128"
-        bench.add_rows(case, "s", alternate(bench, case, pipes, ["forward"] * 3 * bench.steps))
-        case = "generation, gpt2-medium, 32 tokens after 52, r = 128"
-        bench.add_rows(case, "tokens/s", alternate(bench, case, pipes, ["generate"] * bench.steps), 32)
+    config = bench.settings("gpt2-medium", 128, 1, bench.dtypes[0])
+    generation = "generation, gpt2-medium, 32 tokens after 52, r = 128"
+    forward = "forward pass, gpt2-medium, 1 example of 52 tokens, r = 128"
+    for job, case, unit, amount in (("forward", forward, "s", None), ("generate", generation, "tokens/s", 32)):
+        if bench.in_time(case):
+            seconds = time_latency(config, job, bench.steps)
+            bench.add_rows(case, unit, {f"{name}, {config.dtype}": times for name, times in seconds.items()}, amount)
 
 
 def measure_neighbours(bench):
     """Training while something else runs on the same cores: a notebook, a browser, another training."""
     for shape, rank, size in [("gpt2-mini", 16, 32), ("gpt2-medium", 128, 8)][: 1 if bench.config.quick else 2]:
         config = bench.settings(shape, rank, size, bench.dtypes[0])
-        systems = {
-            f"ours, {config.dtype}": (train_ours, config, {}),
-            f"{PEER}, {config.dtype}": (train_peer, config, {}),
-        }
         jobs = bench.batches("train", size)
-        with running(bench, systems) as pipes:
+        with running(both(config), bench.device) as pipes:
             for neighbour, text in NEIGHBOURS.items():
                 case = f"training, {shape}, batch {size}, r = {rank}, {neighbour}"
                 other = subprocess.Popen([sys.executable, "-c", text], env=os.environ | waiting(PEER))
                 time.sleep(3 if text else 0)
                 try:
-                    bench.add_rows(case, "examples/s", alternate(bench, case, pipes, jobs), size)
+                    bench.measure(case, "examples/s", pipes, jobs, size)
                 finally:
                     other.kill()
                     other.wait()

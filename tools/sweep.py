@@ -30,10 +30,9 @@ from plumbing.program.files import write_json
 from plumbing.running.machine import pick_device, pick_dtype
 from tools.report import claims
 from tools.report.questions import write_report
-from tools.runs.measure import compare_latency, timed
-from tools.runs.programs import run_here
+from tools.runs.measure import describe_machine, spread, time_latency, timed
 from tools.runs.ray_runs import run_on_ray
-from tools.runs.run import AGAINST, CLAIM, FULL, LORA, UNTUNED, Run
+from tools.runs.run import AGAINST, CLAIM, FULL, LORA, UNTUNED, Run, run_here
 from train import evaluate, set_up, update
 
 KINDS = "untuned,lora,full,lr_alpha,latency"
@@ -141,8 +140,8 @@ def full_rate(config):
 
 
 def rate(config, rank):
-    """The learning rate of a rank. alpha / r stays the same, so at a higher rank a step in B moves W further, by about
-    sqrt(r). Above the configuration's rank its own rate would be too high."""
+    """The learning rate of a rank. alpha / r stays the same, so at a higher rank a step in B moves W further, by
+    about sqrt(r). Above the configuration's rank its own rate would be too high."""
     return float(f"{config.lr * math.sqrt(config.rank / rank):.2g}") if 0 < config.rank < rank else config.lr
 
 
@@ -194,7 +193,6 @@ def measure_speed(config):
 def make_runs(config, runs):
     """Makes the runs that are not done. Returns {name: reason} of those that failed."""
     failed = {}
-    places = {}  # {name of a run that is being made: its machine}
     left = [run for run in runs if not run.done()]
     bar = tqdm(total=len(runs), initial=len(runs) - len(left), unit="run", disable=None)
     with one_line_errors(), bar:
@@ -203,11 +201,9 @@ def make_runs(config, runs):
                 failed[name] = reason
                 tqdm.write(f"{name} failed: {reason}")
             if place:
-                places[name] = place
+                bar.set_postfix_str(f"{name} on {place}")
             else:
-                places.pop(name, None)
                 bar.update()
-            bar.set_postfix_str(", ".join(f"{name} on {place}" for name, place in places.items()))
     return failed
 
 
@@ -237,7 +233,10 @@ def measure_latency(config):
     path = os.path.join(config.sweep_dir, "latency.json")
     if not os.path.exists(path):
         rank = default_rank(config)
-        write_json(path, compare_latency(replace(config, rank=rank, alpha=config.scale * rank)))
+        seconds = time_latency(replace(config, rank=rank, alpha=config.scale * rank), "generate", 11)
+        turns = {name: [32 / s for s in times] for name, times in seconds.items()}
+        found = {"rank": rank, "machine": describe_machine(pick_device(config.device)), "turns": turns}
+        write_json(path, found | {name: spread(speeds) for name, speeds in turns.items()})
     with open(path, encoding="utf-8") as f:
         return json.load(f)
 

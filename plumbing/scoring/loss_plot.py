@@ -17,7 +17,7 @@ def plot_losses(metrics: list[dict], path: str) -> None:
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     training = [(m["iter"], m["train_loss"]) for m in metrics if m.get("train_loss") is not None]
     validation = [(m["iter"], m["val_loss"]) for m in metrics]
-    draw_curves(ax, {"training": [training], "validation": [validation]}, LIGHT, "loss")
+    draw_curves(ax, LIGHT, {"training": [training], "validation": [validation]}, "loss")
     best = min(metrics, key=lambda m: m["val_loss"])
     ax.plot(best["iter"], best["val_loss"], "o", color=LIGHT[1], markersize=9, fillstyle="none")
     title = f"best validation loss {best['val_loss']:.4f} at update {best['iter']}"
@@ -28,7 +28,7 @@ def plot_losses(metrics: list[dict], path: str) -> None:
     plt.close(fig)
 
 
-def draw_curves(ax, curves: dict, colors, what: str) -> None:
+def draw_curves(ax, colors, curves: dict, what: str) -> None:
     """Losses over updates, {name: [points, ...]}: each name stands at its curve's end, the steep start is cut off."""
     lines = [points for group in curves.values() for points in group]
     seen = [y for points in lines for x, y in points if x >= 0.2 * points[-1][0]]

@@ -6,6 +6,7 @@ python -m pytest tests/tools/test_claims.py
 import math
 import os
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -330,12 +331,8 @@ def test_every_claim_has_its_picture(tmp_path, monkeypatch):
     }
     results = make_results(folders, speeds={"merged": 1.0, "unmerged": 0.7})
 
-    def plot(name, alt, paint, **options):
-        draw(str(tmp_path / f"{name}.svg"), paint, **options)
-        return "plot", (f"{name}.svg", alt)
-
     judged = claims.judge_all(results)
-    parts = [("h1", "Claims"), *claims.write_chapter(judged, results, plot)]
+    parts = [("h1", "Claims"), *claims.write_chapter(judged, results, partial(draw, str(tmp_path)))]
     page = make_html(parts, str(tmp_path))
     assert page.count("<picture>") == 13 and len(claims.CLAIMS) == 14 and MISSING not in page  # 3a and 3b share one
     text = make_markdown(parts)

@@ -214,8 +214,16 @@ class Results:
     def estimate(self, statistic: Callable, *settings: Setting) -> Estimate:
         return bootstrap(statistic, {s: self.losses[s] for s in settings}, self.deviation)
 
+    def gap(self, setting: Setting, other: Setting) -> Estimate:
+        """The setting's loss minus the other's."""
+        return self.estimate(lambda means: means[setting] - means[other], setting, other)
+
     def loss(self, setting: Setting) -> float:
         return float(self.losses[setting].mean())
+
+    def over_rank(self, settings: dict[int, Setting]) -> dict[int, np.ndarray]:
+        """{rank: the losses of its seeds}, for paint_over_rank."""
+        return {rank: self.losses[setting].mean(axis=1) for rank, setting in settings.items()}
 
     def best(self, settings: list[Setting]) -> Setting:
         return min(settings, key=self.loss)
@@ -325,25 +333,20 @@ def small_rank_is_enough(results):
     here = "Alpha and learning rate are the same for all. Loss minus that of the best of r = 16, 64, 128: "
     here += ", ".join(f"r = {r}: {show(gap)}" for r, gap in gaps.items())
     here += f". r = 1: {results.tell(RANKS[1])}; r = 16: {results.tell(RANKS[16])}. The verdict is on r = 1."
-    lines = {"LoRA": {r: results.losses[s].mean(axis=1) for r, s in RANKS.items()}}
     verdict = judge(gaps[1], at_most=MARGIN * results.loss(results.best(large)))
-    return Verdict(here, verdict, partial(paint_over_rank, lines=lines))
+    return Verdict(here, verdict, partial(paint_over_rank, lines={"LoRA": results.over_rank(RANKS)}))
 
 
 def compare_places(results):
     """Each place's loss minus that of all linear layers, for the picture of both claims about places."""
     every = PLACES["all"]
-    return [
-        (f"{name}, r = {s.rank}", results.estimate(lambda m, s=s: m[s] - m[every], s, every))
-        for name, s in PLACES.items()
-        if s != every
-    ]
+    return [(f"{name}, r = {s.rank}", results.gap(s, every)) for name, s in PLACES.items() if s != every]
 
 
 @claim("3a", "Several attention matrices with a small rank beat one with a large rank", f"{HU}, section 7.1, table 5")
 def several_beat_one(results):
     several, one = PLACES["attention"], PLACES["output"]
-    gap = results.estimate(lambda m: m[several] - m[one], several, one)
+    gap = results.gap(several, one)
     here = (
         f"Equal numbers of trained parameters: all of attention, r = 16, {results.tell(several)}; its output alone, "
         f"r = 48, {results.tell(one)}: {show(gap)}. GPT-2 holds query, key and value in one matrix, so query and "
@@ -355,7 +358,7 @@ def several_beat_one(results):
 @claim("3b", "The MLP matters more than attention", SCHULMAN)
 def mlp_beats_attention(results):
     mlp, attention = PLACES["MLP"], PLACES["attention"]
-    gap = results.estimate(lambda m: m[mlp] - m[attention], mlp, attention)
+    gap = results.gap(mlp, attention)
     here = (
         f"About equal numbers of trained parameters: the MLP alone, r = 10, {results.tell(mlp)}; attention "
         f"alone, r = 16, {results.tell(attention)}: {show(gap)}. All layers, r = 6: {results.tell(PLACES['all'])}."
@@ -401,10 +404,7 @@ def rate_over_rank(results, curves):
     low, high = curves[4], curves[64]
     times = results.estimate(lambda m: ratio(best_rate(results, m, high), best_rate(results, m, low)), *low, *high)
     rates = ", ".join(f"r = {r}: {tell_rate(results, settings)}" for r, settings in curves.items())
-    return (
-        times,
-        f"Best rates: {rates}; from r = 4 to 64 {show_times(times)}.",
-    )
+    return times, f"Best rates: {rates}; from r = 4 to 64 {show_times(times)}."
 
 
 @claim("4b", "With alpha / r and one alpha the best learning rate hardly depends on the rank", SCHULMAN)
@@ -424,7 +424,7 @@ def rate_falls(results):
 @claim("5", "Learning rate and alpha are nearly redundant", "the assignment, question 2.9")
 def rate_is_alpha(results):
     own = Setting()
-    gaps = {s: results.estimate(lambda m, s=s: m[s] - m[own], s, own) for s in TRADES}
+    gaps = {s: results.gap(s, own) for s in TRADES}
     names = {s: f"lr x {s.lr:g}, alpha x {s.alpha:g}" for s in TRADES}
     margin = MARGIN * results.loss(own)
     here = f"The configuration's: {results.tell(own)}. Loss minus that: "
@@ -446,26 +446,23 @@ def large_batches(results):
     growth = results.estimate(lambda m: gap(m, 4) - gap(m, 0.25), *settings[0.25], *settings[4])
     shown = {b: f"batch {round(b * results.batch)}" for b in gaps}
     here = "LoRA's loss minus that of full fine-tuning, each at the best of the rates tried, equal examples: "
-    here += (
-        ", ".join(f"{shown[b]}: {show(e)}" for b, e in gaps.items())
-        + f". From the smallest to the largest: {show(growth)}."
-    )
+    here += ", ".join(f"{shown[b]}: {show(e)}" for b, e in gaps.items())
+    here += f". From the smallest to the largest: {show(growth)}."
     rows = [(shown[b], e) for b, e in gaps.items()]
     return Verdict(here, judge(growth, at_least=0), *paint_rows(rows, "LoRA's loss minus full's"))
 
 
 @claim("7", "With alpha / sqrt(r) higher ranks keep learning", "Kalajdzievski 2023, rsLoRA")
 def stable_ranks(results):
-    gain = results.estimate(lambda m: m[STABLE[128]] - m[STABLE[4]], STABLE[128], STABLE[4])
-    plain = results.estimate(lambda m: m[RANKS[128]] - m[RANKS[4]], RANKS[128], RANKS[4])
+    gain = results.gap(STABLE[128], STABLE[4])
+    plain = results.gap(RANKS[128], RANKS[4])
     here = (
         f"r = 128's loss minus r = 4's: {show(gain)} with alpha / sqrt(r), {show(plain)} with alpha / r. r = 128: "
         f"{results.tell(STABLE[128])} and {results.tell(RANKS[128])}."
     )
-    lines = {"alpha / sqrt(r)": dict(sorted(STABLE.items())), "alpha / r": {r: RANKS[r] for r in sorted(STABLE)}}
-    lines = {
-        name: {r: results.losses[s].mean(axis=1) for r, s in settings.items()} for name, settings in lines.items()
-    }
+    ranks = sorted(STABLE)
+    lines = {"alpha / sqrt(r)": results.over_rank({r: STABLE[r] for r in ranks})}
+    lines["alpha / r"] = results.over_rank({r: RANKS[r] for r in ranks})
     return Verdict(here, judge(gain, at_most=0), partial(paint_over_rank, lines=lines))
 
 
@@ -572,24 +569,22 @@ def count_verdicts(rows: list[tuple]) -> str:
 
 
 def write_chapter(rows: list[tuple], results: Results, plot: Callable) -> list[tuple]:
-    """The chapter as parts of a page. plot(file, alt, paint, **options) draws a picture and returns its part."""
+    """The chapter as parts of a page. plot(name, alt, paint, **options) is paint.draw."""
     parts = [("h2", "What the papers claim, and what these runs say")]
     n_examples = next(iter(results.losses.values())).shape[1] if results.losses else 0
-    parts.append(
-        (
-            "p",
-            f"Each training sees {results.n_examples:,} examples, a quarter of the configuration's, with one seed or "
-            f"two. Losses are of the same {n_examples:,} validation examples, in nats a scored token, compared pair "
-            "by pair. Behind a figure stands its 95 % interval: over the examples (bootstrap) and over seeds, which "
-            f"move a run's loss by {results.deviation:.4f} (standard deviation). As good as: at most "
-            f"{100 * MARGIN:.0f} % more loss.",
-        )
+    text = (
+        f"Each training sees {results.n_examples:,} examples, a quarter of the configuration's, with one seed or "
+        f"two. Losses are of the same {n_examples:,} validation examples, in nats a scored token, compared pair by "
+        "pair. A figure is followed by its 95 % interval: over the examples (bootstrap) and over seeds, which move a "
+        f"run's loss by {results.deviation:.4f} (standard deviation). As good as: at most {100 * MARGIN:.0f} % more "
+        "loss."
     )
+    parts.append(("p", text))
     table = [["claim", "source", "here", "verdict"]]
     table += [[f"{number}. {words}", source, v.here, v.verdict] for number, words, source, v in rows]
     parts.append(("table", table))
     for number, words, _, verdict in rows:
         if verdict.paint:
             parts.append(("h3", f"{number}. {words}: {verdict.verdict}"))
-            parts.append(plot(f"claim-{number}", words, verdict.paint, panels=verdict.panels, size=verdict.size))
+            parts.append(plot(f"claim-{number}.svg", words, verdict.paint, panels=verdict.panels, size=verdict.size))
     return parts

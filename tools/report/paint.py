@@ -10,18 +10,16 @@ from plumbing.program.files import whole_file
 from plumbing.scoring.loss_plot import DARK, LIGHT, label_ends
 
 
-def draw(path: str, paint: Callable, panels: int = 1, size: tuple = (5.4, 3.6)) -> None:
-    """A picture for light pages in `path` (svg or png) and one for dark pages next to it. `paint(axes, colors)` gets
-    one matplotlib Axes or, with more panels, a list of them. size is in inches."""
+def draw(folder: str, name: str, alt: str, paint: Callable, panels: int = 1, size: tuple = (5.4, 3.6)) -> tuple:
+    """Draws a picture, svg or png by its name, for light pages and a twin for dark ones. `paint(axes, colors)` gets
+    one matplotlib Axes or, with more panels, a list of them. size: inches. Returns the part of a page."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    for file, colors, ink, ground in (
-        (path, LIGHT, "#222222", "#ffffff"),
-        (dark_twin(path), DARK, "#e6e6e6", "#161a1d"),
-    ):
+    looks = ((name, LIGHT, "#222222", "#ffffff"), (dark_twin(name), DARK, "#e6e6e6", "#161a1d"))
+    for file, colors, ink, ground in looks:
         style = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
         style |= {"figure.facecolor": ground, "axes.facecolor": ground, "font.size": 11, "svg.hashsalt": "nanolora"}
         kind = os.path.splitext(file)[1][1:]
@@ -35,8 +33,9 @@ def draw(path: str, paint: Callable, panels: int = 1, size: tuple = (5.4, 3.6)) 
             paint(axes, colors)
             fig.savefig(picture, format=kind, **options)
             plt.close(fig)
-        with whole_file(file) as f:
+        with whole_file(os.path.join(folder, file)) as f:
             f.write(picture.getvalue())
+    return "plot", (name, alt)
 
 
 def dark_twin(path: str) -> str:

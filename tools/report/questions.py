@@ -27,7 +27,7 @@ class Results:
     config: Config  # the sweep's
     runs: list[Run]  # all that were planned, without those of the claims
     failed: dict[str, str]  # {name: reason}
-    speeds: dict | None  # of compare_latency
+    speeds: dict | None  # latency.json
 
     @cached_property
     def done(self) -> list[Run]:
@@ -49,15 +49,11 @@ class Results:
         rank = self.config.rank if self.config.rank in ranks else max(ranks, default=0)
         return self.lora.get(rank, [])
 
-    def plot(self, name, alt, paint, **options):
-        """Draws a picture and returns its part of the page."""
-        draw(os.path.join(self.config.sweep_dir, f"{name}.svg"), paint, **options)
-        return "plot", (f"{name}.svg", alt)
-
-    def plot_curves(self, name, alt, groups: dict[str, list[Run]]):
-        """The validation curves of {name: runs}."""
+    def plot_curves(self, name: str, alt: str, groups: dict[str, list[Run]]) -> tuple:
+        """The validation curves of {name: runs}, as a part of the page."""
         curves = {title: [run.curve for run in group] for title, group in groups.items()}
-        return self.plot(name, alt, lambda ax, colors: draw_curves(ax, curves, colors, "validation loss"))
+        paint = partial(draw_curves, curves=curves, what="validation loss")
+        return draw(self.config.sweep_dir, name, alt, paint)
 
 
 def write_report(config, runs: list[Run], failed: dict, speeds: dict | None, full_lr: float) -> None:
@@ -65,13 +61,13 @@ def write_report(config, runs: list[Run], failed: dict, speeds: dict | None, ful
     results = Results(config, [run for run in runs if run.method != CLAIM], failed, speeds)
     summary = summarize(results)
     parts = []
-    for title, answer in QUESTIONS:
-        if found := answer(results):
-            parts += [("h2", title), *found]
+    for title, needs, answer in QUESTIONS:
+        if needs(results):
+            parts += [("h2", title), *answer(results)]
     if of_claims := {run.name: run for run in runs if run.method == CLAIM}:
         found = claims.gather(of_claims, config, full_lr, speeds.get("turns", {}))
         judged = claims.judge_all(found)
-        parts += claims.write_chapter(judged, found, results.plot)
+        parts += claims.write_chapter(judged, found, partial(draw, config.sweep_dir))
         summary.append(claims.count_verdicts(judged))
     if failed:
         parts += [("h2", "Runs that failed"), ("table", [["run", "reason"], *map(list, failed.items())])]
@@ -95,23 +91,21 @@ def describe_sweep(results):
 
 # --- the questions, in their order -----------------------------------------------------------------
 
-QUESTIONS = []  # (title, function)
+QUESTIONS = []  # (title, what it needs, function)
 
 
-def question(title: str):
-    """Registers a function, Results -> the parts below the title. No parts: the runs for it are not there."""
+def question(title: str, needs: Callable = lambda results: results.runs):
+    """Registers a function, Results -> the parts below the title. Without what it needs the question is left out."""
 
     def register(answer: Callable[[Results], list]):
-        QUESTIONS.append((title, answer))
+        QUESTIONS.append((title, needs, answer))
         return answer
 
     return register
 
 
-@question("2.1 Inference latency")
+@question("2.1 Inference latency", lambda results: results.speeds)
 def answer_latency(results):
-    if not results.speeds:
-        return []
     shown = {name: results.speeds[name] for name in ("base", "unmerged", "merged")}
     rows = [[name, f"{v['median']:.1f}", f"{v['low']:.1f} to {v['high']:.1f}"] for name, v in shown.items()]
     base, unmerged, merged = (v["median"] for v in shown.values())
@@ -123,45 +117,39 @@ def answer_latency(results):
     return [("table", [["model", "tokens/s (median)", "lowest to highest"], *rows]), ("p", text)]
 
 
-@question("2.2 Validation loss")
+@question("2.2 Validation loss", lambda results: results.default)
 def answer_loss(results):
-    if not results.default:
-        return []
     run = results.default[0]
     name = f"r = {run.config.rank}"
-    picture = results.plot_curves("loss", f"validation loss of {name} over updates", {name: results.default})
+    picture = results.plot_curves("loss.svg", f"validation loss of {name} over updates", {name: results.default})
     return [picture, ("p", describe_curve(run))]
 
 
-@question("2.3 Share of parameters trained")
+@question("2.3 Share of parameters trained", lambda results: results.lora or results.of(FULL))
 def answer_share(results):
     counts = {run.config.rank: count_parameters(run.config) for run in results.done if run.method != UNTUNED}
     rows = [[str(r or "full"), f"{n:,}", f"{total:,}", percent(n / total, 2)] for r, (n, total) in counts.items()]
-    return [("table", [["r", "trained", "all", "share"], *rows])] if rows else []
+    return [("table", [["r", "trained", "all", "share"], *rows])]
 
 
-@question("2.4 Template")
+@question("2.4 Template", lambda results: True)
 def answer_template(results):
     return [("code", results.config.template)]
 
 
-@question("2.5 Accuracy without tuning")
+@question("2.5 Accuracy without tuning", lambda results: results.of(UNTUNED))
 def answer_untuned(results):
-    return [
-        (
-            "p",
-            f"{percent(run.accuracy)} of {run.score['n']} test examples (95 % interval {show_interval([run])}); "
-            f"{percent(run.score['garbage'])} of the answers name no label.",
-        )
-        for run in results.of(UNTUNED)
-    ]
+    (run,) = results.of(UNTUNED)
+    text = (
+        f"{percent(run.accuracy)} of {run.score['n']} test examples (95 % interval {show_interval([run])}); "
+        f"{percent(run.score['garbage'])} of the answers name no label."
+    )
+    return [("p", text)]
 
 
 @question("2.6 Results")
 def answer_all(results):
     """The table of the methods and ranks."""
-    if not results.runs:
-        return []
     compared = [run for run in results.runs if run.method != AGAINST]
     groups = group_by(compared, lambda run: (run.method, run.config.rank)).values()
     rows = [describe_group(group, results.failed) for group in groups]
@@ -176,10 +164,8 @@ def answer_all(results):
     return parts
 
 
-@question("2.7 Accuracy over the rank")
+@question("2.7 Accuracy over the rank", lambda results: results.lora)
 def answer_rank(results):
-    if not results.lora:
-        return []
     accuracies = {rank: [run.accuracy for run in group] for rank, group in results.lora.items()}
     levels = {method: mean_accuracy(results.of(method)) for method in (FULL, UNTUNED) if results.of(method)}
     paint = partial(paint_accuracy, accuracies=accuracies, levels=levels)
@@ -187,31 +173,28 @@ def answer_rank(results):
     text = f"r = {top[0].config.rank} is best with {percent(mean_accuracy(top))}"
     if FULL in levels:
         text += f", {compare_points(mean_accuracy(top), levels[FULL])} full fine-tuning"
-    return [results.plot("accuracy", "test accuracy over the rank", paint), ("p", f"{text}.")]
+    picture = draw(results.config.sweep_dir, "accuracy.svg", "test accuracy over the rank", paint)
+    return [picture, ("p", f"{text}.")]
 
 
-@question("2.8 Validation loss of r = 1")
+@question("2.8 Validation loss of r = 1", lambda results: 1 in results.lora)
 def answer_rank_one(results):
     """Beside r = 128 or, without that, the default rank."""
-    if 1 not in results.lora:
-        return []
     ones = results.lora[1]
     others = results.lora.get(128) or results.default or ones
     groups = {f"r = {group[0].config.rank}": group for group in (ones, others)}
-    picture = results.plot_curves("loss-r1", "validation loss of r = 1 over updates", groups)
+    picture = results.plot_curves("loss-r1.svg", "validation loss of r = 1 over updates", groups)
     return [picture, ("p", describe_curve(ones[0], others[0]))]
 
 
-@question("2.9 Learning rate and alpha")
+@question("2.9 Learning rate and alpha", lambda results: results.of(AGAINST) and results.default)
 def answer_lr_alpha(results):
     """The default run and two in which the learning rate rises as alpha falls, or falls as it rises."""
     own = results.default
-    if not results.of(AGAINST) or not own:
-        return []
     three = {f"lr {run.config.lr:g}, alpha {run.config.alpha:g}": run for run in (own[0], *results.of(AGAINST))}
     rows = [[name, f"{run.best_loss:.4f}", percent(run.accuracy)] for name, run in three.items()]
     groups = {name: [run] for name, run in three.items()}
-    picture = results.plot_curves("lr-alpha", "validation loss, learning rate against alpha", groups)
+    picture = results.plot_curves("lr-alpha.svg", "validation loss, learning rate against alpha", groups)
     apart = np.ptp([run.best_loss for run in three.values()])
     gained = own[0].curve[0][1] - own[0].best_loss
     text = f"Their best losses lie {apart:.4f} apart, {percent(apart / gained, 2)} of what training gained."

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -72,39 +73,27 @@ def is_installed(package: str) -> bool:
 
 
 def load_model(config, unmerged: bool = False) -> GPT:
-    """As generate.py loads a tuned model: its adapters are merged, unless told otherwise. Device and dtype of the
-    config are names, not "auto"."""
+    """As generate.py loads a tuned model: its adapters are merged, unless told otherwise."""
     model = GPT.from_pretrained(config.init_from, lora_rank=config.rank, lora_alpha=config.alpha)
     mark_only_lora_as_trainable(model)
-    return model.to(config.device).set_dtype(getattr(torch, config.dtype)).train(unmerged)
-
-
-def latency(config, unmerged: bool) -> Callable[[str], None]:
-    """A function that runs one text of 52 tokens: a "forward" pass, or "generate" 32 tokens."""
-    model = load_model(config, unmerged)
-    idx = torch.arange(1000, 1052, device=config.device)[None]  # (1, 52)
-
-    @torch.no_grad()
-    def run(job):
-        model(idx) if job == "forward" else model.generate(idx, 32, temperature=0)
-
-    return run
-
-
-def compare_latency(config, n_turns: int = 12) -> dict:
-    """Tokens a second of the base, the unmerged and the merged model of a config's rank."""
     device = pick_device(config.device)
-    config = replace(config, device=device, dtype=str(pick_dtype(device, config.dtype)).removeprefix("torch."))
-    systems = {
-        "base": latency(replace(config, rank=0), False),
-        "unmerged": latency(config, True),
-        "merged": latency(config, False),
+    return model.to(device).set_dtype(pick_dtype(device, config.dtype)).train(unmerged)
+
+
+@torch.no_grad()
+def time_latency(config, job: str, n_turns: int) -> dict[str, list[float]]:
+    """Seconds of the base, the unmerged and the merged model for one text of 52 tokens, in `n_turns` turns after a
+    warm-up. job: "forward", or "generate" for 32 new tokens."""
+    device = pick_device(config.device)
+    idx = torch.arange(1000, 1052, device=device)[None]  # (1, 52)
+    models = {
+        "base": load_model(replace(config, rank=0)),
+        "unmerged": load_model(config, unmerged=True),
+        "merged": load_model(config),
     }
-    turns = {name: [] for name in systems}
-    for i in range(n_turns):
-        for name, run in systems.items():  # alternating, so drift affects all equally
-            seconds, _ = timed(device, run, "generate")
-            if i > 0:  # the first is a warm-up
-                turns[name].append(32 / seconds)
-    found = {"rank": config.rank, "machine": describe_machine(device), "turns": turns}
-    return found | {name: spread(values) for name, values in turns.items()}
+    seconds = {name: [] for name in models}
+    for _ in range(1 + n_turns):
+        for name, model in models.items():  # alternating, so drift affects all equally
+            run = partial(model, idx) if job == "forward" else partial(model.generate, idx, 32, temperature=0)
+            seconds[name].append(timed(device, run)[0])
+    return {name: times[1:] for name, times in seconds.items()}

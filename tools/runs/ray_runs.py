@@ -4,6 +4,7 @@ import collections
 import contextlib
 import glob
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -22,17 +23,12 @@ from plumbing.data.token_cache import hash_files
 from plumbing.program.errors import UserError, first_line
 from plumbing.program.files import ROOT, put_in_place
 from plumbing.running.checkpoint import CHECKPOINT
-from tools.runs.programs import start_program
+from tools.runs.run import start_program
 
 SEND_SECONDS = 60  # at least so long between two checkpoints that a run sends
 PIECE = 2**28  # bytes of a file in one object
 DEATHS = 3  # so many workers may die under a run without a checkpoint between
-CODE = (
-    "*.py",
-    "plumbing/**/*.py",
-    "tools/**/*.py",
-    "assets/*.tiktoken",
-)  # what each machine needs of this repository
+CODE = ("*.py", "plumbing/**/*.py", "tools/**/*.py", "assets/*.tiktoken")  # what each machine needs of it
 
 
 def run_on_ray(
@@ -40,8 +36,8 @@ def run_on_ray(
 ) -> Iterator[tuple[str, str | None, str | None]]:
     """Makes runs side by side, each a task of Ray's, and yields what `run_here` does.
 
-    address: "auto" (the cluster of this machine, or else a new one on it), HOST:PORT, or None: a new one on this
-    machine alone. jobs: runs on a machine without GPUs, or on a new cluster's. sources: {what a setting names: its
+    address: "auto" (the cluster of this machine, or a new one on it), HOST:PORT, or None: a new one on this machine
+    alone. jobs: runs on a machine without GPUs, or on a new cluster's. sources: {what a setting names: its
     file or folder here}; they are sent along. Raises UserError where Ray or its cluster cannot be had.
     """
     ray = connect(address, jobs, on_gpu)
@@ -110,12 +106,9 @@ def connect(address, jobs, on_gpu):
         new["num_gpus"] = min(jobs, torch.cuda.device_count())
     handler = signal.getsignal(signal.SIGTERM)  # Ray sets its own
     with tempfile.TemporaryDirectory() as code:
-        for path in [
-            p for pattern in CODE for p in glob.glob(os.path.join(glob.escape(ROOT), pattern), recursive=True)
-        ]:
-            copy = os.path.join(code, os.path.relpath(path, ROOT))
-            os.makedirs(os.path.dirname(copy), exist_ok=True)
-            shutil.copyfile(path, copy)
+        for name in itertools.chain(*(glob.glob(pattern, root_dir=ROOT, recursive=True) for pattern in CODE)):
+            os.makedirs(os.path.join(code, os.path.dirname(name)), exist_ok=True)
+            shutil.copyfile(os.path.join(ROOT, name), os.path.join(code, name))
         options = {"runtime_env": {"working_dir": code}, "log_to_driver": False, "logging_level": "ERROR"}
         try:
             if address:
@@ -138,8 +131,8 @@ def check_address(address):
 
 
 def share_machines(nodes, jobs, on_gpu):
-    """What a run takes of a machine, as Ray's options, and its threads. It is the same on every machine of the
-    cluster, since a number of threads is part of what bits a run ends in."""
+    """What a run takes of a machine, as Ray's options, and its threads: the same on every machine of the cluster,
+    since a run's bits depend on the number of threads."""
     machines = [node["Resources"] for node in nodes if node["Alive"]]
     with_gpu = [machine for machine in machines if machine.get("GPU")] if on_gpu else []
     if with_gpu:

@@ -1,8 +1,12 @@
-"""One training and its score in a folder of its own: how it is made, whether it is done, what its files say."""
+"""One training and its score in a folder of its own: what makes it, whether it is done, what its files say."""
 
 import contextlib
 import json
 import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 
@@ -13,6 +17,7 @@ from lora import mark_only_lora_as_trainable
 from model import GPT, GPTConfig
 from plumbing.adapters.trainable import train_also
 from plumbing.gpt2.files import find_checkpoint, read_config
+from plumbing.program.files import ROOT
 from plumbing.scoring.accuracy import SCORED
 
 UNTUNED = "no tuning"
@@ -122,3 +127,47 @@ def count_parameters(config: Config) -> tuple[int, int]:
     train_also(model, config.lora_bias, config.trainable)
     params = list(model.parameters())
     return sum(p.numel() for p in params if p.requires_grad), sum(p.numel() for p in params)
+
+
+# --- making them ----------------------------------------------------------------------------------
+
+# Linux can end a child whose parent was killed: 1 is PR_SET_PDEATHSIG, 9 SIGKILL. It outlives execv.
+TIED = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); e = sys.executable; os.execv(e, [e, *sys.argv[1:]])"
+
+
+@contextlib.contextmanager
+def start_program(program: str, flags: list[str], log: str, environment: dict) -> Iterator[subprocess.Popen]:
+    """train.py or generate.py as a process, its output added to the file `log`. At the block's end it has ended: by
+    itself, or by SIGTERM, on which a training saves. Raises RuntimeError, with its last words, if it failed."""
+    tie = ["-c", TIED] if sys.platform == "linux" else []
+    command = [sys.executable, *tie, os.path.join(ROOT, program), *flags]
+    with open(log, "a+", encoding="utf-8", errors="replace") as output:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+        child = subprocess.Popen(command, env=os.environ | environment, **streams)
+        try:
+            yield child
+            child.wait()
+        finally:
+            child.terminate()
+            child.wait()
+        if child.returncode:
+            output.seek(0)
+            lines = re.findall(r"[^\r\n]+", output.read())
+            errors = [line for line in lines if line.startswith("error:")] or lines or ["no message"]
+            raise RuntimeError(f"{program} ended with exit code {child.returncode}: {errors[-1].strip()}")
+
+
+def run_here(runs: list[Run], environment: dict) -> Iterator[tuple[str, str | None, str | None]]:
+    """Makes runs one after another. Yields (name, place, None) where one begins and (name, None, reason) where it
+    ends; the reason is None if all is well."""
+    for run in runs:
+        yield run.name, "this machine", None
+        reason = None
+        try:
+            os.makedirs(run.folder, exist_ok=True)
+            for program, *flags in run.commands(run.folder):
+                with start_program(program, flags, os.path.join(run.folder, "log.txt"), environment):
+                    pass
+        except (RuntimeError, OSError) as e:
+            reason = str(e)
+        yield run.name, None, reason
