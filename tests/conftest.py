@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -137,7 +136,7 @@ class Forked:
 
     server = None
 
-    def __init__(self, args, cwd, env, limit):
+    def __init__(self, args, cwd, env, limit, log=None):
         if Forked.server is None:
             command = [sys.executable, REPO / "tests" / "fork_server.py"]
             # One thread, for machines that do more than these tests.
@@ -145,6 +144,7 @@ class Forked:
             Forked.server = subprocess.Popen(command, stdin=subprocess.PIPE, env=one_thread, text=True)
         self.folder, self.returncode = Path(tempfile.mkdtemp(dir=OWN.name)), None
         job = {"args": args, "cwd": str(cwd), "env": env, "limit": limit, "folder": str(self.folder)}
+        job |= {"out": str(log or self.folder / "out"), "err": str(log or self.folder / "err")}
         print(json.dumps(job), file=Forked.server.stdin, flush=True)
         self.pid = int(self._wait_for("pid", 60))
 
@@ -170,7 +170,11 @@ class Forked:
         return (self.folder / "out").read_text(), (self.folder / "err").read_text()
 
     def send_signal(self, number):
-        os.kill(self.pid, number)
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
 
     def kill(self):
         self.send_signal(signal.SIGKILL)

@@ -4,21 +4,17 @@ imported of the repository, the variables, the folder, the signals and the exit 
 python tests/fork_server.py      a line of json on stdin for each program: see `start` in conftest.py
 """
 
+import contextlib
 import gc
 import json
 import os
 import resource
 import runpy
-import signal
 import sys
 
 # What train.py and generate.py import, but for the repository itself: not huggingface_hub, which looks at variables.
 import filelock  # noqa: F401
-import matplotlib.pyplot
 import numpy  # noqa: F401
-import safetensors.torch
-import tiktoken.load
-import torch
 import tqdm  # noqa: F401
 
 
@@ -30,13 +26,14 @@ def write(path, number):
 
 def serve():
     """Returns a job in the process that is to do it; ends where nobody wants another one."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the watchers
     gc.freeze()
     for line in sys.stdin:
         job = json.loads(line)
         if os.fork():
+            with contextlib.suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:  # the watchers that are done
+                    pass
             continue
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         program = os.fork()
         if not program:
             return job
@@ -52,8 +49,8 @@ def become(job):
     os.chdir(job["cwd"])
     os.environ.clear()
     os.environ.update(job["env"])
-    for fd, name, how in ((0, os.devnull, os.O_RDONLY), (1, "out", os.O_WRONLY), (2, "err", os.O_WRONLY)):
-        file = os.open(os.path.join(job["folder"], name), how | os.O_CREAT | os.O_APPEND)
+    for fd, path in enumerate((os.devnull, job["out"], job["err"])):
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(file, fd)
         os.close(file)
     if job["limit"]:

@@ -24,13 +24,13 @@ class WandbRun:
     def _start(self, config):
         import wandb
 
-        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "120")  # seconds
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "120")
         return wandb.init(
             project=config.wandb_project,
             name=config.wandb_run_name or os.path.basename(os.path.normpath(config.out_dir)),
             dir=config.out_dir,
             config=vars(config),
-            settings=wandb.Settings(init_timeout=30),
         )
 
     def _try(self, function, *args, **options):

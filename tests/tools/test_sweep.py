@@ -15,15 +15,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
-from conftest import base_folder, finish, start
+from conftest import REPO, Forked, base_folder, finish, start
 from safetensors.torch import load_file
 
 from configurator import Config, configure
 from tools import sweep
+from tools.report import programs
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +52,22 @@ def flags(place, out, **settings):
     return [f"--{key}={value}" for key, value in values.items()]
 
 
+def sweep_here(argv):
+    """A sweep in this process, whose trainings and scorings are forks: their starts would take longer than they do."""
+
+    def fork(command, env, stdin, stdout, stderr):
+        (begin,) = (i for i, word in enumerate(command) if word.endswith(("train.py", "generate.py")))
+        return Forked(command[begin:], REPO, env, None, log=stdout.name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs, "subprocess", SimpleNamespace(Popen=fork, DEVNULL=None, STDOUT=None))
+        sweep.main(configure(argv, cls=sweep.SweepConfig, fixed=()))
+
+
 @pytest.fixture(scope="module")
 def whole(place):
     """The folder of a sweep that ran to its end."""
-    finish(start("-m", "tools.sweep", *flags(place, "whole")))
+    sweep_here(flags(place, "whole"))
     return place / "whole-sweep"
 
 
@@ -172,26 +186,29 @@ def test_done_runs_are_kept(place, whole):
 
 def test_killed_and_started_again(place, whole):
     """Lost if it fails: a sweep that was stopped gives another report than one that was not."""
-    argv = flags(place, "killed", only="untuned,lora,full")
-    process = start("-m", "tools.sweep", *argv)
-    while not (place / "killed-sweep" / "lora-r2-seed1" / "checkpoint.pt").exists():
+    argv = ["-m", "tools.sweep", *flags(place, "killed", ranks="2", only="lora")]
+    process = start(*argv)
+    folder = place / "killed-sweep"
+    while not (folder / "lora-r2-seed2" / "checkpoint.pt").exists():
         time.sleep(0.05)
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     finish(process, 143)
-    assert not (place / "killed-sweep" / "report.html").exists()
-    done = list((place / "killed-sweep").glob("*/accuracy.json"))
-    before = {p: p.stat().st_mtime_ns for p in done}
-    finish(start("-m", "tools.sweep", *argv))
+    assert not (folder / "report.html").exists()
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("*/accuracy.json")}
+    finish(start(*argv))
     assert before.keys() and all(p.stat().st_mtime_ns == t for p, t in before.items())
-    for row, other in zip(table(place / "killed-sweep", "2.6"), table(whole, "2.6"), strict=True):
-        assert row | {"minutes": ""} == other | {"minutes": ""}
+    (row,) = table(folder, "2.6")
+    (other,) = (row for row in table(whole, "2.6") if row["r"] == "2")
+    assert row | {"minutes": ""} == other | {"minutes": ""}
 
 
-def test_a_failing_run_is_told_and_the_others_go_on(place):
+def test_a_failing_run_is_told_and_the_others_go_on(place, capsys):
     """Lost if it fails: one run's failure costs the others, or passes for a result."""
-    argv = flags(place, "failing", ranks="1,40", seeds="1", only="lora")
-    _, err = finish(start("-m", "tools.sweep", *argv), 1)
+    with pytest.raises(SystemExit) as stop:
+        sweep_here(flags(place, "failing", ranks="1,40", seeds="1", only="lora"))
+    err = capsys.readouterr().err
+    assert stop.value.code == 1
     assert re.search(r"^error: lora-r40-seed1: train.py ended with exit code 2: error: rank=40", err, re.M)
     good, bad = table(place / "failing-sweep", "2.6")
     assert good["test accuracy"].endswith("%") and "rank=40 does not fit" in bad["test accuracy"]
@@ -220,6 +237,7 @@ cluster.shutdown()
 DRIVER = """
 import sys
 from tools import sweep
+from tools.report import programs
 from tools.report import ray_runs
 ray_runs.SEND_SECONDS = 0  # a minute is longer than this test
 sweep.main(sweep.configure(sys.argv[1:], cls=sweep.SweepConfig, fixed=()))
