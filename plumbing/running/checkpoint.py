@@ -82,7 +82,7 @@ def load_checkpoint(out_dir, model, optimizers, scaler, processes) -> Progress:
 def check_same_data(config, loader, scored: str | None = None) -> None:
     """Raises ValueError if the data of a resumed run are no longer those that it was trained on. A split that is only
     `scored` may have changed if the data set names it itself; then a line says so."""
-    if config.trained_on in (None, loader.digest):
+    if config.run is None or config.run.data in (None, loader.digest):
         return
     changed = f"dataset={config.dataset} has changed since the run in {config.out_dir} began"
     if scored is None:
