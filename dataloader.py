@@ -19,8 +19,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -54,6 +55,7 @@ class Prompt:
 
     block_size: the context in tokens. classify: the text is read alone, without a template. is_answered: the model
     writes after the prompt, up to max_new_tokens (None: enough for every label), and the context keeps room for it.
+    add_instruction: fills a record's template in place of ours.
     Raises ValueError for a template or words that cannot be used.
     """
 
@@ -65,10 +67,13 @@ class Prompt:
         classify: bool = False,
         is_answered: bool = False,
         max_new_tokens: int | None = None,
+        add_instruction: Callable[[dict], dict] | None = None,
     ):
         self.template = template
         self.label_names = label_names
         self.classify = classify
+        # The handout's method fills every prompt, those of new texts too. It reads nothing but template and words.
+        self.add_instruction = add_instruction or partial(CustomDataLoader._add_instruction_finetuning, self)
         self.encoding = gpt2_encoding()
         check_template(template)
         # The most tokens that a filled template may have. One place is kept free: make_example puts end-of-text in
@@ -88,8 +93,7 @@ class Prompt:
         """The text that is tokenised: the filled template or, for a classifier, the text itself."""
         if self.classify:
             return text
-        # The handout's method fills every prompt, those of new texts too. It reads nothing but template and words.
-        return CustomDataLoader._add_instruction_finetuning(self, {"text": text, "label": label})["instr_tuned_text"]
+        return self.add_instruction({"text": text, "label": label})["instr_tuned_text"]
 
     def make_example(self, text: str, label: int, tokens: list[int] | None = None) -> tuple[Example, bool]:
         """(the Example of a record, whether its text was cut to fit). tokens: those of `fill`, if they are there."""
@@ -314,8 +318,15 @@ class CustomDataLoader:
         names = split_names(label_names) if label_names else source.names.get(self.label_field)
         survey = self._survey(source, names)
         self.label_names = survey["label_names"]
-        answered = (self.is_answered, self.max_new_tokens)
-        self.prompt = Prompt(self.template, self.label_names, self.block_size, self.classify, *answered)
+        self.prompt = Prompt(
+            self.template,
+            self.label_names,
+            self.block_size,
+            self.classify,
+            self.is_answered,
+            self.max_new_tokens,
+            self._add_instruction_finetuning,
+        )
         # The cache's key: all that decides what the tokens are. The sample shows an edited template or method.
         sample = self.prompt.fill("A joy.", 1)
         key = [CACHE_VERSION, source.digest, self.template, self.text_field, self.label_field, self.label_names]

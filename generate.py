@@ -98,15 +98,11 @@ class ModelSampler:
         """
         self.load_data()
         self.load_model()
-        examples = self.loader.splits[self.config.split]
+        labels = self.loader.splits[self.config.split].labels.tolist()  # [1, 0, ...]
         names = self.loader.label_names  # ["negative", "positive"]
-        torch.manual_seed(self.config.seed)
-        self.generated = []
-        for part in in_parts(examples, PART * self.config.batch_size):
-            texts, _ = self.answer([ex.tokens[: ex.n_prompt] for ex in part], self.loader.prompt)
-            self.generated += texts  # [" positive", " a film", ...]
+        self.generated = self.answer_split()  # [" positive", " a film", ...]
         self.found = [find_label(text, names) for text in self.generated]  # [1, None, ...]
-        self.result = tabulate(self.found, examples.labels.tolist(), names)  # accuracy = sum(found == label) / n
+        self.result = tabulate(self.found, labels, names)  # accuracy = sum(found == label) / n, and more
         return self.result["accuracy"]
 
     def predict(self, texts: list[str | None]) -> list[dict]:
@@ -156,6 +152,16 @@ class ModelSampler:
         return dict(zip(self.prompt.label_names, shares))
 
     # --- prompts -> answers
+
+    def answer_split(self) -> list[str]:
+        """What the model writes after each prompt of the split that is scored, in the split's order."""
+        torch.manual_seed(self.config.seed)
+        examples = self.loader.splits[self.config.split]
+        answers = []
+        for part in in_parts(examples, PART * self.config.batch_size):
+            texts, _ = self.answer([ex.tokens[: ex.n_prompt] for ex in part], self.loader.prompt)
+            answers += texts
+        return answers
 
     @torch.no_grad()
     def answer(

@@ -41,7 +41,7 @@ from plumbing.running.checkpoint import (
     Progress,
     check_same_data,
     load_checkpoint,
-    lock_folder,
+    locked_folder,
     write_metrics,
 )
 from plumbing.running.endings import exit_diverged, explain_failure
@@ -405,10 +405,8 @@ def print_end(run: Run, progress: Progress) -> None:
 
 def main(argv: list[str]) -> None:
     config = configure(argv)
-    if int(os.environ.get("RANK", 0)) == 0:  # torchrun's number of this process, not LoRA's rank
-        with one_line_errors():
-            lock = lock_folder(config.out_dir)  # noqa: F841  (while this name stands, the folder is locked)
-    with explain_failure(config):
+    is_first = int(os.environ.get("RANK", 0)) == 0  # torchrun's number of this process, not LoRA's rank
+    with locked_folder(config.out_dir) if is_first else contextlib.nullcontext(), explain_failure(config):
         train(config)
 
 

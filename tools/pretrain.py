@@ -32,7 +32,7 @@ from plumbing.data.tokenizer import end_of_text, gpt2_encoding
 from plumbing.gpt2.batch import Batch
 from plumbing.program.errors import one_line_errors
 from plumbing.program.settings import MODEL, RUN, setting
-from plumbing.running.checkpoint import check_same_data, lock_folder
+from plumbing.running.checkpoint import check_same_data, locked_folder
 from plumbing.running.endings import explain_failure
 from plumbing.running.optimizers import build_optimizers
 from train import Run, make_run, open_folder, print_end, print_start, run_updates, set_up_machine
@@ -266,11 +266,10 @@ def set_up(config: PretrainConfig) -> Run:
 
 
 def main(config: PretrainConfig) -> None:
-    with one_line_errors():
-        lock = lock_folder(config.out_dir)  # noqa: F841  (while this name stands, the folder is locked)
-        run = set_up(config)
-        progress = open_folder(run)
-    with explain_failure(config):
+    with locked_folder(config.out_dir), explain_failure(config):
+        with one_line_errors():
+            run = set_up(config)
+            progress = open_folder(run)
         print_start(run, progress)
         run_updates(run, progress)
         print_end(run, progress)

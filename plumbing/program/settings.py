@@ -26,6 +26,7 @@ HINTS = {  # nanoGPT's other keys and the handout's other names: what does their
     "always_save_checkpoint": "each evaluation saves a checkpoint; --save_interval saves between them",
     "bias": "GPT-2's layers have biases; --lora_bias trains them next to LoRA",
     "backend": "processes that torchrun starts choose nccl or gloo by themselves",
+    **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"), "python -m tools.pretrain makes a model"),
     "num_samples": "generate.py writes one text a call; another --seed gives another",
 }
 

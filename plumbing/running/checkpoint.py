@@ -1,5 +1,6 @@
 """Exact resume: what a run needs to end in the bits of one that was never stopped, in one file, always whole."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -9,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 import torch
 from filelock import FileLock, SoftFileLock, Timeout
 
-from plumbing.program.errors import first_line
+from plumbing.program.errors import first_line, one_line_errors
 from plumbing.program.files import add_to_check, whole_file
 
 CHECKPOINT = "checkpoint.pt"
@@ -152,9 +153,20 @@ def write_metrics(out_dir: str, metrics: list[dict]) -> None:
         f.writelines((json.dumps(line) + "\n").encode() for line in metrics)
 
 
+@contextlib.contextmanager
+def locked_folder(out_dir: str):
+    """Keeps a second run out of out_dir within the block; a mistake ends the program with one line."""
+    with one_line_errors():
+        lock = lock_folder(out_dir)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def lock_folder(out_dir: str) -> FileLock:
-    """Keeps a second run out of out_dir until this process ends, however it ends. Raises ValueError if another run is
-    in it, OSError if it is no folder."""
+    """A lock on out_dir, until it is released or this process ends, however it ends. Raises ValueError if another run
+    is in it, OSError if it is no folder."""
     os.makedirs(out_dir, exist_ok=True)
     lock = FileLock(os.path.join(out_dir, ".lock"))
     reason = None
