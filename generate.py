@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from configurator import Config, configure, load_run, make_config
 from dataloader import CustomDataLoader, Prompt, make_loader, make_prompt
-from model import GPT, LoRALinear
 from plumbing.adapters.layers import lora_arguments
 from plumbing.adapters.peft_format import load_adapter
 from plumbing.data.labels import find_label, split_names
@@ -44,6 +43,9 @@ from plumbing.scoring.accuracy import (
 from plumbing.scoring.answers import classify, order_by_length, read_prompts, score_labels, shared_start
 from plumbing.scoring.model_card import write_card
 from plumbing.scoring.new_texts import predict_file
+
+with one_line_errors(ImportError):  # a lora.py of your own may need a package
+    from model import GPT, LoRALinear
 
 PART = 50  # batches of prompts that are sorted by length together
 
@@ -89,7 +91,8 @@ class ModelSampler:
         if self.config.task == "classify":
             check_classes(self.config)
 
-    def get_accuracy(self) -> float:  # task
+    # task
+    def get_accuracy(self) -> float:
         """The share of the split's prompts that the model answers with the right label: 0 to 1.
 
         An answer without a label is garbage and counts as wrong. After the call `result` is the whole table (n,
