@@ -88,8 +88,6 @@ class ModelSampler:
         self.prompt: Prompt | None = None  # makes prompts of new texts
         self.model: GPT | None = None
         self.n_cut = 0  # new texts that were too long and were cut
-        if self.config.task == "classify":
-            check_classes(self.config)
 
     # task
     def get_accuracy(self) -> float:
@@ -219,6 +217,8 @@ class ModelSampler:
     def load_prompt(self) -> None:
         """Sets `prompt`. No data set is read, if the labels are known."""
         if self.prompt is None:
+            if self.config.task == "classify":
+                check_classes(self.config)
             self.prompt = make_prompt(self.config, self.block_size, self.find_label_names())
 
     def find_label_names(self) -> list[str]:
@@ -237,6 +237,7 @@ class ModelSampler:
             # Ours have A and B in float32 next to a bfloat16 weight. A student's lora.py may know one dtype only.
             dtype = pick_dtype(self.device, config.dtype, mixed=getattr(LoRALinear, "mixes_dtypes", False))
             n_classes = len(self.find_label_names()) if config.task == "classify" else 0
+            torch.manual_seed(config.seed)  # an untuned classifier's head is drawn as train.py draws it
             self.model = load_model(config, self.device, dtype, n_classes)
             torch.manual_seed(config.seed)
 
@@ -277,6 +278,7 @@ def checkpoint_of(config):
 
 
 def check_classes(config):
+    """Raises ValueError for a base whose classes nobody has trained. Only its accuracy tells something."""
     if not config.run and not read_config(find_checkpoint(config.init_from)[0]).get("n_classes"):
         raise ValueError(f"init_from={config.init_from}: a language model has no classes; train.py adds them")
 
