@@ -71,16 +71,6 @@ def new_matrices(layer, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
     return nn.Parameter(A), nn.Parameter(torch.zeros(n_out, rank, **like))
 
 
-def draw_adapter(layer, dtype) -> None:
-    """Real A and B for a layer that was made on the meta device, drawn by its own reset_parameters. The layer's
-    weight is still on that device, where nothing is drawn; `dtype` is the one that it will have."""
-    for name in ("lora_A", "lora_B"):
-        old = getattr(layer, name)
-        new = torch.empty(old.shape, dtype=torch.promote_types(dtype, torch.float32))
-        setattr(layer, name, nn.Parameter(new, requires_grad=old.requires_grad))
-    layer.reset_parameters()
-
-
 def add_low_rank(out, x, layer):  # (..., out), (..., in) -> (..., out)
     """out += (alpha / r) B A x, in place and in out's dtype: one pass over `out` less than by the plain formula."""
     A = layer.lora_A.to(out.dtype)
@@ -105,6 +95,12 @@ def layer_alpha(alpha: float, rank: int, rslora: bool = False) -> float:
     alpha sqrt(rank) / rank ("A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", Kalajdzievski 2023,
     https://arxiv.org/abs/2312.03732)."""
     return alpha * math.sqrt(rank) if rslora else alpha
+
+
+def lora_arguments(config) -> dict:
+    """The fields of GPTConfig that say which adapters a config's model has. No dropout: that is training's."""
+    alpha = layer_alpha(config.alpha, config.rank, config.rslora)
+    return {"lora_rank": config.rank, "lora_alpha": alpha, "lora_targets": config.lora_targets}
 
 
 def dropout_of(layer) -> float:
