@@ -1,5 +1,5 @@
 """Starts programs as forks of a process that has imported torch and the like, which saves two seconds each. What is
-imported of the repository, the variables, the folder, the signals and the exit code are those of a program of its own.
+imported of the repository, variables, folder, signals and exit code are those of a program of its own.
 
 python tests/fork_server.py      a line of json on stdin for each program: see `start` in conftest.py
 """

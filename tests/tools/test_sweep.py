@@ -53,7 +53,7 @@ def flags(place, out, **settings):
 
 
 def sweep_here(argv):
-    """A sweep in this process, whose trainings and scorings are forks: their starts would take longer than they do."""
+    """A sweep in this process, whose trainings and scorings are forks: to start them would take longer."""
 
     def fork(command, env, stdin, stdout, stderr):
         (begin,) = (i for i, word in enumerate(command) if word.endswith(("train.py", "generate.py")))
