@@ -10,7 +10,7 @@ from torch import nn
 from plumbing.adapters.attach import add_adapter
 from plumbing.adapters.layers import alpha_of, dropout_of, is_conv1d, layer_alpha, lora_layers, merges_itself, sizes
 from plumbing.adapters.trainable import lora_state_dict
-from plumbing.program.files import read_tensors, write_json, write_tensors
+from plumbing.program.files import check_finite, read_tensors, write_json, write_tensors
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -170,6 +170,7 @@ def read_adapter(directory):
         if re.search(r"\.(modules_to_save|original_module)\.", name):
             continue  # with bias="all" PEFT writes a saved module's biases two times more
         name = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+        check_finite(tensor, name, path)
         plain[re.sub(r"(lora_[AB])(\.default)?\.weight$", r"\1", name)] = tensor
     return config, plain
 

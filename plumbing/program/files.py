@@ -102,6 +102,12 @@ def read_tensors(path, note):
         raise ValueError(f"{path} is damaged: its tensors are not those that were written (SHA-256 differs)")
 
 
+def check_finite(tensor, name, path):
+    """Raises ValueError for a tensor with NaN or infinity in it."""
+    if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):  # one pass, NaN shows in both
+        raise ValueError(f"{path} is spoiled: {name} has NaN or infinity in it; take a whole copy, or train it anew")
+
+
 def add_to_check(check, name, tensor):
     """Feeds a tensor's name, kind and bytes to a hash."""
     check.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
