@@ -122,16 +122,13 @@ def merge_lora(model: nn.Module) -> None:
     """Folds every adapter into its layer's weight, once and for all, and takes it off. Raises ValueError, before
     anything is changed, for a weight that another layer shares."""
     layers = adapter.lora_layers(model)
-    users = {}  # {a parameter's id: names of the modules that use it}
-    for module_name, module in model.named_modules():
-        for param in module._parameters.values():
-            users.setdefault(id(param), []).append(module_name)
-    for name, layer in layers.items():
-        sharing = users[id(layer.weight)]
-        if len(sharing) > 1:
-            raise ValueError(
-                f"{' and '.join(sharing)} share a weight: merging {name}'s adapter would change them all"
-            )
+    for names in adapter.shared_parameters(model):
+        modules = [name.removesuffix(".weight") for name in names]
+        for module in modules:
+            if module in layers:
+                raise ValueError(
+                    f"{' and '.join(modules)} share a weight: merging {module}'s adapter would change them all"
+                )
     for layer in layers.values():
         merged = adapter.merged_weight(layer)
         drop_adapter(layer)

@@ -8,8 +8,17 @@ import torch
 from torch import nn
 
 from plumbing.adapters.attach import add_adapter
-from plumbing.adapters.layers import alpha_of, dropout_of, is_conv1d, layer_alpha, lora_layers, merges_itself, sizes
-from plumbing.adapters.trainable import lora_state_dict
+from plumbing.adapters.layers import (
+    alpha_of,
+    dropout_of,
+    is_conv1d,
+    layer_alpha,
+    lora_layers,
+    merges_itself,
+    shared_parameters,
+    sizes,
+)
+from plumbing.adapters.trainable import check_ties, lora_state_dict
 from plumbing.program.files import check_finite, read_tensors, write_json, write_tensors
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -57,8 +66,9 @@ def save_adapter(model, directory, base_model="", bias="none", also=None, rslora
         raise ValueError(f"an adapter needs layers of one rank, alpha and dropout; here are {sorted(kinds)}")
     rank, alpha, dropout = kinds.pop()
     state = lora_state_dict(model, bias, also)
-    plain = lora_state_dict(model, bias)
-    whole = _whole_modules(model, state.keys() - plain.keys())
+    others = state.keys() - lora_state_dict(model, bias).keys()
+    check_ties(model, others, also)
+    whole = _whole_modules(model, others)
     state |= {n: t for n, t in model.state_dict().items() if any(n.startswith(f"{m}.") for m in whole)}
     tensors = {}
     for name, tensor in state.items():
@@ -240,16 +250,10 @@ def _expected_shapes(model, config, names):
 def _check_shared(model, tensors, where):
     """Raises ValueError for a tensor that would go into two modules at once, such as a head of its own into a head
     that is the word embedding too."""
-    users = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        users.setdefault(id(param), []).append(name)
-    for names in users.values():
+    for names in shared_parameters(model):
         given = [name for name in names if name in tensors]
         same = all(torch.equal(tensors[name], tensors[given[0]]) for name in given)
         if given and "lora_" not in given[0] and (len(given) < len(names) or not same):
-            # A layer under several names is one layer, and any of its names will do.
-            if len({id(model.get_submodule(name.rpartition(".")[0])) for name in names}) == 1:
-                continue
             raise ValueError(
                 f"{where}: {given[0]} is one tensor with {next(n for n in names if n != given[0])} in this model, "
                 "and would change both; untie them first, or train the adapter without it in modules_to_save"
