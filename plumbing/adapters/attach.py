@@ -1,5 +1,7 @@
 """The same adapter on a model that others wrote: attached by forward hooks, taken off, folded in."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -112,10 +114,31 @@ def drop_adapter(layer: nn.Module) -> None:
     layer.train(training)
 
 
+def put_aside(model: nn.Module, names: Iterable[str]) -> None:
+    """Keeps the base's biases and whole modules of these names, which an adapter's file is about to replace. What is
+    aside already is the base's. No parameter, no buffer, in no state dict."""
+    state = model.state_dict()
+    for name in names:
+        module, _, leaf = name.rpartition(".")
+        aside = model.get_submodule(module).__dict__.setdefault("_put_aside", {})
+        if leaf not in aside:
+            aside[leaf] = state[name].clone()
+
+
+def put_back(model: nn.Module) -> None:
+    """The base's own biases and modules, in the place of an adapter's."""
+    for module in model.modules():
+        aside = module.__dict__.pop("_put_aside", None)
+        if aside:
+            module.load_state_dict(aside, strict=False)
+
+
 def detach_lora(model: nn.Module) -> None:
-    """Takes every adapter off: the model computes what it did before, bit for bit."""
+    """Takes every adapter off, with the biases and modules that its file brought: the model computes what it did
+    before, bit for bit."""
     for layer in adapter.lora_layers(model).values():
         drop_adapter(layer)
+    put_back(model)
 
 
 def merge_lora(model: nn.Module) -> None:
@@ -133,3 +156,5 @@ def merge_lora(model: nn.Module) -> None:
         merged = adapter.merged_weight(layer)
         drop_adapter(layer)
         layer.weight.data = merged
+    for module in model.modules():
+        module.__dict__.pop("_put_aside", None)  # an adapter's biases and modules are the model's own now

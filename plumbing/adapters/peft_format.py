@@ -7,7 +7,7 @@ import re
 import torch
 from torch import nn
 
-from plumbing.adapters.attach import add_adapter
+from plumbing.adapters.attach import add_adapter, put_aside, put_back
 from plumbing.adapters.layers import (
     alpha_of,
     dropout_of,
@@ -201,8 +201,8 @@ def rank_and_alpha(config, name):
 
 def load_adapter(model, directory):
     """Puts an adapter in PEFT's format on `model`: layers without one get it, of the file's rank and alpha;
-    adapted layers that the file does not name go back to no change. Biases and `modules_to_save` come along.
-    Returns PEFT's config.
+    adapted layers that the file does not name go back to no change. Biases and `modules_to_save` come along, the
+    base's own are put aside: another adapter begins from them, and detach_lora puts them back. Returns PEFT's config.
 
     Raises FileNotFoundError, or ValueError if the adapter was made for another model (then the model is as it was).
     """
@@ -223,6 +223,8 @@ def load_adapter(model, directory):
     if missing or not adapted:
         raise ValueError(f"{where} is not whole: {missing[0] if missing else 'any lora_A'} is missing")
     _check_shared(model, tensors, where)
+    put_back(model)  # what an earlier adapter's file has replaced
+    put_aside(model, (name for name in tensors if "lora_" not in name))
     for name in adapted | lora_layers(model).keys():
         _fit_adapter(modules[name], *rank_and_alpha(config, name), config.get("lora_dropout", 0.0))
     model.load_state_dict(tensors, strict=False)
