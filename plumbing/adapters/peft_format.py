@@ -113,7 +113,7 @@ READ += ("rank_pattern", "alpha_pattern")
 NOT_NEEDED = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out")
 NOT_NEEDED += ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "megatron_core")
 NOT_NEEDED += ("inference_mode", "runtime_config", "eva_config", "qalora_group_size", "init_lora_weights")
-STARTS = (True, False, None, "gaussian", "eva")  # init_lora_weights that leave the base model as it is
+STARTS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")  # these leave the base model as it is
 
 
 def find_adapter(directory):
@@ -146,7 +146,7 @@ def read_config(directory):
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}, not 'LORA'")
     start = config.get("init_lora_weights", True)
-    if start not in STARTS:
+    if str(start).lower() not in STARTS:
         raise ValueError(
             f"{path}: init_lora_weights={start!r} changed the base model's weights too. In PEFT, "
             "model.save_pretrained(DIRECTORY, path_initial_model_for_weight_conversion=...) makes plain LoRA of it"

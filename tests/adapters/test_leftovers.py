@@ -220,3 +220,33 @@ def test_what_is_aside_is_in_no_file(base, tmp_path):
     model.save_pretrained(str(tmp_path / "whole"))
     merged = by_hooks(str(tmp_path / "whole"))
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-3)
+
+
+# --- how PEFT's training began -------------------------------------------------------------------
+
+STARTS = [True, False, "gaussian", "Gaussian", "eva", "orthogonal", "mica", "pissa", "pissa_niter_4", "olora"]
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_start_that_leaves_the_base_is_read_and_no_other(base, tmp_path, start):
+    """Lost if it fails: plain LoRA is refused for how it began, or A and B are put on a base that they do not fit."""
+    options = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "task_type": "CAUSAL_LM"}
+    theirs = get_peft_model(by_hooks(base), LoraConfig(r=4, lora_alpha=6, init_lora_weights=start, **options))
+    whole = by_hooks(base).state_dict()
+    found = theirs.base_model.model.state_dict()
+    its_base = {n: t for name, t in found.items() if (n := name.replace(".base_layer.", ".")) in whole}
+    leaves_base = its_base.keys() == whole.keys() and all(torch.equal(t, whole[n]) for n, t in its_base.items())
+    with torch.no_grad():
+        for param in theirs.parameters():
+            if param.requires_grad:
+                param.add_(0.1 * torch.randn(param.shape, generator=torch.Generator().manual_seed(3)))
+    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
+    for make in (by_hand, by_hooks):
+        model = make(base)
+        if leaves_base:
+            load_adapter(model, str(tmp_path))
+            torch.testing.assert_close(logits(model), logits(theirs.eval()), rtol=1e-4, atol=1e-3)
+        else:
+            with pytest.raises(ValueError, match="init_lora_weights"):
+                load_adapter(model, str(tmp_path))
+    assert leaves_base == (str(start).lower().split("_")[0] not in ("pissa", "olora"))
