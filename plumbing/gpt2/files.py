@@ -7,7 +7,14 @@ import re
 import torch
 
 from plumbing.program.errors import first_line
-from plumbing.program.files import ASSETS, check_finite, find_copy, read_tensors, write_json, write_tensors
+from plumbing.program.files import (
+    ASSETS,
+    check_finite,
+    find_copy,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 
 HUB_MODELS = {  # what a user types: the repository on the hub
     "gpt2": "openai-community/gpt2",
