@@ -16,12 +16,12 @@ import tokenize
 import typing
 
 import pytest
+from conftest import REPO
 
 import configurator
 from configurator import MODEL_KEYS, Config, configure, load_run, make_config
 from plumbing.program.errors import UserError
 
-ROOT = os.path.dirname(os.path.abspath(configurator.__file__))
 FIELDS = {f.name: f.default for f in dataclasses.fields(Config)}
 
 
@@ -164,7 +164,7 @@ def test_a_mistyped_flag_is_one_line_that_names_it(capsys, argv, words):
 def test_a_real_program_ends_with_code_2_and_no_traceback(tmp_path):
     """Lost if it fails: a script around a run cannot tell a mistake from a result."""
     command = [sys.executable, "-c", "import sys, configurator; configurator.configure(sys.argv[1:])"]
-    done = subprocess.run([*command, "--lrr=1"], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    done = subprocess.run([*command, "--lrr=1"], capture_output=True, text=True, cwd=REPO, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: unknown flag --lrr: did you mean --lr?\n"
 
@@ -265,7 +265,7 @@ def test_a_config_file_is_never_executed(tmp_path, capsys, text):
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("path", sorted(glob.glob(os.path.join(ROOT, "configs", "*.py"))))
+@pytest.mark.parametrize("path", sorted(glob.glob(os.path.join(REPO, "configs", "*.py"))))
 def test_configs_that_ship_are_read_as_python_reads_them(path):
     """Lost if it fails: the first command of the README stops with an error, or runs with other values."""
     values = {}
@@ -405,15 +405,15 @@ SHIPPED = {
 @pytest.mark.parametrize("name", SHIPPED)
 def test_what_each_config_that_ships_sets(name):
     """Lost if it fails: a published number's command makes another run, because a default changed under it."""
-    config = configure([os.path.join(ROOT, "configs", name)])
+    config = configure([os.path.join(REPO, "configs", name)])
     assert dataclasses.asdict(config) == OLD | SHIPPED[name]
-    assert SHIPPED.keys() == {os.path.basename(path) for path in glob.glob(os.path.join(ROOT, "configs", "*.py"))}
+    assert SHIPPED.keys() == {os.path.basename(path) for path in glob.glob(os.path.join(REPO, "configs", "*.py"))}
 
 
 def test_the_defaults_are_the_assignments_file():
     """Lost if it fails: generate.py without a config file looks for another run than train.py with it has written."""
     values = {}
-    with open(os.path.join(ROOT, "configs", "finetune_params_config.py"), encoding="utf-8") as f:
+    with open(os.path.join(REPO, "configs", "finetune_params_config.py"), encoding="utf-8") as f:
         exec(f.read(), {}, values)
     assert {key: FIELDS[key] for key in values} == values
     assert FIELDS == OLD | ASSIGNMENT

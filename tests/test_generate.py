@@ -14,6 +14,7 @@ import sys
 
 import pytest
 import torch
+from conftest import REPO
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import generate
@@ -26,7 +27,6 @@ from plumbing.adapters.peft_format import save_adapter
 from plumbing.data.labels import ANSWER_CHARS
 from plumbing.scoring.accuracy import tabulate
 
-ROOT = os.path.dirname(os.path.abspath(generate.__file__))
 END = 50256
 TEMPLATE = "Review: {text}\nSentiment: {label}"  # the assignment's own is too long for models of 64 tokens
 
@@ -227,7 +227,7 @@ def test_generated_labels_equal_plain_generation(tiny, films, template):
 def run_generate(*flags, **variables):
     command = [sys.executable, "generate.py", *flags, "--device=cpu", "--dtype=float32"]
     environment = os.environ | {"PYTHONUTF8": "1"} | variables
-    return subprocess.run(command, capture_output=True, cwd=ROOT, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, cwd=REPO, env=environment, timeout=300)
 
 
 def check_files(folder, rows_of_file, n):
@@ -284,7 +284,7 @@ def test_a_reader_that_leaves_takes_no_file_along(tiny, films, tmp_path, unbuffe
     flags = [f"--init_from={tiny[1]}", f"--dataset={path}", f"--out_dir={tmp_path}", f"--template={TEMPLATE}"]
     command = [sys.executable, "generate.py", *flags, "--device=cpu", "--dtype=float32"]
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT, "env": environment}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": REPO, "env": environment}
     with subprocess.Popen(command, **options) as process:
         process.stdout.close()  # before anything is written
         err = process.stderr.read().decode()

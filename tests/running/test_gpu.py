@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import base_folder
+from conftest import REPO, base_folder
 
 import generate
 import train
@@ -31,7 +31,6 @@ from plumbing.running.machine import Processes, pick_dtype
 from plumbing.running.optimizers import build_optimizers
 from tools.bench import peak_memory
 
-REPO = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 MINI = os.path.join(REPO, "configs", "finetune_mini_config.py")
 REPORT = "gpu.json"
 

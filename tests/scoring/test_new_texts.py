@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import base_folder
+from conftest import REPO, base_folder
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 import generate
@@ -24,7 +24,6 @@ from generate import ModelSampler
 from plumbing.scoring.answers import answer_prompts, score_tokens
 from train import train
 
-ROOT = os.path.dirname(os.path.abspath(generate.__file__))
 END = 50256
 ENC = gpt2_encoding()
 TEMPLATE = "Review: {text}\nSentiment: {label}"
@@ -226,7 +225,7 @@ def test_lines_of_text_and_rows_without_one(tiny, tmp_path, capsys):
 
 def run(*flags, stdin="", **options):
     command = [sys.executable, "generate.py", *flags, "--device=cpu", "--dtype=float32"]
-    options = {"capture_output": True, "cwd": ROOT, "timeout": 300} | options
+    options = {"capture_output": True, "cwd": REPO, "timeout": 300} | options
     return subprocess.run(command, input=stdin.encode("utf-8"), **options)
 
 
@@ -314,7 +313,7 @@ def save(folder, name, content):
         ("new.parquet", pd.DataFrame({"review": ["a"]}), ["text_field=text", "review"]),
         ("new.parquet", pd.DataFrame({"text": [["a"]]}), ["new.parquet", "text_field"]),
         ("new.parquet", pd.DataFrame({"text": ["a"], "predicted": ["b"]}), ["new.parquet", "predicted"]),
-        ("new.txt.gz", gzip.compress(b"a joy\n" * 9)[:20], ["new.txt.gz", "damaged"]),
+        ("new.txt.gz", gzip.compress(b"a joy\n" * 9, mtime=0)[:20], ["new.txt.gz", "damaged"]),
     ],
 )
 def test_a_mistake_is_one_line_before_the_model_is_loaded(tiny, tmp_path, capsys, monkeypatch, name, content, words):

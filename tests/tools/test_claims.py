@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import base_folder
+from conftest import REPO, base_folder
 
 import train
 from configurator import configure
@@ -38,7 +38,6 @@ from tools.report.verdicts import (
     seed_deviation,
 )
 
-REPO = os.path.dirname(os.path.dirname(os.path.abspath(sweep.__file__)))
 N = 400  # validation examples
 
 

@@ -1,7 +1,7 @@
 """Wrong calls of train.py, generate.py and sweep.py: each ends with exit code 2 and one line that names the value and
 what to type instead, or works.
 
-python -m pytest tests/test_mistakes.py
+python -m pytest tests/program/test_mistakes.py
 """
 
 import json
@@ -78,6 +78,8 @@ def refused(capsys, program, argv, words):
 # Flags that are wrong for every program: the flag, what the line names.
 EVERYWHERE = [
     (["--rnak=16"], ["--rnak", "--rank"]),
+    (["--frobnicate=1"], ["--frobnicate"]),
+    (["--learning-rate-peak"], ["flag"]),
     (["--learningrate=1"], ["--learningrate", "--learning_rate"]),
     (["--eval_only=True"], ["--eval_only", "generate.py"]),
     (["--max-iter=5"], ["max_iter", "--max_iters"]),
@@ -85,6 +87,8 @@ EVERYWHERE = [
     (["--lr=-1"], ["lr=-1", "at least 0"]),
     (["--lr=nan"], ["--lr=nan"]),
     (["--lr=inf"], ["--lr=inf"]),
+    (["--rank"], ["rank"]),
+    (["--rank=many"], ["--rank=many", "integer"]),
     (["--rank=1.5"], ["--rank=1.5", "integer"]),
     (["--rank=-4"], ["rank=-4", "at least 0"]),
     (["--rank=1e400"], ["--rank=1e400"]),
@@ -120,6 +124,7 @@ EVERYWHERE = [
 def test_a_wrong_flag(place, capsys, program, argv, words):
     """Lost if it fails: a typing error is a traceback, or a run on something else."""
     refused(capsys, program, flags(place, program, *argv), words)
+    assert not (place / f"out-{program}").exists()  # nothing was begun
 
 
 # What is wrong with a run as a whole.
@@ -139,6 +144,7 @@ RUNS = [
     ("train", ["--device=toaster"], ["device=toaster", "--device=cpu"]),
     ("train", ["--dataset=no_such.csv"], ["no_such.csv"]),
     ("train", ["--dataset=./nowhere"], ["./nowhere"]),
+    ("train", ["--dataset=configs"], ["dataset=configs", "train"]),
     ("train", ["--text_field=review"], ["text_field=review", "text, label"]),
     ("train", ["--label_field=stars"], ["label_field=stars", "text, label"]),
     ("train", ["--label_names=good,awful"], ["'bad'", "good,awful"]),
@@ -176,6 +182,7 @@ def test_a_run_that_cannot_be(place, capsys, program, argv, words):
     """Lost if it fails: a run fails late, with a traceback, or not at all."""
     argv = [flag.replace("{place}", str(place)) for flag in argv]
     refused(capsys, program, flags(place, program, *argv), words)
+    assert not (place / f"out-{program}").exists()
 
 
 def test_another_runs_settings_on_resuming(place, capsys):
@@ -244,4 +251,5 @@ def test_a_file_where_the_folder_should_be(place, tmp_path, capsys):
     """Lost if it fails: --out_dir that names a file ends in a traceback."""
     (tmp_path / "out").write_text("a file")
     for program in ("train", "generate"):
-        refused(capsys, program, flags(place, program, f"--out_dir={tmp_path}/out/run"), [str(tmp_path)])
+        for out in (f"{tmp_path}/out", f"{tmp_path}/out/run"):
+            refused(capsys, program, flags(place, program, f"--out_dir={out}"), [str(tmp_path)])

@@ -1,7 +1,7 @@
 """Random settings, records and templates through the configurator and the data loader: what goes in as text comes
 out as text, the label is the last thing scored, nothing is lost or doubled.
 
-python -m pytest tests/test_random.py
+python -m pytest tests/test_any_input.py
 """
 
 import hashlib
