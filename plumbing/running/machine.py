@@ -164,8 +164,8 @@ def read_torchrun() -> tuple[int, int]:
     rank, *place = (os.environ.get(name, "") for name in TORCHRUN)
     if not (all(place) and rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
         raise ValueError(
-            f"WORLD_SIZE={size} is in the environment, without the rest of what torchrun sets ({', '.join(TORCHRUN)}): "
-            "type unset WORLD_SIZE, or torchrun --standalone --nproc_per_node=2 train.py ..."
+            f"WORLD_SIZE={size} is in the environment, but torchrun's {', '.join(TORCHRUN)} do not go with it: type "
+            "unset WORLD_SIZE, or torchrun --standalone --nproc_per_node=2 train.py ..."
         )
     return int(rank), int(size)
 
