@@ -219,14 +219,14 @@ def kill_at_rename(monkeypatch, n):
 
 def stop_after(monkeypatch, update):
     """SIGTERM comes while this update is computed."""
-    plain = train.compute_gradients
+    plain = train.update
 
-    def compute_gradients(run, indices, it):
+    def stopped_update(run, indices, it, **options):
         if it == update:
             signal.raise_signal(signal.SIGTERM)
-        return plain(run, indices, it)
+        return plain(run, indices, it, **options)
 
-    monkeypatch.setattr(train, "compute_gradients", compute_gradients)
+    monkeypatch.setattr(train, "update", stopped_update)
 
 
 def one_line_of(capfd, argv):

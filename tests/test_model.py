@@ -17,11 +17,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from dataloader import Batch
 from lora import mark_only_lora_as_trainable
 from model import GPT, GPTConfig, KVCache
 from plumbing.adapters.layers import lora_layers
-from tools.sampled_softmax import sample_softmax
+from plumbing.gpt2.batch import Batch
+from plumbing.scoring.answers import read_prompts
 from train import compute_loss
 
 TINY = {"n_layer": 3, "n_head": 4, "n_embd": 64, "vocab_size": 301, "block_size": 64}
@@ -187,16 +187,16 @@ def test_ragged_batch_behind_a_shared_prefix_equals_each_row_alone(hf, checkpoin
     free = [hf_greedy(hf, torch.cat([head, rows[i : i + 1, :n]], 1), 20)[0, 22 + n :] for i, n in enumerate(lengths)]
     stop = free[1][4].item()
     for prefix, end in ((head, 300), (head, stop), (head[:, :0], 300)):
-        P, past = prefix.size(1), None
+        P, past = prefix.size(1), KVCache()
         if P:
-            past = KVCache()
             all_logits(model, prefix, past)
-        written = model.generate(rows, 20, temperature=0, stop=end, past=past, lengths=lengths)[:, 12:]
+        last, cache = read_prompts(model, [row[:n].tolist() for row, n in zip(rows, lengths)], past)
+        written = model.generate(last, 20, temperature=0, stop=end, past=cache)[:, 1:]
         for i, n in enumerate(lengths):
             alone = hf_greedy(hf, torch.cat([prefix, rows[i : i + 1, :n]], 1), 20, end)[0, P + n :]
             assert torch.equal(written[i, : len(alone)], alone), (P, end, i)
             assert (written[i, len(alone) :] == end).all()
-        assert past is None or past.length == P  # the next batch continues from the same prefix
+        assert past.length == P  # the next batch continues from the same prefix
 
 
 @pytest.mark.parametrize("prompt", [10, 64, 90])
@@ -215,7 +215,8 @@ def test_what_cannot_slide_says_so(checkpoint):
     """Otherwise a ragged batch that outgrows the context is continued from wrong positions."""
     model = GPT.from_pretrained(checkpoint).eval()
     with pytest.raises(ValueError, match="exceed the context of 64"):
-        model.generate(tokens(2, 50), 16, lengths=torch.tensor([50, 40]))
+        last, cache = read_prompts(model, [tokens(50).tolist(), tokens(40).tolist()], KVCache())
+        model.generate(last, 16, past=cache)
 
 
 def test_sampling_follows_temperature_and_top_k(hf, checkpoint):
@@ -230,7 +231,7 @@ def test_sampling_follows_temperature_and_top_k(hf, checkpoint):
 
 
 @pytest.mark.parametrize("offset", [0, -80, -110])
-def test_bfloat16_picks_the_word_that_float32_does(hf, checkpoint, offset):
+def test_bfloat16_picks_the_word_that_float32_does(hf, checkpoint, offset, monkeypatch):
     """Otherwise labels are changed by rounding: the real GPT-2's logits lie where bfloat16's steps are 0.5."""
     torch.manual_seed(0)
     model = GPT.from_pretrained(checkpoint).set_dtype(torch.bfloat16).eval()
@@ -240,7 +241,8 @@ def test_bfloat16_picks_the_word_that_float32_does(hf, checkpoint, offset):
         logits = model.head(x)
         shifted = (logits.float() + offset).bfloat16()  # as a direction that all words share moves them
         exact = (x.double() @ weight.double().T).argmax(-1)
-        assert torch.equal(model.pick_likeliest(x, shifted), exact)
+        monkeypatch.setattr(model, "head", lambda x: shifted)
+        assert torch.equal(model.pick_token(x, 0.0, None), exact)
     if offset:
         assert not torch.equal(shifted.argmax(-1), exact)  # so this test sees rounding where there is some
 
@@ -415,43 +417,6 @@ def test_a_long_text_gives_the_plain_gradient():
     loss = compute_loss(model, Batch(text[:, :10], text[:, 10:-1], targets))
     reference = F.cross_entropy(theirs(text).logits[0, -3:-1], text[0, -2:])
     same_loss_and_gradients(model, loss, theirs, reference)
-
-
-# --- the sampled softmax -------------------------------------------------------------------------
-
-
-def test_sampling_all_words_is_the_full_loss(hf, checkpoint):
-    """Otherwise --n_sampled trains towards another goal, however many words are drawn."""
-    model = GPT.from_pretrained(checkpoint).double()
-    full = plain_loss(copy.deepcopy(hf).double(), "long head")
-    loss = compute_loss(model, make_batch("long head")[0], n_sampled=301)
-    close(loss.double(), full, atol=1e-10)
-
-
-def test_sampled_denominator_is_unbiased(hf, checkpoint):
-    """Otherwise training with fewer words is pulled away from what all words would teach."""
-    torch.manual_seed(0)
-    model, x, targets = GPT.from_pretrained(checkpoint), torch.randn(6, 64), tokens(6)
-    with torch.no_grad():
-        full = x @ hf.transformer.wte.weight.T
-        draws = []
-        for _ in range(400):
-            logits, places = sample_softmax(model.lm_head.weight, x, targets, 20)
-            close(logits[torch.arange(6), places], full[torch.arange(6), targets], atol=1e-4)
-            draws.append(logits.logsumexp(1).exp())
-    n = logits.size(1) - len(targets.unique())
-    assert len(logits) == 6 and 20 <= n < 20 + 6 and logits.size(1) % 6 == 0  # rounded up to a third of 20
-    draws = torch.stack(draws)
-    assert (draws.std(0) > 0).all()
-    torch.testing.assert_close(draws.mean(0), full.logsumexp(1).exp(), rtol=0.15, atol=0)  # about five sigma
-
-
-def test_a_batch_that_holds_every_word_can_be_sampled():
-    """Otherwise --n_sampled ends in a math error as soon as a batch scores the whole vocabulary."""
-    torch.manual_seed(0)
-    model, idx = GPT(GPTConfig(**TINY | {"vocab_size": 20})), torch.arange(20)[None]
-    loss, full = model(idx, idx, n_sampled=5)[1], model(idx, idx)[1]
-    close(loss, full, atol=1e-4)
 
 
 # --- torch.compile -------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ from plumbing.adapters.peft_format import load_adapter
 from plumbing.adapters.trainable import lora_state_dict
 from plumbing.data import token_cache
 from plumbing.running.checkpoint import load_checkpoint
-from tools.plain_text import TextLoader
 
 
 @pytest.fixture(scope="module")
@@ -260,16 +259,6 @@ def test_checksum_is_of_what_other_readers_see(place):
     assert {n.removesuffix(".weight").removeprefix("base_model.model.") for n in tensors} == set(
         lora_state_dict(model)
     )
-
-
-def test_text_cache_is_made_anew(tmp_path, monkeypatch):
-    """Lost if it fails: a damaged token file is pre-trained on."""
-    monkeypatch.setattr(token_cache, "CACHE", str(tmp_path / "cache"))
-    (tmp_path / "book.txt").write_text("\n\n".join(f"paragraph {i} of a book" for i in range(2000)))
-    first = np.array(TextLoader(str(tmp_path / "book.txt"), context=16).tokens["train"])
-    (path,) = (tmp_path / "cache").glob("text-*/train.bin")
-    path.write_bytes(path.read_bytes()[:-4] + b"\1\1\1\1")
-    assert np.array_equal(TextLoader(str(tmp_path / "book.txt"), context=16).tokens["train"], first)
 
 
 def cut_short(path):

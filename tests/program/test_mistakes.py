@@ -12,7 +12,7 @@ import torch
 
 import generate
 import train
-from configurator import MODEL_KEYS, configure
+from configurator import configure
 from model import GPT, GPTConfig
 from plumbing.data.records import draw_split
 from tools import sweep
@@ -62,9 +62,9 @@ def call(program, argv):
     if program == "train":
         train.train(configure(argv))
     elif program == "generate":
-        generate.main(configure(argv, fixed=MODEL_KEYS))
+        generate.main(configure(argv, trains=False))
     else:
-        sweep.main(configure(argv, cls=sweep.SweepConfig, fixed=()))
+        sweep.main(configure(argv, cls=sweep.SweepConfig, trains=False))
 
 
 def refused(capsys, program, argv, words):
@@ -102,7 +102,7 @@ EVERYWHERE = [
     (["--seed=-1"], ["seed=-1"]),
     (["--seed=1e30"], ["seed=1", "at most"]),
     (["--compile=maybe"], ["--compile=maybe", "True or False"]),
-    (["--task=translate"], ["task=translate", "instruct, classify, pretrain"]),
+    (["--task=translate"], ["task=translate", "instruct, classify"]),
     (["--loss_on=review"], ["loss_on=review", "label, all"]),
     (["--dtype=float8"], ["dtype=float8", "bfloat16"]),
     (["--dtype=float16"], ["dtype=float16", "--dtype=auto"]),
@@ -134,8 +134,7 @@ RUNS = [
     ("train", ["--lora_targets=("], ["lora_targets=("]),
     ("train", ["--trainable=no_such"], ["trainable=no_such"]),
     ("train", ["--trainable=["], ["trainable=["]),
-    ("train", ["--muon_lr=0.02"], ["muon_lr", "--rank=0"]),
-    ("train", ["--init_from=scratch"], ["--rank=0"]),
+    ("train", ["--n_layer=3"], ["n_layer", "tools.pretrain"]),
     ("train", ["--init_from=gpt3"], ["init_from=gpt3", "gpt2-medium"]),
     ("train", ["--init_from=/no/such/model"], ["/no/such/model"]),
     ("train", ["--init_from=resume", "--out_dir=/no/such/run"], ["/no/such/run"]),
@@ -156,15 +155,11 @@ RUNS = [
     ("train", ["--template={text} {mood} {label}"], ["{mood}"]),
     ("train", ["--template="], ["template="]),
     ("train", ["--template=" + "very " * 80 + "{text} {label}"], ["context of 64"]),
-    ("train", ["--n_head=3", "--init_from=scratch", "--rank=0", "--n_embd=16"], ["n_embd=16", "n_head=3"]),
-    ("train", ["--task=pretrain", "--dataset=no_such.txt"], ["no_such.txt"]),
-    ("train", ["--task=pretrain", "--train_examples=5"], ["train_examples=5", "--train_examples=0"]),
     ("generate", ["--init_from=resume", "--out_dir=/no/such/run"], ["/no/such/run"]),
     ("generate", ["--init_from=gpt3"], ["gpt3"]),
     ("generate", ["--dataset=no_such.csv"], ["no_such.csv"]),
     ("generate", ["--max_new_tokens=40"], ["max_new_tokens=40", "32"]),
     ("generate", ["--task=classify"], ["no classes"]),
-    ("generate", ["--task=pretrain"], ["--start"]),
     ("generate", ["--device=cuda:99"], ["device=cuda:99"]),
     ("sweep", ["--ranks=a"], ["ranks=a"]),
     ("sweep", ["--ranks="], ["ranks="]),
@@ -172,8 +167,7 @@ RUNS = [
     ("sweep", ["--seeds=1,1"], ["seeds=1,1"]),
     ("sweep", ["--only=everything"], ["everything"]),
     ("sweep", ["--jobs=0"], ["jobs=0"]),
-    ("sweep", ["--init_from=scratch"], ["--init_from"]),
-    ("sweep", ["--task=pretrain"], ["--task"]),
+    ("sweep", ["--init_from=scratch"], ["init_from=scratch", "gpt2-mini"]),
 ]
 
 

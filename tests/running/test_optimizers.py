@@ -99,43 +99,43 @@ def test_float16_skips_are_counted_and_shown(place, capsys, monkeypatch):
     assert metrics[-1]["val_loss"] < metrics[0]["val_loss"]  # and the updates after them count
 
 
-def overflowing(**settings):
-    """A run of two optimizers in float16 on a CPU, whose first parameter has an infinite gradient."""
-    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
-    optimizers = [torch.optim.SGD([{"params": [p], "peak_lr": 0.1}], lr=0.1) for p in params]
-    scaler = torch.amp.GradScaler("cpu", init_scale=settings.pop("scale", 2.0**10))
-    scaler.scale(torch.zeros(()))
-    params[0].grad = torch.tensor([1.0, math.inf, 1.0])
-    params[1].grad = torch.ones(3)
-    config = Config(out_dir="nowhere", **settings)
-    processes = SimpleNamespace(is_first=True)
-    return SimpleNamespace(config=config, params=params, optimizers=optimizers, scaler=scaler, processes=processes)
+@pytest.fixture
+def overflowing(monkeypatch):
+    """A run of two optimizers in float16 on a CPU, whose first parameter's gradient is infinite where it is 1."""
+
+    def loss(params, batch):
+        return (params[0] - 1).sqrt().sum() + params[1].sum()
+
+    def make(scale=2.0**10):
+        params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+        optimizers = [torch.optim.SGD([{"params": [p], "peak_lr": 0.1}], lr=0.1) for p in params]
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        processes = SimpleNamespace(is_first=True, world_rank=0, total=float, sum_gradients=lambda params: None)
+        run = {"config": Config(out_dir="nowhere"), "params": params, "model": params, "optimizers": optimizers}
+        return SimpleNamespace(**run, scaler=scaler, processes=processes)
+
+    monkeypatch.setattr(train, "compute_loss", loss)
+    monkeypatch.setattr(train, "micro_batches", lambda run, indices: [(None, 1.0)])
+    return make
 
 
-def clip(run):
-    for optimizer in run.optimizers:
-        run.scaler.unscale_(optimizer)
-    return float(torch.nn.utils.clip_grad_norm_(run.params, 1.0))
-
-
-def test_where_one_gradient_overflows_no_optimizer_steps():
+def test_where_one_gradient_overflows_no_optimizer_steps(overflowing):
     """Otherwise clipping spreads AdamW's infinite gradient over Muon's matrices, and they become NaN for good."""
     run = overflowing()
-    norm = clip(run)
-    assert train.apply_gradients(run, 30, norm)
+    _, was_skipped = train.update(run, None, 30)
+    assert was_skipped
     assert all(torch.equal(p, torch.ones(3)) and p.grad is None for p in run.params)
     assert run.scaler.get_scale() == 2.0**9
-    for p in run.params:
-        p.grad = torch.full((3,), 2.0**9)
-    assert not train.apply_gradients(run, 30, clip(run))
-    assert all((p < 1).all() for p in run.params)
+    run.params[0].data.fill_(2.0)
+    _, was_skipped = train.update(run, None, 30)
+    assert not was_skipped
+    assert (run.params[0] < 2).all() and (run.params[1] < 1).all()
 
 
-def test_overflow_without_end_ends_the_run(capsys):
+def test_overflow_without_end_ends_the_run(overflowing, capsys):
     """Otherwise the scale falls to 0 and every later update is left out, to the end of the run."""
-    run = overflowing(scale=1.0)
     with pytest.raises(SystemExit) as ended:
-        train.apply_gradients(run, 30, clip(run))
+        train.update(overflowing(scale=1.0), None, 30)
     assert ended.value.code == 3
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--dtype=float32" in error and "update 30" in error
@@ -146,9 +146,7 @@ def test_a_process_without_examples_in_its_first_update_goes_on(place, monkeypat
     monkeypatch.setattr(train, "pick_dtype", lambda *args, **options: torch.float16)
     config = configure(flags(place, "short", rank=2, alpha=8, max_iters=2))
     run = train.set_up(config)
-    for optimizer in run.optimizers:  # as after no scaled loss at all
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                p.grad = torch.zeros_like(p)
-        run.scaler.unscale_(optimizer)
-    assert not train.apply_gradients(run, 0, 0.0)
+    for p in run.params:  # what the other processes' sum gives it, after no scaled loss of its own
+        p.grad = torch.zeros_like(p)
+    monkeypatch.setattr(train, "micro_batches", lambda run, indices: [])
+    assert train.update(run, [], 0) == (0.0, False)

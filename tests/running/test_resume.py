@@ -30,7 +30,7 @@ from conftest import (
 )
 
 import generate
-from configurator import MODEL_KEYS, configure
+from configurator import configure
 from plumbing.running import machine
 
 
@@ -255,7 +255,7 @@ def test_a_run_knows_its_data(place, capsys, names_test):
         here(resume(place, name, max_iters=4))
     assert end.value.code == 2
     assert "has changed since the run in" in capsys.readouterr().err
-    config = configure(resume(place, name), fixed=MODEL_KEYS)
+    config = configure(resume(place, name), trains=False)
     if names_test:
         generate.main(config)
         assert "its own test split is scored as it is now" in capsys.readouterr().out
@@ -264,7 +264,7 @@ def test_a_run_knows_its_data(place, capsys, names_test):
             generate.main(config)
         assert end.value.code == 2
         assert "the seed draws its test split" in capsys.readouterr().err
-    other = configure(resume(place, name, dataset=place / "reviews"), fixed=MODEL_KEYS)
+    other = configure(resume(place, name, dataset=place / "reviews"), trains=False)
     generate.main(other)  # other data than the run's were never trained on
     assert "has changed" not in capsys.readouterr().out
 

@@ -202,7 +202,7 @@ def test_runs_side_by_side_need_ray(place, capsys, monkeypatch):
     """Lost if it fails: without Ray --jobs=2 ends in a traceback that names no package to install."""
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SystemExit) as stop:
-        sweep.main(configure([*flags(place, "none"), "--jobs=2"], cls=sweep.SweepConfig, fixed=()))
+        sweep.main(configure([*flags(place, "none"), "--jobs=2"], cls=sweep.SweepConfig, trains=False))
     err = capsys.readouterr().err
     assert stop.value.code == 2 and 'pip install "ray>=2.60"' in err and err.count("\n") == 1
 
@@ -222,7 +222,7 @@ import sys
 from tools import sweep
 from tools.report import ray_runs
 ray_runs.SEND_SECONDS = 0  # a minute is longer than this test
-sweep.main(sweep.configure(sys.argv[1:], cls=sweep.SweepConfig, fixed=()))
+sweep.main(sweep.configure(sys.argv[1:], cls=sweep.SweepConfig, trains=False))
 """
 
 
@@ -312,7 +312,7 @@ def test_what_a_curve_shows_is_computed(tmp_path, losses, says):
 def test_bad_input_is_one_line(place, capsys, flag, words):
     """Lost if it fails: a typing error costs a night of runs."""
     with pytest.raises(SystemExit) as stop:
-        sweep.main(configure([*flags(place, "none"), flag], cls=sweep.SweepConfig, fixed=()))
+        sweep.main(configure([*flags(place, "none"), flag], cls=sweep.SweepConfig, trains=False))
     err = capsys.readouterr().err
     assert stop.value.code == 2 and words in err and err.count("\n") == 1
 
@@ -320,7 +320,7 @@ def test_bad_input_is_one_line(place, capsys, flag, words):
 def test_a_high_rank_trains_at_a_lower_rate(place):
     """Lost if it fails: r = 196 at the rate that suits r = 16 diverges, and the report says that rank hurts."""
     argv = [*flags(place, "rates", lr=2e-3, rank=16, ranks="1,16,64"), "--sweep_dir=rates"]
-    runs = sweep.plan(configure(argv, cls=sweep.SweepConfig, fixed=()))
+    runs = sweep.plan(configure(argv, cls=sweep.SweepConfig, trains=False))
     rates = {(run.method, run.config.rank): run.config.lr for run in runs if run.method != sweep.AGAINST}
     assert rates["LoRA", 1] == rates["LoRA", 16] == 2e-3 and rates["LoRA", 64] == 1e-3
     tuned = [run.config for run in runs if run.config.rank == 16 and run.method != "no tuning"]
