@@ -16,6 +16,16 @@ def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if "lora_A" in module._parameters}
 
 
+def shared_parameters(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter that several modules hold, such as a head that is the word embedding too."""
+    users = {}
+    for module_name, module in model.named_modules():  # a module under several names comes once
+        for leaf, param in module._parameters.items():
+            users.setdefault(id(param), []).append(f"{module_name}.{leaf}")
+    users.pop(id(None), None)
+    return [names for names in users.values() if len(names) > 1]
+
+
 def merges_itself(layer) -> bool:
     """A LoRALinear, ours or one of your own: it adds B A x in its own forward pass, so it needs no hooks."""
     return hasattr(layer, "is_lora")
