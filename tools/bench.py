@@ -29,11 +29,13 @@ import torch
 import torch.nn.functional as F
 
 from configurator import Config, configure
-from dataloader import CustomDataLoader, end_of_text, gpt2_encoding, instruction_loader, make_loader
-from generate import generate_labels
+from dataloader import CustomDataLoader, make_loader
+from generate import ModelSampler
 from model import GPT, GPTConfig
+from plumbing.data.tokenizer import end_of_text, gpt2_encoding
 from plumbing.program.errors import one_line_errors
 from plumbing.program.files import ROOT, write_json
+from plumbing.program.settings import setting
 from plumbing.running.machine import pick_device, pick_dtype
 from tools.report.page import make_markdown
 from tools.runs.measure import describe_machine, is_installed, load_model, peak_memory, spread, time_latency, timed
@@ -57,7 +59,7 @@ class BenchConfig:
     # --- bench
     only: str = PARTS  # the parts to run, with commas
     quick: bool = False  # fewer cases, within 3 minutes on 2 cores, 4 on a GPU
-    steps: int = 0  # measured steps of a case; 0: 11, or 2 with --quick
+    steps: int = setting(0, least=0)  # measured steps of a case; 0: 11, or 2 with --quick
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # auto, float32, bfloat16, float16; auto trains in bfloat16 and float16 on a GPU
     out: str = "bench.json"  # where the figures are written
@@ -69,8 +71,6 @@ class Bench:
     def __init__(self, config, folder):
         if unknown := set(config.only.split(",")) - set(PARTS.split(",")):
             raise ValueError(f"only={config.only}: no part {min(unknown)!r}; type some of {PARTS}")
-        if config.steps < 0:
-            raise ValueError(f"steps={config.steps}: type at least 0")
         if not os.path.isdir(os.path.dirname(os.path.abspath(config.out))):
             raise ValueError(f"out={config.out}: no such directory")
         if not (is_installed("transformers") and is_installed("peft")):
@@ -211,7 +211,7 @@ def make_table(rows):
 def train_ours(config):
     """train.py's own update, as it stands there."""
     run = set_up(config)
-    return lambda indices: update(run, indices, 0)
+    return lambda indices: update(run, indices, 0)[0]
 
 
 def peer_model(config):
@@ -271,13 +271,14 @@ def train_peer(config):
 
 def score_ours(config):
     """generate.py's own scoring; here the shared prefix is run anew for each batch."""
-    model = load_model(config)
-    loader = instruction_loader(config, 1000, wanted=("test",))
+    sampler = ModelSampler(config=config)
+    sampler.load_data()
+    sampler.model = load_model(config)
+    examples = sampler.loader.splits["test"]
 
     def score(indices):
-        loader.order = lambda split, size: [indices]
-        texts = generate_labels(config, model, loader, "test", config.max_new_tokens)
-        return [text for text in texts if text is not None]
+        prompts = [examples[i].tokens[: examples[i].n_prompt] for i in indices]
+        return sampler.answer(prompts, sampler.loader.prompt)[0]
 
     return score
 
@@ -288,7 +289,7 @@ def score_peer(config, merged):
     model = peer_model(config)
     eos = end_of_text()
     model = (model.merge_and_unload() if merged else model).eval()
-    examples = instruction_loader(config, 1000, wanted=("test",)).splits["test"]
+    examples = make_loader(config, 1000, wanted=("test",)).splits["test"]
     options = {"max_new_tokens": config.max_new_tokens, "do_sample": False, "pad_token_id": eos}
 
     @torch.inference_mode()
@@ -522,4 +523,4 @@ MEASURES = {
 }
 
 if __name__ == "__main__":
-    main(configure(sys.argv[1:], cls=BenchConfig, fixed=()))
+    main(configure(sys.argv[1:], cls=BenchConfig, trains=False))

@@ -13,7 +13,7 @@ import math
 import os
 import signal
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from statistics import mean
 
 import plumbing.running.threads  # noqa: F401  (before torch, which reads these settings once)
@@ -27,6 +27,7 @@ from plumbing.data.token_cache import cache_folder
 from plumbing.gpt2.files import context_size, find_checkpoint
 from plumbing.program.errors import one_line_errors
 from plumbing.program.files import write_json
+from plumbing.program.settings import fields_of, setting
 from plumbing.running.machine import pick_device, pick_dtype
 from tools.report import claims
 from tools.report.questions import write_report
@@ -48,7 +49,9 @@ class SweepConfig(Config):
     seeds: str = "1"  # each run is made with each of these seeds, with commas
     full_lr: float = 0.0  # learning rate of full fine-tuning; 0: a fifth of lr
     only: str = KINDS  # what is run, with commas; and claims, the trainings that test what the LoRA papers claim
-    jobs: int = 1  # runs side by side on a machine, by Ray: each with a GPU or its share of the cores
+    jobs: int = setting(
+        1, least=1
+    )  # runs side by side on a machine, by Ray: each with a GPU or its share of the cores
     ray: str | None = None  # auto: Ray's cluster, or a new one on this machine; HOST:PORT: that one
     sweep_dir: str | None = None  # where everything is written; None: out_dir with "-sweep"
     dry_run: bool = False  # only list the runs and their estimated minutes
@@ -76,10 +79,8 @@ def main(config: SweepConfig) -> None:
 
 def check(config):
     """Raises ValueError or OSError for settings with which every run would fail."""
-    if config.init_from == "scratch" or config.resume or config.task != "instruct":
+    if config.run or config.task != "instruct":
         raise ValueError("a sweep fine-tunes a base model by instructions: type another --init_from or --task")
-    if config.jobs < 1:
-        raise ValueError(f"jobs={config.jobs}: type at least 1")
     if unknown := set(config.only.split(",")) - {*KINDS.split(","), "claims"}:
         raise ValueError(f"only={config.only}: no part {min(unknown)!r}; type some of {KINDS},claims")
     pick_dtype(pick_device(config.device), config.dtype)
@@ -93,7 +94,7 @@ def check(config):
 
 def plan(config: SweepConfig) -> list[Run]:
     """The runs in their order."""
-    base = Config(**{field.name: getattr(config, field.name) for field in fields(Config)})
+    base = Config(**{name: getattr(config, name) for name in fields_of(Config)})
     runs = []
 
     def add(name, method, seed, **settings):
@@ -117,9 +118,9 @@ def plan(config: SweepConfig) -> list[Run]:
         for name, times in (("double-lr-half-alpha", 2), ("half-lr-double-alpha", 0.5)):
             settings = {"rank": rank, "lr": rate(config, rank) * times, "alpha": config.scale * rank / times}
             add(f"lora-r{rank}-{name}-seed{seeds[0]}", AGAINST, seeds[0], **settings)
-    for setting, n in claims.plan() if "claims" in kinds else ():
-        settings = claims.make_settings(setting, config, full_rate(config), config.scale)
-        add(claims.run_name(setting, n), CLAIM, seeds[0] + n, **settings)
+    for training, n in claims.plan() if "claims" in kinds else ():
+        settings = claims.make_settings(training, config, full_rate(config), config.scale)
+        add(claims.run_name(training, n), CLAIM, seeds[0] + n, **settings)
     return runs
 
 
@@ -242,4 +243,4 @@ def measure_latency(config):
 
 
 if __name__ == "__main__":
-    main(configure(sys.argv[1:], cls=SweepConfig, fixed=()))
+    main(configure(sys.argv[1:], cls=SweepConfig, trains=False))

@@ -16,6 +16,16 @@ def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if "lora_A" in module._parameters}
 
 
+def shared_parameters(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter that several modules hold, such as a head that is the word embedding too."""
+    users = {}
+    for module_name, module in model.named_modules():  # a module under several names comes once
+        for leaf, param in module._parameters.items():
+            users.setdefault(id(param), []).append(f"{module_name}.{leaf}")
+    users.pop(id(None), None)
+    return [names for names in users.values() if len(names) > 1]
+
+
 def merges_itself(layer) -> bool:
     """A LoRALinear, ours or one of your own: it adds B A x in its own forward pass, so it needs no hooks."""
     return hasattr(layer, "is_lora")
@@ -71,16 +81,6 @@ def new_matrices(layer, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
     return nn.Parameter(A), nn.Parameter(torch.zeros(n_out, rank, **like))
 
 
-def draw_adapter(layer, dtype) -> None:
-    """Real A and B for a layer that was made on the meta device, drawn by its own reset_parameters. The layer's
-    weight is still on that device, where nothing is drawn; `dtype` is the one that it will have."""
-    for name in ("lora_A", "lora_B"):
-        old = getattr(layer, name)
-        new = torch.empty(old.shape, dtype=torch.promote_types(dtype, torch.float32))
-        setattr(layer, name, nn.Parameter(new, requires_grad=old.requires_grad))
-    layer.reset_parameters()
-
-
 def add_low_rank(out, x, layer):  # (..., out), (..., in) -> (..., out)
     """out += (alpha / r) B A x, in place and in out's dtype: one pass over `out` less than by the plain formula."""
     A = layer.lora_A.to(out.dtype)
@@ -105,6 +105,12 @@ def layer_alpha(alpha: float, rank: int, rslora: bool = False) -> float:
     alpha sqrt(rank) / rank ("A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", Kalajdzievski 2023,
     https://arxiv.org/abs/2312.03732)."""
     return alpha * math.sqrt(rank) if rslora else alpha
+
+
+def lora_arguments(config) -> dict:
+    """The fields of GPTConfig that say which adapters a config's model has. No dropout: that is training's."""
+    alpha = layer_alpha(config.alpha, config.rank, config.rslora)
+    return {"lora_rank": config.rank, "lora_alpha": alpha, "lora_targets": config.lora_targets}
 
 
 def dropout_of(layer) -> float:

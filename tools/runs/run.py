@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -15,9 +15,11 @@ import torch
 from configurator import RUN_CONFIG, Config, find_changes
 from lora import mark_only_lora_as_trainable
 from model import GPT, GPTConfig
+from plumbing.adapters.layers import lora_arguments
 from plumbing.adapters.trainable import train_also
 from plumbing.gpt2.files import find_checkpoint, read_config
 from plumbing.program.files import ROOT
+from plumbing.program.settings import settings_of
 from plumbing.scoring.accuracy import SCORED
 
 UNTUNED = "no tuning"
@@ -52,7 +54,7 @@ class Run:
     def reached(self) -> int | None:
         """The last evaluated update of this very run in the folder; None if there is none."""
         stored = self.read(RUN_CONFIG)
-        same = stored and not find_changes(asdict(self.config), stored)
+        same = stored and not find_changes(settings_of(self.config), stored)
         return self.metrics[-1]["iter"] if same and self.metrics else None
 
     def done(self) -> bool:
@@ -112,14 +114,13 @@ class Run:
 
 def flags(config: Config) -> list[str]:
     """The settings as a command line."""
-    return [f"--{field.name}={getattr(config, field.name)}" for field in fields(config)]
+    return [f"--{key}={value}" for key, value in settings_of(config).items()]
 
 
 def count_parameters(config: Config) -> tuple[int, int]:
     """(trained, all) of a run with these settings."""
-    lora = {"lora_rank": config.rank, "lora_alpha": config.alpha, "lora_targets": config.lora_targets}
     with torch.device("meta"):  # shapes only
-        model = GPT(GPTConfig(**read_config(find_checkpoint(config.init_from)[0]), **lora))
+        model = GPT(GPTConfig(**read_config(find_checkpoint(config.init_from)[0]), **lora_arguments(config)))
     if config.rank:
         mark_only_lora_as_trainable(model)
     elif config.trainable:
