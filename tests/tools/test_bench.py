@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import finish, start
 
 from configurator import configure
 from tools import bench
@@ -57,3 +58,11 @@ def test_the_peer_is_measured_at_every_batch_size(dtype, monkeypatch):
     assert len(seen) == 8
     for case, systems in seen.items():
         assert {f"{who}, {kind}" for who in ("ours", bench.PEER) for kind in (dtype, "float32")} <= systems, case
+
+
+def test_help_says_how_the_program_is_started():
+    """Lost if it fails: who copies the usage line, python bench.py, gets no such file."""
+    out, _ = finish(start("-m", "tools.bench", "--help"))
+    assert out.startswith("usage: python -m tools.bench [configs/FILE.py] [--key=value ...]\n")
+    out, _ = finish(start("train.py", "--help"))
+    assert out.startswith("usage: python train.py [configs/FILE.py] [--key=value ...]\n")
