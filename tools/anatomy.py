@@ -18,7 +18,7 @@ import plumbing.running.threads  # noqa: F401  (before torch, which reads these 
 # isort: split
 from plumbing.program.errors import UserError, one_line_errors
 from tools.report.directions import SHARE, Adapter, Base, mean_similarity, random_similarity, study
-from tools.report.page import make_html, write_page
+from tools.report.page import write_page
 from tools.report.paint import draw, paint_similarity, paint_spectra, paint_stress
 
 HEAD = ["layer", "|W0|", "|D|", "D / W0", "largest singular values", "hold 90 %"]
@@ -48,7 +48,7 @@ def parse(argv):
     )
     parser.add_argument("adapter", help="folder of an adapter in PEFT's format")
     parser.add_argument("other", nargs="?", help="another one, to compare its directions")
-    parser.add_argument("--base", help="the base's directory or name, if the adapter's own entry is no longer right")
+    parser.add_argument("--base", help="the base's directory or name, if the adapter's own entry is out of date")
 
     def refuse(message):
         raise UserError(f"{message}; python -m tools.anatomy --help")
@@ -138,7 +138,7 @@ def write_anatomy(adapter, base, layers, other=None):
         ("table", anatomy_rows(layers)),
     ]
     path = os.path.join(folder, "anatomy.html")
-    write_page(path, make_html(parts, folder))
+    write_page(path, parts)
     return path
 
 

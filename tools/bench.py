@@ -10,6 +10,7 @@ one helps another. They alternate step by step (A B A B), so drift affects all e
 """
 
 import contextlib
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -27,6 +28,7 @@ from plumbing.running import threads  # before torch, which reads these settings
 # isort: split
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from configurator import Config, configure
 from dataloader import CustomDataLoader, make_loader
@@ -38,7 +40,7 @@ from plumbing.program.files import ROOT, write_json
 from plumbing.program.settings import setting
 from plumbing.running.machine import pick_device, pick_dtype
 from tools.report.page import make_markdown
-from tools.runs.measure import describe_machine, is_installed, load_model, peak_memory, spread, time_latency, timed
+from tools.runs.measure import describe_machine, load_model, peak_memory, spread, time_latency, timed
 from train import set_up, update
 
 PARTS = "train,score,start,latency,peak,neighbour"
@@ -73,7 +75,7 @@ class Bench:
             raise ValueError(f"only={config.only}: no part {min(unknown)!r}; type some of {PARTS}")
         if not os.path.isdir(os.path.dirname(os.path.abspath(config.out))):
             raise ValueError(f"out={config.out}: no such directory")
-        if not (is_installed("transformers") and is_installed("peft")):
+        if not all(map(importlib.util.find_spec, ("transformers", "peft"))):
             raise ValueError(f"{PEER} are not installed: pip install -r requirements-dev.txt")
         self.config = config
         self.folder = folder
@@ -209,7 +211,7 @@ def make_table(rows):
 
 
 def train_ours(config):
-    """train.py's own update, as it stands there."""
+    """train.py's own update."""
     run = set_up(config)
     return lambda indices: update(run, indices, 0)[0]
 
@@ -226,15 +228,11 @@ def peer_model(config):
     return get_peft_model(model, LoraConfig(r=config.rank, lora_alpha=config.alpha, **options))
 
 
-def padded(rows, device, left=False):
+def pad(rows, device, side="right"):
     """Token lists as (ids, attention mask), padded to the longest."""
-    T = max(map(len, rows))
-    ids = torch.full((len(rows), T), end_of_text())
-    mask = torch.zeros(len(rows), T, dtype=torch.long)
-    for i, row in enumerate(rows):
-        place = slice(T - len(row), T) if left else slice(len(row))
-        ids[i, place] = torch.tensor(row)
-        mask[i, place] = 1
+    options = {"batch_first": True, "padding_side": side}
+    ids = pad_sequence([torch.tensor(row) for row in rows], padding_value=end_of_text(), **options)  # (B, T)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], **options)  # (B, T)
     return ids.to(device), mask.to(device)
 
 
@@ -252,7 +250,7 @@ def train_peer(config):
 
     def step(indices):
         rows = [examples[i] for i in indices]
-        ids, mask = padded([ex.tokens for ex in rows], config.device)
+        ids, mask = pad([ex.tokens for ex in rows], config.device)
         labels = ids.masked_fill(mask == 0, -100)
         for label, ex in zip(labels, rows):
             label[: ex.n_prompt] = -100
@@ -294,7 +292,7 @@ def score_peer(config, merged):
 
     @torch.inference_mode()
     def score(indices):
-        ids, mask = padded([examples[i].tokens[: examples[i].n_prompt] for i in indices], config.device, left=True)
+        ids, mask = pad([examples[i].tokens[: examples[i].n_prompt] for i in indices], config.device, "left")
         out = model.generate(input_ids=ids, attention_mask=mask, **options)[:, ids.size(1) :]
         return [gpt2_encoding().decode([t for t in row if t != eos]) for row in out.tolist()]
 
@@ -466,7 +464,7 @@ def start_peer(what, config):
         from transformers import GPT2LMHeadModel
 
         model = GPT2LMHeadModel.from_pretrained(config.init_from, torch_dtype=getattr(torch, config.dtype))
-        idx, mask = padded([gpt2_encoding().encode_ordinary("A film")], config.device)
+        idx, mask = pad([gpt2_encoding().encode_ordinary("A film")], config.device)
         model.to(config.device).generate(idx, attention_mask=mask, max_new_tokens=1, pad_token_id=end_of_text())
     print("done")
 

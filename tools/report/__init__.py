@@ -1,1 +1,1 @@
-"""What a sweep leaves, told: the assignment's questions, claims and verdicts, pages and pictures."""
+"""Reports: the assignment's questions, the papers' claims, what an adapter learned; their pages and pictures."""

@@ -1,4 +1,4 @@
-"""What the LoRA papers claim, tested at home: the trainings, a rule for each claim, the report's chapter.
+"""What the LoRA papers claim, tested here: the trainings, a rule for each claim, the report's chapter.
 
     python -m tools.sweep configs/finetune_mini_config.py --only=claims
 
@@ -28,6 +28,7 @@ from plumbing.program.files import whole_file
 from plumbing.scoring.accuracy import wilson
 from tools.report import directions
 from tools.report.paint import (
+    LOSS,
     paint_differences,
     paint_over_rank,
     paint_rates,
@@ -205,7 +206,7 @@ class Results:
     batch: int
     n_examples: int  # that each training sees
     folders: dict[tuple[Setting, int], str]  # of (setting, 0 or 1 for its seed)
-    turns: dict[str, list[float]]  # {"base", "merged", "unmerged"}: tokens/s, measured alternating
+    turns: dict[str, list[float]]  # {"base", "merged", "unmerged"}: tokens/s, turn by turn
 
     @functools.cached_property
     def deviation(self) -> float:
@@ -221,9 +222,10 @@ class Results:
     def loss(self, setting: Setting) -> float:
         return float(self.losses[setting].mean())
 
-    def over_rank(self, settings: dict[int, Setting]) -> dict[int, np.ndarray]:
-        """{rank: the losses of its seeds}, for paint_over_rank."""
-        return {rank: self.losses[setting].mean(axis=1) for rank, setting in settings.items()}
+    def paint_over_rank(self, lines: dict[str, dict[int, Setting]]) -> Callable:
+        """How to paint the losses of {name: {rank: setting}}."""
+        losses = {name: {r: self.losses[s].mean(axis=1) for r, s in line.items()} for name, line in lines.items()}
+        return partial(paint_over_rank, lines=losses, levels={}, what=LOSS)
 
     def best(self, settings: list[Setting]) -> Setting:
         return min(settings, key=self.loss)
@@ -334,7 +336,7 @@ def small_rank_is_enough(results):
     here += ", ".join(f"r = {r}: {show(gap)}" for r, gap in gaps.items())
     here += f". r = 1: {results.tell(RANKS[1])}; r = 16: {results.tell(RANKS[16])}. The verdict is on r = 1."
     verdict = judge(gaps[1], at_most=MARGIN * results.loss(results.best(large)))
-    return Verdict(here, verdict, partial(paint_over_rank, lines={"LoRA": results.over_rank(RANKS)}))
+    return Verdict(here, verdict, results.paint_over_rank({"LoRA": RANKS}))
 
 
 def compare_places(results):
@@ -461,9 +463,8 @@ def stable_ranks(results):
         f"{results.tell(STABLE[128])} and {results.tell(RANKS[128])}."
     )
     ranks = sorted(STABLE)
-    lines = {"alpha / sqrt(r)": results.over_rank({r: STABLE[r] for r in ranks})}
-    lines["alpha / r"] = results.over_rank({r: RANKS[r] for r in ranks})
-    return Verdict(here, judge(gain, at_most=0), partial(paint_over_rank, lines=lines))
+    lines = {"alpha / sqrt(r)": {r: STABLE[r] for r in ranks}, "alpha / r": {r: RANKS[r] for r in ranks}}
+    return Verdict(here, judge(gain, at_most=0), results.paint_over_rank(lines))
 
 
 @claim("8", "A higher learning rate for B than for A speeds learning up", "Hayou et al. 2024, LoRA+, ratio 16")
@@ -548,7 +549,7 @@ def judge_all(results: Results) -> list[tuple]:
             key = e.args[0]
             what = getattr(key[0] if isinstance(key, tuple) else key, "name", key)
             verdict = Verdict(f"{what} is not there.", MISSING)
-        except (ValueError, OSError) as e:  # such as a base that is gone: one claim must not cost the others
+        except (ValueError, OSError) as e:  # a base that is gone, say: one claim must not cost the others
             verdict = Verdict(first_line(e), MISSING)
         rows.append((number, words, source, verdict))
     return rows

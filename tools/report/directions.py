@@ -16,7 +16,7 @@ from plumbing.adapters.peft_format import ADAPTER_CONFIG, find_adapter, rank_and
 from plumbing.gpt2.files import HUB_MODELS, find_checkpoint
 from plumbing.program.errors import UserError, first_line
 
-SHARE = 0.9  # of the update's square norm: so much its first directions must hold
+SHARE = 0.9  # of the update's square norm, held by its first directions
 
 
 @dataclass
@@ -135,7 +135,7 @@ class Adapter:
         B = self.tensors.get(f"{module}.lora_B")
         rank, alpha = rank_and_alpha(self.config, module)
         if B is None or A.ndim != 2 or B.shape[1:] != A.shape[:1]:
-            raise UserError(f"{self.directory}: {module} is no adapter of a linear layer")
+            raise UserError(f"{self.directory}: {module} is not an adapter of a linear layer")
         return A, B, alpha / rank
 
 
@@ -193,7 +193,7 @@ def find_base(name):
         return snapshot_download(name, allow_patterns=["*.safetensors"])
     except Exception as e:  # the client's own, and those of the HTTP library that its version uses
         raise UserError(
-            f"the base {name} is no directory here, and not to be had from the hub ({first_line(e, 100)}); type "
+            f"the base {name} is not a directory here, and the hub did not give it ({first_line(e, 100)}); type "
             "--base=DIRECTORY"
         ) from e
 

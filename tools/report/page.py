@@ -13,7 +13,7 @@ from tools.report.paint import dark_twin
 MIME = {".svg": "image/svg+xml", ".png": "image/png"}
 
 
-# Sections stand side by side where there is room for two. On a narrow screen a table of sentences becomes a list.
+# On a wide screen two sections are side by side. On a narrow screen a table of sentences becomes a list.
 CSS = """
 :root { color-scheme: light dark; --ink: #222; --ground: #fff; --line: #ccc; --soft: #666; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --ground: #161a1d; --line: #444; --soft: #a0a0a0; } }
@@ -110,6 +110,8 @@ def make_html(parts: list[tuple], folder: str) -> str:
 """
 
 
-def write_page(path: str, text: str) -> None:
+def write_page(path: str, parts: list[tuple]) -> None:
+    """Markdown or HTML, by the path's ending. Pictures are in the same folder."""
+    text = make_markdown(parts) if path.endswith(".md") else make_html(parts, os.path.dirname(path))
     with whole_file(path) as f:
         f.write(text.encode())

@@ -9,6 +9,8 @@ from statistics import mean
 from plumbing.program.files import whole_file
 from plumbing.scoring.loss_plot import DARK, LIGHT, label_ends
 
+LOSS = "validation loss (nats per scored token)"
+
 
 def draw(folder: str, name: str, alt: str, paint: Callable, panels: int = 1, size: tuple = (5.4, 3.6)) -> tuple:
     """Draws a picture, svg or png by its name, for light pages and a twin for dark ones. `paint(axes, colors)` gets
@@ -41,34 +43,6 @@ def draw(folder: str, name: str, alt: str, paint: Callable, panels: int = 1, siz
 def dark_twin(path: str) -> str:
     name, ending = os.path.splitext(path)
     return f"{name}-dark{ending}"
-
-
-# --- the assignment's questions --------------------------------------------------------------------
-
-
-def paint_accuracy(ax, colors, accuracies: dict, levels: dict):
-    """Accuracy over the rank, {r: [one for each seed]}, with levels {name: accuracy} as lines. A level far below the
-    rest, such as that of a base that names no label, would flatten the plot and is only named."""
-    means = [100 * mean(values) for values in accuracies.values()]
-    points = [(x, 100 * value) for x, values in enumerate(accuracies.values()) for value in values]
-    lowest = min(y for _, y in points)
-    near = {name: 100 * level for name, level in levels.items() if 100 * level > lowest - 10}
-    far = [f"{name} {100 * level:.1f} %" for name, level in levels.items() if name not in near]
-    seen = [y for _, y in points] + list(near.values())
-    margin = 0.15 * (max(seen) - min(seen)) + 0.5
-    right = len(accuracies) - 0.7
-    ax.set(xlabel="rank r", ylabel="test accuracy (%)", xlim=(-0.3, right))
-    ax.set_ylim(min(seen) - margin, max(seen) + margin)
-    ax.set_xticks(range(len(accuracies)), [str(r) for r in accuracies])
-    ax.plot(*zip(*points), "o", color=colors[0], markersize=5, alpha=0.5)
-    ax.plot(means, color=colors[0])
-    ends = [(right, means[-1], "LoRA", colors[0])]
-    for (name, level), color in zip(near.items(), colors[1:]):
-        ax.axhline(level, color=color, linestyle="--", linewidth=1.2)
-        ends.append((right, level, name, color))
-    label_ends(ax, ends)
-    if far:
-        ax.set_title("below this plot: " + ", ".join(far), loc="right", fontsize=9)
 
 
 # --- what an adapter learned -----------------------------------------------------------------------
@@ -136,7 +110,7 @@ def paint_rates(ax, colors, lines: dict):
     losses = sorted(loss for points, _ in lines.values() for _, loss in points)
     middle = losses[len(losses) // 2]
     ax.set_ylim(losses[0] - 0.1 * (middle - losses[0]), min(losses[-1], middle + 3 * (middle - losses[0])) * 1.01)
-    ax.set(xlabel="learning rate", ylabel="validation loss (nats per scored token)", xscale="log")
+    ax.set(xlabel="learning rate", ylabel=LOSS, xscale="log")
     tried = sorted({rate for points, _ in lines.values() for rate, _ in points})
     shown = tried[:: -(-len(tried) // 6)]  # six at most, or their names overlap
     ax.set_xticks(shown, [write_rate(rate, digits=3) for rate in shown])
@@ -144,19 +118,31 @@ def paint_rates(ax, colors, lines: dict):
     label_ends(ax, [(x, min(y, ax.get_ylim()[1]), name, color) for x, y, name, color in ends])
 
 
-def paint_over_rank(ax, colors, lines: dict):
-    """Loss over the rank, {name: {rank: losses of the seeds}}: each seed a dot, the means a line."""
+def paint_over_rank(ax, colors, lines: dict, levels: dict, what: str):
+    """`what` over the rank, {name: {rank: one a seed}}: each seed a dot, the means a line. Levels {name: value}
+    are dashed. One far below the rest, such as the accuracy (%) of a base that names no label, is only named."""
     ranks = sorted({rank for line in lines.values() for rank in line})
+    right = len(ranks) - 0.7
+    colors = iter(colors)
     ends = []
-    for (name, line), color in zip(lines.items(), colors):
+    seen = []
+    for name, line in lines.items():
+        color = next(colors)
         places = [ranks.index(rank) for rank in line]
-        means = [mean(losses) for losses in line.values()]
+        means = [mean(values) for values in line.values()]
+        dots = [(place, value) for place, values in zip(places, line.values()) for value in values]
         ax.plot(places, means, color=color, linewidth=1.4)
-        dots = [(place, loss) for place, losses in zip(places, line.values()) for loss in losses]
         ax.plot(*zip(*dots), "o", color=color, markersize=4, alpha=0.6)
-        ends.append((places[-1], means[-1], name, color))
+        ends.append((right, means[-1], name, color))
+        seen += [value for _, value in dots]
+    near = {name: level for name, level in levels.items() if level > min(seen) - 10}
+    for (name, level), color in zip(near.items(), colors):
+        ax.axhline(level, color=color, linestyle="--", linewidth=1.2)
+        ends.append((right, level, name, color))
+    if far := [f"{name} {level:.1f}" for name, level in levels.items() if name not in near]:
+        ax.set_title("below this plot: " + ", ".join(far), loc="right", fontsize=9)
     ax.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
-    ax.set(xlabel="rank r", ylabel="validation loss (nats per scored token)")
+    ax.set(xlabel="rank r", ylabel=what, xlim=(-0.3, right))
     label_ends(ax, ends)
 
 

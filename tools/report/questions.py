@@ -14,8 +14,8 @@ from plumbing.program.errors import first_line
 from plumbing.scoring.accuracy import wilson
 from plumbing.scoring.loss_plot import draw_curves
 from tools.report import claims
-from tools.report.page import make_html, make_markdown, write_page
-from tools.report.paint import draw, paint_accuracy
+from tools.report.page import write_page
+from tools.report.paint import draw, paint_over_rank
 from tools.report.verdicts import bootstrap, seed_deviation
 from tools.runs.run import AGAINST, CLAIM, FULL, LORA, UNTUNED, Run, count_parameters
 
@@ -75,8 +75,8 @@ def write_report(config, runs: list[Run], failed: dict, speeds: dict | None, ful
     if summary:
         head.append(("p", " ".join(summary)))
     head.append(("p", describe_sweep(results)))
-    write_page(os.path.join(config.sweep_dir, "report.md"), make_markdown(head + parts))
-    write_page(os.path.join(config.sweep_dir, "report.html"), make_html(head + parts, config.sweep_dir))
+    for name in ("report.md", "report.html"):
+        write_page(os.path.join(config.sweep_dir, name), head + parts)
 
 
 def describe_sweep(results):
@@ -166,13 +166,13 @@ def answer_all(results):
 
 @question("2.7 Accuracy over the rank", lambda results: results.lora)
 def answer_rank(results):
-    accuracies = {rank: [run.accuracy for run in group] for rank, group in results.lora.items()}
-    levels = {method: mean_accuracy(results.of(method)) for method in (FULL, UNTUNED) if results.of(method)}
-    paint = partial(paint_accuracy, accuracies=accuracies, levels=levels)
+    accuracies = {rank: [100 * run.accuracy for run in group] for rank, group in results.lora.items()}
+    levels = {method: 100 * mean_accuracy(results.of(method)) for method in (FULL, UNTUNED) if results.of(method)}
+    paint = partial(paint_over_rank, lines={LORA: accuracies}, levels=levels, what="test accuracy (%)")
     top = max(results.lora.values(), key=mean_accuracy)
     text = f"r = {top[0].config.rank} is best with {percent(mean_accuracy(top))}"
-    if FULL in levels:
-        text += f", {compare_points(mean_accuracy(top), levels[FULL])} full fine-tuning"
+    if results.of(FULL):
+        text += f", {compare_points(mean_accuracy(top), mean_accuracy(results.of(FULL)))} full fine-tuning"
     picture = draw(results.config.sweep_dir, "accuracy.svg", "test accuracy over the rank", paint)
     return [picture, ("p", f"{text}.")]
 

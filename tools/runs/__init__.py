@@ -1,1 +1,1 @@
-"""The programs of this repository as processes: here or on a Ray cluster, what a run leaves, what is timed."""
+"""Runs of the programs: made here or on a Ray cluster, kept in folders, measured."""

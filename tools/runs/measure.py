@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import importlib.util
 import os
 import re
 import statistics
@@ -58,15 +57,11 @@ def describe_machine(device: str) -> dict:
     found = {"cpu": name and name[1], "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": device}
     found["gpu"] = torch.cuda.get_device_name(device) if device.startswith("cuda") else "none"
     for package in ("torch", "transformers", "peft"):
-        if is_installed(package):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     if hasattr(os, "getloadavg"):  # Windows has none
         found["load_at_start"] = round(os.getloadavg()[0], 2)
     return found
-
-
-def is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 # --- latency ---------------------------------------------------------------------------------------

@@ -25,10 +25,10 @@ from plumbing.program.files import ROOT, put_in_place
 from plumbing.running.checkpoint import CHECKPOINT
 from tools.runs.run import start_program
 
-SEND_SECONDS = 60  # at least so long between two checkpoints that a run sends
+SEND_SECONDS = 60  # between two checkpoints that a run sends, at least
 PIECE = 2**28  # bytes of a file in one object
-DEATHS = 3  # so many workers may die under a run without a checkpoint between
-CODE = ("*.py", "plumbing/**/*.py", "tools/**/*.py", "assets/*.tiktoken")  # what each machine needs of it
+DEATHS = 3  # a run is given up after this many workers died without a checkpoint between
+CODE = ("*.py", "plumbing/**/*.py", "tools/**/*.py", "assets/*.tiktoken")  # what each machine gets of this repository
 
 
 def run_on_ray(
@@ -112,7 +112,9 @@ def connect(address, jobs, on_gpu):
         options = {"runtime_env": {"working_dir": code}, "log_to_driver": False, "logging_level": "ERROR"}
         try:
             if address:
-                check_address(address)
+                if address != "auto":  # where nothing listens Ray would try for minutes
+                    host, _, port = address.rpartition(":")
+                    socket.create_connection((host, int(port)), timeout=10).close()
                 ray.init(address=address, **options)
         except Exception as e:  # of many kinds: not there, another version, this machine has not joined
             if address != "auto" or not isinstance(e, ConnectionError):
@@ -121,13 +123,6 @@ def connect(address, jobs, on_gpu):
             ray.init(address="local", **options, **new)
     signal.signal(signal.SIGTERM, handler)
     return ray
-
-
-def check_address(address):
-    """Raises OSError or ValueError where nothing listens: Ray would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if address != "auto":
-        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def share_machines(nodes, jobs, on_gpu):
@@ -185,7 +180,7 @@ def put_files(ray, files):
 
 
 def submit(ray, task, run, copies, environment):
-    """A run as a task of Ray's, with what its folder has so far. Returns its stream."""
+    """A run as a Ray task, with what its folder has so far. Returns its stream."""
     os.makedirs(run.folder, exist_ok=True)
     for half in glob.glob(os.path.join(glob.escape(run.folder), "*.tmp")):
         os.remove(half)
