@@ -12,7 +12,6 @@ one helps another. They alternate step by step (A B A B), so drift affects all e
 import contextlib
 import importlib.util
 import itertools
-import json
 import multiprocessing
 import os
 import statistics
@@ -68,7 +67,7 @@ class BenchConfig:
 
 
 class Bench:
-    """What is to be measured: random weights, and real texts in a file for every system. And what was found."""
+    """What is to be measured, with random weights and real texts; and what was found."""
 
     def __init__(self, config, folder):
         if unknown := set(config.only.split(",")) - set(PARTS.split(",")):
@@ -89,9 +88,7 @@ class Bench:
         self.began = time.monotonic()
         seconds = 220 if self.on_gpu else 140  # a GPU has more cases, and often a slow CPU
         self.until = self.began + seconds if config.quick else float("inf")
-        self.texts = {"dataset": os.path.join(folder, "texts.jsonl"), "template": Config.template}
-        write_texts(self.texts["dataset"])
-        self.loader = CustomDataLoader(**self.texts, wanted=("train", "test"))
+        self.loader = CustomDataLoader("rt_reviews", Config.template, wanted=("train", "test"))
         for name, (n_layer, n_head, n_embd) in SHAPES.items():
             GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)).save_pretrained(os.path.join(folder, name))
         self.rows = []
@@ -102,7 +99,7 @@ class Bench:
     def settings(self, shape, rank, batch_size, dtype):
         """The Config of a case. No dropout; the adapter's scale is 4; the labels are the texts' own."""
         model = {"init_from": os.path.join(self.folder, shape), "rank": rank, "alpha": 4.0 * rank, "dropout": 0.0}
-        options = {"label_names": None, "lr": 1e-4, "max_new_tokens": 5, **self.texts}
+        options = {"dataset": "rt_reviews", "label_names": None, "lr": 1e-4, "max_new_tokens": 5}
         return Config(batch_size=batch_size, dtype=dtype, device=self.device, **model, **options)
 
     def batches(self, split, size):
@@ -118,11 +115,11 @@ class Bench:
             self.left_out.append(f"{case}: no time left in --quick")
         return time.monotonic() <= self.until
 
-    def measure(self, case, unit, pipes, jobs, amount=None, warm_up=None):
+    def measure(self, case, unit, pipes, jobs, amount=None):
         """Lets the systems of `pipes` do the jobs, each in turn, and adds their rows. Returns {name: [(seconds,
         result, peak memory)]}, the first of each a warm-up."""
         answers = {name: [] for name in pipes} if self.in_time(case) else {}
-        for n, job in enumerate([jobs[0] if warm_up is None else warm_up, *jobs]):
+        for n, job in enumerate([jobs[0], *jobs]):
             if n > 1 and time.monotonic() > self.until:
                 break
             for name in list(answers):
@@ -149,16 +146,6 @@ class Bench:
                 row["time_ratio"] = spread([s / theirs for s, theirs in zip(times, seconds[first])])
                 row["memory_ratio"] = memory[name] / memory[first] if memory[name] else None
             self.rows.append(row)
-
-
-def write_texts(path):
-    """A part of rt_reviews as a file."""
-    sizes = {"train": 2000, "validation": 8, "test": 1000}
-    loader = CustomDataLoader("rt_reviews", Config.template, wanted=sizes)
-    with open(path, "w", encoding="utf-8") as f:
-        for split, examples in loader.splits.items():
-            for ex in examples[:: max(1, len(examples) // sizes[split])][: sizes[split]]:
-                f.write(json.dumps({"text": ex.text, "label": loader.label_names[ex.label], "split": split}) + "\n")
 
 
 def main(config):
@@ -431,16 +418,16 @@ def measure_scoring(bench):
         case = f"scoring, {shape}, batch 32, 5 new tokens"
         jobs = bench.batches("test", 32)
         with running(systems, bench.device) as pipes:
-            bench.measure(case, "examples/s", pipes, jobs, 32, warm_up=jobs[0][:2])
+            bench.measure(case, "examples/s", pipes, jobs, 32)
 
 
 def measure_start(bench):
     """Ours is read off the programs' own output: training's line comes after evaluation, checkpoint and update."""
     config = bench.settings("gpt2-mini", 16, 32, bench.dtypes[0])
-    shared = ("init_from", "dtype", "device", "dataset", "template", "label_names")
+    shared = ("init_from", "dtype", "device", "dataset", "label_names")
     flags = [f"--{key}={getattr(config, key)}" for key in shared] + [f"--out_dir={bench.folder}/out"]
     lora = [f"--{key}={getattr(config, key)}" for key in ("rank", "alpha", "dropout")]
-    train = ("update 1:", ["train.py", *flags, *lora, "--max_iters=1"])
+    train = ("update 1:", ["train.py", *flags, *lora, "--max_iters=1", "--eval_iters=1"])
     generate = ("A film", ["generate.py", *flags, "--start=A film", "--max_new_tokens=1"])
     for what, first, ours in (("train", "update", train), ("generate", "token", generate)):
         case = f"{what}.py, from its start to the first {first}, gpt2-mini"

@@ -223,22 +223,18 @@ def summarize(results):
         f"It trains {trained:,} of {total:,} parameters ({percent(trained / total)}) in "
         f"{mean(run.minutes for run in top):.1f} minutes.",
     ]
-    if results.lora and results.of(FULL):
-        sentences.append(compare_methods(max(results.lora.values(), key=mean_accuracy), results.of(FULL)))
+    full = results.of(FULL)
+    if results.lora and full:
+        lora = max(results.lora.values(), key=mean_accuracy)
+        trained, _ = count_parameters(lora[0].config)
+        gap = mean_loss(lora) - mean_loss(full)
+        loss = f"{abs(gap):.4f} {'higher' if gap > 0 else 'lower'}" if round(gap, 4) else "the same"
+        sentences.append(
+            f"{name_of(lora)} is {compare_points(mean_accuracy(lora), mean_accuracy(full))} full fine-tuning "
+            f"({percent(mean_accuracy(full))}) at {percent(trained / total, 2)} of its parameters; its best "
+            f"validation loss is {loss}."
+        )
     return sentences
-
-
-def compare_methods(lora, full):
-    """Accuracy, parameters and loss of LoRA's runs beside those of full fine-tuning, in one sentence."""
-    trained, _ = count_parameters(lora[0].config)
-    _, total = count_parameters(full[0].config)
-    gap = mean_loss(lora) - mean_loss(full)
-    loss = f"{abs(gap):.4f} {'higher' if gap > 0 else 'lower'}" if round(gap, 4) else "the same"
-    return (
-        f"{name_of(lora)} is {compare_points(mean_accuracy(lora), mean_accuracy(full))} full fine-tuning "
-        f"({percent(mean_accuracy(full))}) at {percent(trained / total, 2)} of its parameters; its best validation "
-        f"loss is {loss}."
-    )
 
 
 def compare_points(accuracy, other):
