@@ -137,7 +137,7 @@ class CustomDataLoader:
 
     # --- tokens -> batch
 
-    def _inputs_and_targets(self, ex):
+    def _inputs_and_targets(self, ex):  # task
         """What the model reads of an example, and what it should find at each place: two lists of one length."""
         if self.classify:  # the last token alone has seen the whole text
             return ex.tokens, [IGNORE] * (len(ex.tokens) - 1) + [ex.label]

@@ -52,68 +52,74 @@ def score(monkeypatch):
     return run
 
 
+LEFT_OUT = "garbage is left out of the count: an answer that names no label is wrong, and is one of n"
+
+
 def check(found, wanted, mistakes):
     for accuracy, mistake in mistakes.items():
         assert abs(found - accuracy) > 1e-9, mistake
     assert abs(found - wanted) < 1e-9, f"the accuracy is {found:.4g}, not {wanted:.4g}"
 
 
+def check_garbage(score, answer, mistake):
+    """The answer is garbage: of three, one is right. Fails with the mistake if it was taken for a label."""
+    found, _ = score((answer, "positive"), (" positive", "positive"), (" negative", "positive"))
+    check(found, 1 / 3, {2 / 3: mistake, 1 / 2: LEFT_OUT})
+
+
+def check_found(score, answer, mistake, true="positive", other="negative", names=NAMES):
+    """The answer names the true label: of two, it alone is right. Fails with the mistake if it was not found."""
+    found, _ = score((answer, true), (f" {other}", true), names=names)
+    check(found, 1 / 2, {0.0: mistake})
+
+
 def test_accuracy_is_the_share_of_right_answers(score):
-    pairs = [
-        (" positive", "positive"),
-        (" negative", "negative"),
-        (" positive", "positive"),
-        (" positive", "negative"),
-    ]
+    pairs = [(" positive", "positive")] * 3 + [(" negative", "negative"), (" positive", "negative")]
     found, _ = score(*pairs)
-    check(found, 0.75, {75.0: "the accuracy is in percent: a share from 0 to 1 is asked for", 3: "not divided by n"})
+    mistakes = {
+        80.0: "the accuracy is in percent: a share from 0 to 1 is asked for",
+        4.0: "the right answers are counted, but not divided by n",
+        0.2: "the share of the wrong answers is returned, or the labels are swapped",
+        0.75: "the mean over the labels is returned: the share of all answers that are right is asked for",
+    }
+    check(found, 0.8, mistakes)
     found, _ = score((" ham", "ham"), (" spam", "ham"), (" eggs", "eggs"), names=["ham", "spam", "eggs"])
     check(found, 2 / 3, {0.0: "the labels of another data set (ham, spam, eggs) are not found: label_names has them"})
 
 
 def test_accuracy_counts_garbage_as_wrong(score):
-    pairs = [(" positive", "positive"), (" negative", "negative"), (" a film about", "positive"), ("", "negative")]
-    found, _ = score(*pairs)
-    left_out = "garbage is left out of the count: an answer that names no label is wrong, and is one of n"
-    as_negative = "an answer that names no label counts as negative: it is wrong, whatever the true label is"
-    check(found, 0.5, {1.0: left_out, 0.75: as_negative})
+    garbage = [(" a film about", "positive"), (" a film about", "positive"), ("", "negative")]
+    found, _ = score((" positive", "positive"), (" negative", "negative"), *garbage)
+    as_label = "an answer that names no label counts as {}: it is wrong, whatever the true label is"
+    check(found, 2 / 5, {1.0: LEFT_OUT, 3 / 5: as_label.format("negative"), 4 / 5: as_label.format("positive")})
 
 
 def test_accuracy_reads_the_first_characters_only(score):
     late = " a film that goes on and on, for three hours, and is positive"
-    found, _ = score((late, "positive"), (" positive", "positive"))
-    check(found, 0.5, {1.0: f"a label was found anywhere in the answer, in {late!r}: only its beginning counts"})
-    for blanks, wanted in ((32, 1.0), (33, 0.5)):  # positive ends with character 40, and with 41
-        found, _ = score((" " * blanks + "positive", "positive"), (" positive", "positive"))
-        check(
-            found,
-            wanted,
-            {1.5 - wanted: f"a label that ends with character {blanks + 8} counts, or does not: see 40"},
-        )
+    check_garbage(score, late, f"a label was found anywhere in the answer, in {late!r}: only its beginning counts")
+    check_found(score, " " * 32 + "positive", "a label that ends with character 40 was not found: it counts")
+    check_garbage(score, " " * 33 + "positive", "a label that ends with character 41 counts: it ends too late")
     cut = " acting, the music and all that positively awful"
-    found, _ = score((cut, "positive"), (" positive", "positive"))
-    check(found, 0.5, {1.0: f"{cut!r}, cut after 40 characters, ends in a label that is part of a longer word"})
-    found, _ = score((" well, it is quite positive", "positive"), (" positive", "positive"))
-    check(
-        found, 1.0, {0.5: "a label that is not the very first word, but within the first 40 characters, counts, too"}
+    check_garbage(
+        score, cut, f"{cut!r}, cut after 40 characters, ends in a label that is part of a longer word: it is garbage"
     )
+    second = " well, it is quite positive"
+    check_found(score, second, f"the label in {second!r} was not found: it is within the first 40 characters")
 
 
 def test_accuracy_wants_whole_words(score):
     for word in (" positively awful", " nonpositive", " positive2"):
-        found, _ = score((word, "positive"), (" positive", "positive"))
-        check(found, 0.5, {1.0: f"the label positive was found inside another word: {word!r} is garbage"})
+        check_garbage(score, word, f"the label positive was found inside another word: {word!r} is garbage")
     for word in (" positive.", ' "positive"', "positive\n", " (positive)"):
-        found, _ = score((word, "positive"))
-        check(found, 1.0, {0.0: f"the label in {word!r} was not found: a mark next to it does not matter"})
+        check_found(score, word, f"the label in {word!r} was not found: a mark next to it does not matter")
 
 
 def test_accuracy_ignores_capitals(score):
     for word in (" Positive", " POSITIVE"):
-        found, _ = score((word, "positive"))
-        check(found, 1.0, {0.0: f"the label in {word!r} was not found: capitals do not matter"})
-    found, _ = score((" ham", "Ham"), (" spam", "Spam"), names=["Ham", "Spam"])
-    check(found, 1.0, {0.0: "the answer ' ham' was not found where the label's own word is 'Ham'"})
+        check_found(score, word, f"the label in {word!r} was not found: capitals do not matter")
+    check_found(
+        score, " ham", "the answer ' ham' was not found where the label's word is 'Ham'", "Ham", "Spam", ["Ham", "Spam"]
+    )
 
 
 def test_accuracy_takes_the_label_that_comes_first(score):
@@ -123,6 +129,9 @@ def test_accuracy_takes_the_label_that_comes_first(score):
     check(
         found, 0.0, {1.0: "an answer counts as right where the true label is in it anywhere: another one came first"}
     )
+    for names in (["very", "very good"], ["very good", "very"]):
+        found, _ = score((" very good", "very good"), (" very", "very"), names=names)
+        check(found, 1.0, {0.5: "of the labels very and very good in 'very good', the longer one counts"})
 
 
 def test_accuracy_keeps_what_generate_py_prints(score):
