@@ -20,6 +20,7 @@ import zipfile
 from pathlib import Path
 
 from plumbing.program.errors import UserError, one_line_errors
+from tools.grading.gradescope import write_autograder
 
 HERE = Path(__file__).resolve().parents[1]
 # The other programs, the tests and the README answer what is asked: they are not copied.
@@ -142,7 +143,11 @@ def main(arguments: list[str]) -> None:
     if words[:1] == ["grade"] and flags.keys() <= {"out", "parts", "jobs", "limit"}:
         grade(words[1:], **flags)
     elif words[:1] == ["gradescope"] and len(words) == 2 and not flags:
-        write_autograder(words[1])
+        if Path(words[1]).exists():
+            raise UserError(f"{words[1]} is there already: type the name of a new file")
+        with tempfile.TemporaryDirectory() as new:
+            make_homework(f"{new}/copy")
+            write_autograder(words[1], Path(new, "copy"))
     elif len(words) == 1 and len(arguments) == 1:
         make_homework(words[0])
         print(f"{words[0]}: its README.md says what is asked; docs/teaching.md is for the teacher")

@@ -78,7 +78,7 @@ def find_solutions(submissions: list[Path]) -> list[Path]:
                 found.update(Path(entry).resolve().glob(pattern))
         specs = [finder.find_spec(name, None) for finder in sys.meta_path]
         found.update(Path(spec.origin) for spec in specs if spec and spec.origin and os.path.exists(spec.origin))
-    return sorted(found)
+    return sorted(path for path in found if not found & set(path.parents))
 
 
 # --- one part of one submission --------------------------------------------------------------------
@@ -194,6 +194,7 @@ def prepare_base(base: Path, hidden: list[Path]) -> str:
     base.chmod(0o711)
     for name in ("empty", "here", "cache", "jobs/trial/tmp"):
         (base / name).mkdir(parents=True)
+    (base / "jobs").chmod(0o711)  # nobody finds another job's folder in it
     (base / "empty.txt").touch()
     cache = Path(os.environ.get("NANOLORA_CACHE", Path.home() / ".cache" / "nanolora"))
     if (cache / "rt_reviews").exists():
