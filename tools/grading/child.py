@@ -1,7 +1,7 @@
 """The process that a student's code runs in: what it may do, and how it reports the tests.
 
-What is done here before the student's code is imported holds against it as far as one process can: it may still change
-what it finds in its own memory. docs/teaching.md says what that means.
+All this is done before the student's code is imported, and holds as far as it can in one process with it: it may still
+change what it finds in its own memory. docs/teaching.md says what that means.
 """
 
 import contextlib
@@ -69,7 +69,10 @@ def become_nobody(work: Path) -> None:
 
 def way_to_shut_in(base: Path, work: Path, hidden: list[Path]) -> str:
     """What this system lets us do, tried in children: "namespaces", "nobody" or "" (the hook of `refuse` alone)."""
-    for way, attempt in (("namespaces", lambda: shut_in(base, work, hidden)), ("nobody", lambda: become_nobody(work))):
+    for way, attempt in (
+        ("namespaces", lambda: shut_in(base, work, hidden)),
+        ("nobody", lambda: become_nobody(work)),
+    ):
         pid = os.fork()
         if pid == 0:
             with contextlib.suppress(OSError, AttributeError):
@@ -130,7 +133,7 @@ def run_student(fd: int, key: bytes, part: int, command: list[str], way: str, ba
 
 
 def prepare(here, hidden):
-    """The student's copy is all that Python finds of this repository, in an environment without the teacher's keys."""
+    """The student's copy is all of this repository that Python finds, in an environment without the teacher's keys."""
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "SYSTEMROOT") if name in os.environ}
     os.environ.clear()
     os.environ.update(kept, HOME=f"{here}/tmp", TMPDIR=f"{here}/tmp", NANOLORA_CACHE=f"{here}/tmp/cache")
@@ -163,7 +166,9 @@ def reporter(fd, key):
         raise AssertionError("must fail")
 
     def differs():
-        assert torch.allclose(torch.zeros(2), torch.ones(2)) or torch.equal(torch.zeros(2), torch.ones(2)), "must fail"
+        assert torch.allclose(torch.zeros(2), torch.ones(2)) or torch.equal(torch.zeros(2), torch.ones(2)), (
+            "must fail"
+        )
 
     def gives_up():
         pytest.fail("must fail", pytrace=False)

@@ -254,7 +254,9 @@ def grade_all(submissions: dict[str, Path], copy: Path, parts, jobs: int, limit:
 
 def points_of(results: dict) -> dict[str, float]:
     """{part's name: points}: the share of its tests that passed, times what it is worth."""
-    shares = {part: sum(message is None for message in tests.values()) / len(tests) for part, tests in results.items()}
+    shares = {
+        part: sum(message is None for message in tests.values()) / len(tests) for part, tests in results.items()
+    }
     return {PARTS[part - 1]: round(share * POINTS[PARTS[part - 1]], 2) for part, share in shares.items()}
 
 

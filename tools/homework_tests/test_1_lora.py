@@ -44,7 +44,7 @@ def B_A(layer):
 def same(a, b):
     kinds = {type(a), type(b)}
     assert kinds <= {torch.Tensor, nn.Parameter}, f"tensors are asked for, not {', '.join(k.__name__ for k in kinds)}"
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def check(what, found, wanted, mistakes):
@@ -138,7 +138,7 @@ def test_reset_draws_A_as_nn_linear_draws_its_weight():
     assert A.shape == (RANK, 1000), f"lora_A has the shape {tuple(A.shape)}, not {(RANK, 1000)}"
     std = A.std().item()
     wanted = (1 / 3000) ** 0.5  # uniform between -1 / sqrt(in_features) and 1 / sqrt(in_features)
-    sizes = {"; is a = sqrt(5) missing?": (2 / 1000) ** 0.5, ", as of normal_ or randn": 1.0, ", as of rand": 12**-0.5}
+    sizes = {" (is a = sqrt(5) missing?)": (2 / 1000) ** 0.5, " (normal_ or randn?)": 1.0, " (rand?)": 12**-0.5}
     hint = "".join(text for text, size in sizes.items() if abs(std / size - 1) < 0.05)
     assert abs(std / wanted - 1) < 0.1, (
         f"for 1000 inputs the numbers of A have a standard deviation of {std:.3g}{hint}; of kaiming_uniform_ with "
@@ -189,6 +189,7 @@ def test_forward_takes_any_shape():
     assert tuple(out.shape) == (2, 3, N_OUT), (
         f"of x (2, 3, {N_IN}) forward makes {tuple(out.shape)}: asked is {(2, 3, N_OUT)}"
     )
+    assert same(layer(x), layer(x)), "forward gives another output each time, although lora_dropout is 0"
     assert same(out[1], layer(x[1])), "forward computes something else in three dimensions than row by row"
 
 
@@ -244,7 +245,9 @@ def test_forward_drops_in_front_of_A():
     all_or_nothing = (added.abs() < 1e-3) | ((added - added.max()).abs() < 1e-3)
     assert not all_or_nothing.all(), "lora_dropout is behind A or B: it is for the x that A reads"
     mean = added.mean().item()
-    assert abs(mean - 64) < 4, f"lora_dropout=0.5 changes the mean of B A x from 64 to {mean:.0f}; nn.Dropout keeps it"
+    assert abs(mean - 64) < 4, (
+        f"lora_dropout=0.5 changes the mean of B A x from 64 to {mean:.0f}; nn.Dropout keeps it"
+    )
     counts = added / 2
     assert same(counts, counts.round()), "lora_dropout=0.5 drops another share than one half"
 

@@ -86,7 +86,9 @@ def cut(loss_on="label", tokens=TOKENS, n_prompt=4):
 
 def check(found, wanted, mistakes):
     hint = next((mistake for mistake, result in mistakes.items() if found == result), "")
-    assert found == wanted, f"of the tokens {TOKENS}, 4 of them the prompt, the targets are {found}, not {wanted}{hint}"
+    assert found == wanted, (
+        f"of the tokens {TOKENS}, 4 of them the prompt, the targets are {found}, not {wanted}{hint}"
+    )
 
 
 def test_targets_inputs_are_all_tokens_but_the_last():
@@ -109,12 +111,14 @@ def test_targets_are_the_label_and_end_of_text():
     }
     check(cut()[1], [_, _, _, 20, 21, 50256], mistakes)
     found = cut(tokens=[50256, 20, 50256], n_prompt=1)[1]
-    assert found == [20, 50256], f"of a prompt of one token and a label of one the targets are {found}, not [20, 50256]"
+    assert found == [20, 50256], (
+        f"of a prompt of one token and a label of one the targets are {found}, not [20, 50256]"
+    )
 
 
 def test_targets_are_all_next_tokens_where_all_is_scored():
     mistakes = {
         ': loss_on="all" is not looked at': [_, _, _, 20, 21, 50256],
-        ": they are not shifted; a place predicts the next token": TOKENS[:-1],
+        ": they are not shifted; a place predicts the next token": [_, *TOKENS[1:-1]],
     }
     check(cut("all")[1], TOKENS[1:], mistakes)

@@ -46,7 +46,7 @@ def score(monkeypatch):
             assert sampler.loader, "get_accuracy asks for the data before load_data() was called"
             raise
         assert sampler.model, "get_accuracy does not call load_model(): a new ModelSampler has no model yet"
-        assert isinstance(accuracy, float), f"get_accuracy returns {accuracy!r}, not a number"
+        assert isinstance(accuracy, (int, float)), f"get_accuracy returns {accuracy!r}, not a number of Python's"
         return accuracy, sampler
 
     return run
@@ -118,7 +118,12 @@ def test_accuracy_ignores_capitals(score):
     for word in (" Positive", " POSITIVE"):
         check_found(score, word, f"the label in {word!r} was not found: capitals do not matter")
     check_found(
-        score, " ham", "the answer ' ham' was not found where the label's word is 'Ham'", "Ham", "Spam", ["Ham", "Spam"]
+        score,
+        " ham",
+        "the answer ' ham' was not found where the label's word is 'Ham'",
+        "Ham",
+        "Spam",
+        ["Ham", "Spam"],
     )
 
 

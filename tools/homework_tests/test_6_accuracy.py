@@ -6,7 +6,6 @@ python -m pytest homework_tests/test_6_accuracy.py
 import json
 import subprocess
 import sys
-
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,9 @@ WANTED = 0.75  # answering one label always: 0.51 at most
 
 def run(program, *flags):
     """Runs a program of the repository; fails with the end of what it wrote."""
-    done = subprocess.run([sys.executable, program, *flags], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, program, *flags], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
     assert done.returncode == 0, f"python {program} {' '.join(flags)}: {(done.stdout + done.stderr)[-1500:]}"
 
 
