@@ -1,6 +1,6 @@
 """The process that a student's code runs in: what it may do, and how it reports the tests.
 
-All this is done before the student's code is imported, and holds as far as it can in one process with it: it may still
+All this is done before the student's code is imported, and holds as far as it can in one process with it: that code may
 change what it finds in its own memory. docs/teaching.md says what that means.
 """
 
@@ -133,7 +133,7 @@ def run_student(fd: int, key: bytes, part: int, command: list[str], way: str, ba
 
 
 def prepare(here, hidden):
-    """The student's copy is all of this repository that Python finds, in an environment without the teacher's keys."""
+    """The student's copy is all of the repository that Python finds; the environment has none of the teacher's keys."""
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "SYSTEMROOT") if name in os.environ}
     os.environ.clear()
     os.environ.update(kept, HOME=f"{here}/tmp", TMPDIR=f"{here}/tmp", NANOLORA_CACHE=f"{here}/tmp/cache")

@@ -227,11 +227,13 @@ def test_forward_lets_gradients_through():
 
 
 def test_forward_drops_in_front_of_A():
-    """x, A and B are ones: each output is W0 x + b and, times 2, the number of x's 64 parts that are left."""
+    """x, W0, b, A and B are ones: each output is 65 and, times 2, the number of x's 64 parts that are left."""
     torch.manual_seed(0)
     layer = LoRALinear(64, N_OUT, lora_rank=1, lora_alpha=1.0, lora_dropout=0.5)
+    nn.init.ones_(layer.weight)
+    nn.init.ones_(layer.bias)
     x = torch.ones(100, 64)
-    base = F.linear(x, layer.weight.detach(), layer.bias.detach())
+    base = torch.full((100, N_OUT), 65.0)
     nn.init.ones_(layer.lora_A)
     nn.init.zeros_(layer.lora_B)
     out = layer(x).detach()
