@@ -1,26 +1,30 @@
 """The process that a student's code runs in: what it may do, and how it reports the tests.
 
-All this is done before the student's code is imported, and holds as far as it can in one process with it: that code may
-change what it finds in its own memory. docs/teaching.md says what that means.
+All this is done before the student's code is imported. It holds as far as it can in one process with that code, which
+may change what it finds in its own memory: docs/teaching.md.
 """
 
+import ast
 import contextlib
 import ctypes
 import hashlib
 import hmac
 import itertools
 import json
+import operator
 import os
 import random
 import runpy
 import signal
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
+HERE = Path(__file__).resolve().parents[2]
 NOBODY = 65534
 NEW_FILES, NEW_IPC, NEW_USER, NEW_PIDS, NEW_NETWORK = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 BIND, PRIVATE = 0x1000, 0x44000  # of mount(2): the second with all that is mounted below
@@ -104,7 +108,7 @@ def refuse(hidden: list[Path], own: Path) -> None:
 # --- the student's process -------------------------------------------------------------------------
 
 
-def run_student(fd: int, key: bytes, part: int, command: list[str], way: str, base, work, hidden) -> None:
+def run_student(fd: int, key: bytearray, part: int, command: list[str], way: str, base, work, hidden) -> None:
     """In a fork of the teacher's process: starts the student's process and waits for it; SIGTERM ends it."""
     os.setsid()
     here = shut_in(base, work, hidden) if way == "namespaces" else work
@@ -129,11 +133,11 @@ def run_student(fd: int, key: bytes, part: int, command: list[str], way: str, ba
         runpy.run_path(command[0], run_name="__main__")
     else:
         options = ["-p", "no:cacheprovider", "--rootdir=.", "-c", os.devnull, f"--basetemp={here}/tmp/pytest"]
-        pytest.main([*options, *command], [reporter(fd, key)])
+        pytest.main([*options, *command], [reporter(fd, key, Path(command[0]).read_text("utf-8"))])
 
 
 def prepare(here, hidden):
-    """The student's copy is all of the repository that Python finds; the environment has none of the teacher's keys."""
+    """The student's copy is all of the repository that Python finds; the environment has no keys of the teacher's."""
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "SYSTEMROOT") if name in os.environ}
     os.environ.clear()
     os.environ.update(kept, HOME=f"{here}/tmp", TMPDIR=f"{here}/tmp", NANOLORA_CACHE=f"{here}/tmp/cache")
@@ -141,20 +145,23 @@ def prepare(here, hidden):
     tempfile.tempdir = None
     sys.dont_write_bytecode = True
     os.chdir(here / "hw")
-    ours = tuple(f"{path}" for path in hidden)
-    for name, module in list(sys.modules.items()):
-        if (getattr(module, "__file__", None) or "").startswith(ours):
-            del sys.modules[name]
-    sys.modules.pop("plumbing", None), sys.modules.pop("tools", None)
-    sys.path[:] = [f"{here}/hw", *(path for path in sys.path if path.startswith((sys.prefix, sys.base_prefix)))]
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("plumbing", "tools")]:
+        del sys.modules[name]
+    sys.path[:] = [f"{here}/hw", *(path for path in sys.path if path and Path(path).resolve() != HERE)]
     refuse([*hidden, here.parent], here)
 
 
-def reporter(fd, key):
-    """pytest's plugin that reports each test once, over `fd`, signed. Amid the tests it puts three that must fail:
-    where one of them passes, the student's code has changed what failing means."""
-    mac, dumps, write = hmac.new(key, digestmod=hashlib.sha256), json.dumps, os.write
+def reporter(fd: int, key: bytearray, source: str):
+    """pytest's plugin that reports each test of a file once, over `fd`, signed. Amid the tests it puts three that must
+    fail: where one of them passes, or the file's functions are no longer what `source` says, the student's code has
+    changed what is tested."""
+    mac, dumps, write, same = hmac.new(bytes(key), digestmod=hashlib.sha256), json.dumps, os.write, operator.eq
+    key[:] = bytes(len(key))
     count, failed, traps = itertools.count(), {}, set()
+    plain = {
+        node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and not node.decorator_list
+    }
+    codes = {code.co_name: code for code in compile(source, "", "exec").co_consts if isinstance(code, types.CodeType)}
 
     def send(name, message):
         text = dumps([next(count), name, message])
@@ -173,6 +180,11 @@ def reporter(fd, key):
     def gives_up():
         pytest.fail("must fail", pytrace=False)
 
+    def look(module):
+        for name in plain:
+            if not same(getattr(vars(module).get(name), "__code__", None), codes[name]):
+                send("trap", None)
+
     class Reporter:
         def pytest_collectreport(self, report):
             if report.failed:
@@ -184,6 +196,13 @@ def reporter(fd, key):
                 traps.add(name)
                 item = pytest.Function.from_parent(items[0].parent, name=name, callobj=function)
                 items.insert(random.SystemRandom().randrange(len(items) + 1), item)
+
+        @pytest.hookimpl(wrapper=True)
+        def pytest_runtest_protocol(self, item):
+            look(item.module)
+            result = yield
+            look(item.module)
+            return result
 
         def pytest_runtest_logreport(self, report):
             name = report.nodeid.rpartition("::")[2]

@@ -105,7 +105,7 @@ def grade_part(files: dict[str, bytes], copy: Path, part: int, limit: float, way
 
 def run(part, command, limit, way, base, work, hidden):
     """([(name, message)] as reported, why the process was ended early or None)."""
-    key = secrets.token_bytes(32)
+    key = bytearray(secrets.token_bytes(32))
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -133,7 +133,7 @@ def run(part, command, limit, way, base, work, hidden):
     return check_signatures(received, key), reason
 
 
-def check_signatures(received: bytes, key: bytes) -> list[tuple[str, str | None]]:
+def check_signatures(received: bytes, key: bytearray) -> list[tuple[str, str | None]]:
     """The reports up to the first line that is not the reporter's own."""
     told = []
     for line in received.decode("utf-8", "replace").splitlines():
