@@ -7,19 +7,25 @@ never executed. Flags win over the file, the file over the defaults below. `--he
 """
 
 import dataclasses
-import difflib
-import glob
-import hashlib
-import json
-import math
 import os
 import re
-import typing
 from dataclasses import dataclass
 
 from plumbing.program.config_file import read_assignments
 from plumbing.program.errors import UserError, one_line_errors
 from plumbing.program.flags import parse_flags
+from plumbing.program.settings import (
+    MODEL,
+    RUN,
+    check_value,
+    fields_of,
+    find_key,
+    fit_type,
+    kept_keys,
+    setting,
+    settings_of,
+)
+from plumbing.program.stored_run import RUN_CONFIG, read_run
 
 TEMPLATE = """Classify the sentiment of the following movie review as positive or negative.
 
@@ -29,60 +35,61 @@ Sentiment: {label}"""
 
 
 @dataclass
+class Facts:
+    """What a run has found out. It stands in train_config.json beside the settings."""
+
+    data: str | None = None  # a digest of its data set's content; None where this config names another data set
+    dtype: str | None = None  # of its arithmetic
+    label_names: list[str] | None = None  # the words of its labels
+
+
+@dataclass
 class Config:
     """The defaults are the assignment's: those of configs/finetune_params_config.py."""
 
     # --- model
-    init_from: str = "gpt2-medium"  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, gpt2-mini, scratch, resume, a directory
-    rank: int = 128  # of the adapters; 0 trains without LoRA (full fine-tuning)
-    alpha: float = 512.0  # the adapters' output is scaled by alpha / rank
-    rslora: bool = False  # the scale is alpha / sqrt(rank) instead ("rank-stabilised", Kalajdzievski 2023)
-    dropout: float = 0.05  # on the adapters' input; without LoRA on embeddings, attention and residuals
-    lora_targets: str = r"attn\.c_(attn|proj)$"  # regular expression: names of the linear layers that get an adapter
-    lora_bias: str = "none"  # biases trained next to LoRA: none, all, lora_only (those of the adapted layers)
-    trainable: str | None = None  # regular expression: parameters trained next to LoRA or, with rank=0, alone
-    n_layer: int = 6  # layers (n_layer to block_size: for init_from=scratch)
-    n_head: int = 4  # attention heads
-    n_embd: int = 256  # width
-    block_size: int = 1024  # context in tokens
+    init_from: str = "gpt2-medium"  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, gpt2-mini, resume, a directory
+    rank: int = setting(128, least=0, kept=MODEL)  # of the adapters; 0 trains without LoRA (full fine-tuning)
+    alpha: float = setting(512.0, least=0, kept=MODEL)  # the adapters' output is scaled by alpha / rank
+    rslora: bool = setting(False, kept=MODEL)  # scale by alpha / sqrt(rank) ("rank-stabilised", Kalajdzievski 2023)
+    dropout: float = setting(0.05, least=0, most=0.999, kept=RUN)  # of the adapters' input; without LoRA everywhere
+    lora_targets: str = setting(r"attn\.c_(attn|proj)$", kept=MODEL)  # regular expression: the layers with an adapter
+    lora_bias: str = setting("none", one_of=("none", "all", "lora_only"), kept=MODEL)  # biases trained next to LoRA
+    trainable: str | None = setting(None, kept=MODEL)  # regular expression: what trains next to LoRA, or without it
     # --- data
-    task: str = "instruct"  # instruct: labels as text, by template; classify: by a new head; pretrain: plain text
-    dataset: str = "rotten_tomatoes"  # rt_reviews, a file or directory (csv, jsonl, parquet, txt), or a hub name
-    text_field: str = "text"  # column that holds the text
-    label_field: str = "label"  # column that holds the label, as a word or a number
-    # The default is for the default data set: where a flag or file names another dataset alone, label_names is None.
-    label_names: str | None = "negative,positive"  # words for labels 0, 1, ..., with commas; None: the data's own
-    template: str = TEMPLATE  # {text} and {label}; {label} comes last
-    loss_on: str = "label"  # label: its tokens and end-of-text are scored; all: every token
-    train_examples: int = 0  # training examples, chosen by the seed; 0: all
-    balance_classes: bool = False  # classify: each class weighs the same in the loss, however rare
-    lowercase_share: float = 0.0  # pretrain: share of the texts that is lower-cased with spaced punctuation
-    train_context: int = 256  # pretrain: tokens in a training row
+    task: str = setting("instruct", one_of=("instruct", "classify"), kept=MODEL)  # labels as text, or as classes
+    dataset: str = setting("rotten_tomatoes", kept=RUN)  # rt_reviews, a file, a directory, or a hub name
+    text_field: str = setting("text", kept=RUN)  # column that holds the text
+    label_field: str = setting("label", kept=RUN)  # column that holds the label, as a word or a number
+    # Its default is for the default data set: where a flag or file names another dataset alone, it is None.
+    label_names: str | None = setting("negative,positive", kept=RUN)  # words of 0, 1, ...; None: the data's own
+    template: str = setting(TEMPLATE, kept=RUN)  # {text} and {label}; {label} comes last
+    loss_on: str = setting("label", one_of=("label", "all"), kept=RUN)  # all: every token is scored
+    train_examples: int = setting(0, least=0, kept=RUN)  # training examples, chosen by the seed; 0: all
+    balance_classes: bool = setting(False, kept=RUN)  # classify: rare classes weigh as much in the loss
     # --- training
     out_dir: str = "out"  # where everything is written
-    auto_resume: bool = False  # go on with out_dir's run of the same settings if there is one, else begin
-    batch_size: int = 32  # examples in a forward pass, over all processes
-    gradient_accumulation_steps: int = 1  # forward passes in an update
-    max_iters: int = 320  # updates
-    lr: float = 5e-4  # peak learning rate of AdamW
-    lora_plus: float = 1.0  # learning rate of B over that of A: 16 is LoRA+ (Hayou et al. 2024)
-    muon_lr: float = 0.0  # > 0: Muon with this learning rate for the blocks' matrices (rank=0)
-    weight_decay: float = 0.0  # AdamW's, on matrices
-    beta1: float = 0.9  # AdamW's first moment
-    beta2: float = 0.99  # AdamW's second moment
-    grad_clip: float = 1.0  # gradient norm is cut to this; 0 leaves it
-    warmup_iters: int = 20  # updates over which the learning rate rises
-    decay_share: float = 0.9  # last share of the run over which the learning rate falls to 0
-    n_sampled: int = 0  # > 0: softmax over the batch's words and this many sampled others (pretrain)
-    eval_interval: int = 40  # updates between evaluations
-    eval_iters: int = 20  # batches in an evaluation; 0: the whole validation split
-    save_interval: int = 0  # updates between checkpoints; 0: at each evaluation
-    seed: int = 1337  # of data order, adapters and dropout
+    auto_resume: bool = False  # go on with out_dir's run of the same settings if there is one, or begin
+    batch_size: int = setting(32, least=1, kept=RUN)  # examples in a forward pass, over all processes
+    gradient_accumulation_steps: int = setting(1, least=1, kept=RUN)  # forward passes in an update
+    max_iters: int = setting(320, least=1)  # updates
+    lr: float = setting(5e-4, least=0)  # peak learning rate of AdamW
+    lora_plus: float = setting(1.0, least=0.001, kept=RUN)  # B's rate over A's: 16 is LoRA+ (Hayou et al. 2024)
+    weight_decay: float = setting(0.0, least=0)  # AdamW's, on matrices
+    beta1: float = setting(0.9, least=0, most=0.999)  # AdamW's first moment
+    beta2: float = setting(0.99, least=0, most=0.999)  # AdamW's second moment
+    grad_clip: float = setting(1.0, least=0)  # gradient norm is cut to this; 0 leaves it
+    warmup_iters: int = setting(20, least=0)  # updates over which the learning rate rises
+    decay_share: float = setting(0.9, least=0, most=1)  # last share of the run: lr falls to 0 in it
+    eval_interval: int = setting(40, least=1)  # updates between evaluations
+    eval_iters: int = setting(20, least=0)  # batches in an evaluation; 0: the whole validation split
+    save_interval: int = setting(0, least=0)  # updates between checkpoints; 0: at each evaluation
+    seed: int = setting(1337, least=0, most=2**63 - 1, kept=RUN)  # of data order, adapters and dropout
     compile: bool = False  # torch.compile the model
     deterministic: bool = False  # CUDA: the same seed gives the same bits, as it does on a CPU; slower
     # --- machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # auto, float32, bfloat16, float16: of frozen weights and of the arithmetic
+    dtype: str = setting("auto", one_of=("auto", "float32", "bfloat16", "float16"))  # of weights and arithmetic
     # --- logging
     wandb_log: bool = False  # log to Weights & Biases (WANDB_MODE=offline needs no account)
     wandb_project: str = "nanolora"  # project there
@@ -90,41 +97,32 @@ class Config:
     # --- generation (generate.py)
     start: str | None = None  # write on from this text instead of scoring
     predict: str | None = None  # label the texts of this file (csv, tsv, jsonl, parquet, txt); -: standard input
-    split: str = "test"  # what is scored: test, validation or train
-    max_new_tokens: int | None = None  # None: 5 in scoring (or the longest label), 200 with --start
-    temperature: float = 0.0  # 0: the likeliest token; higher is more random
-    top_k: int | None = None  # sample among the k likeliest tokens; None: all
+    split: str = setting("test", one_of=("test", "validation", "train"))  # what is scored
+    max_new_tokens: int | None = setting(None, least=1)  # None: 5 in scoring (or the longest label), 200 with --start
+    temperature: float = setting(0.0, least=0)  # 0: the likeliest token; higher is more random
+    top_k: int | None = setting(None, least=1)  # sample among the k likeliest tokens; None: all
 
-    # Not keys: set for init_from=resume.
-    resume = False
-    trained_on = None  # the digest of the run's data
-    computed_in = None  # the run's dtype
-    learned = None  # the words of the run's labels
+    # Of the run in out_dir, where init_from=resume: no setting. Then init_from is that run's own base.
+    run: Facts | None = dataclasses.field(default=None, metadata={"is_fact": True})
 
 
-RUN_CONFIG = "train_config.json"  # in out_dir: the settings of the run, those typed on resuming too
-# A resumed run keeps these: the model's for scoring too, all of them for training.
-MODEL_KEYS = ("rank", "alpha", "rslora", "lora_targets", "lora_bias", "trainable", "task")
-MODEL_KEYS += ("n_layer", "n_head", "n_embd", "block_size")
-RUN_KEYS = ("dropout", "dataset", "text_field", "label_field", "label_names", "template", "loss_on", "seed")
-RUN_KEYS += ("train_examples", "balance_classes", "lowercase_share", "train_context", "lora_plus", "muon_lr")
-RUN_KEYS += ("n_sampled", "batch_size", "gradient_accumulation_steps")
+NOT_KEPT = ("out_dir", "start", "predict")  # of a stored run: its folder may have been moved
 
 
-def configure(argv: list[str], cls: type = Config, fixed: tuple[str, ...] = MODEL_KEYS + RUN_KEYS):
+def configure(argv: list[str], cls: type = Config, trains: bool = True):
     """argv (without the program's name) -> cls. Prints help or one line for a mistake, and exits.
 
-    With init_from=resume the config is that of the run in out_dir, flags on top; those in `fixed` may not
-    differ from it. Then `init_from` is the run's own base and `resume` is True.
+    With init_from=resume the config is that of the run in out_dir, flags on top; what such a run keeps may not
+    differ from it. trains: whether it will be trained, or scored.
     """
     fields = fields_of(cls)
     about = __doc__ if cls is Config else cls.__doc__
     with one_line_errors():
-        path, flags = parse_flags(argv, cls, about, ALIASES, lambda key: suggest(key, fields, "--"))
+        path, flags = parse_flags(argv, cls, about)
         from_file = {}
         if path:
             from_file = read_config_file(find_config_file(path), fields)
-        config = combine(flags, from_file, cls, fixed)
+        config = combine(flags, from_file, cls, trains)
         if (from_file | flags).get("init_from") != "resume":
             note_scale(flags, from_file, fields)
     return config
@@ -138,7 +136,7 @@ def make_config(**settings) -> Config:
     for spelling, value in settings.items():
         key = find_key(spelling, fields)
         values[key] = fit_type(key, value, fields[key].type)
-    return combine(values, {}, Config, MODEL_KEYS)
+    return combine(values, {}, Config, trains=False)
 
 
 def load_run(out_dir: str, **settings) -> Config:
@@ -146,33 +144,33 @@ def load_run(out_dir: str, **settings) -> Config:
     return make_config(init_from="resume", out_dir=out_dir, **settings)
 
 
-def combine(typed, from_file, cls, fixed):
+def combine(typed, from_file, cls, trains):
     """A cls of all settings: what was typed wins over a resumed run's own, this over the file, the file over the
     defaults."""
     fields = fields_of(cls)
-    stored = {}
     values = from_file | typed
-    out_dir = values.get("out_dir", getattr(cls, "out_dir", None))
+    out_dir = values.get("out_dir", fields["out_dir"].default if "out_dir" in fields else None)
+    stored = None
     if values.get("init_from") == "resume":
-        stored, facts = read_run(out_dir, fields)
-        refuse_changes(typed, stored, fixed, out_dir)
-        values = from_file | stored | typed
+        stored, facts = read_run(out_dir)
+        kinds = (MODEL, RUN) if trains else (MODEL,)
+        refuse_changes(typed, stored, kept_keys(cls, *kinds), out_dir)
+        kept = {key: value for key, value in stored.items() if key in fields and key not in NOT_KEPT}
+        values = from_file | kept | typed
     elif names_another_dataset(values, fields):
         values.setdefault("label_names", None)
     for key, value in values.items():
-        check_range(key, value)
-    if values.get("auto_resume") and not stored and os.path.exists(os.path.join(out_dir, RUN_CONFIG)):
-        stored, facts = read_run(out_dir, fields)
-        refuse_another_run(dataclasses.asdict(cls(**values)), stored, out_dir)
-    if stored:
-        values["init_from"] = stored["init_from"]
-    config = cls(**values)
-    if stored:
-        config.resume = True
-        config.computed_in = facts.get("dtype")
-        config.learned = facts.get("label_names")
-        if config.dataset == stored.get("dataset"):
-            config.trained_on = facts.get("data")
+        check_value(fields[key], value)
+    if values.get("auto_resume") and stored is None and os.path.exists(os.path.join(out_dir, RUN_CONFIG)):
+        stored, facts = read_run(out_dir)
+        refuse_another_run(settings_of(cls(**values)), stored, out_dir)
+    if stored is None:
+        return cls(**values)
+    config = cls(**values | {"init_from": stored["init_from"]})
+    known = {field.name for field in dataclasses.fields(Facts)}
+    config.run = Facts(**{key: value for key, value in facts.items() if key in known})
+    if config.dataset != stored.get("dataset"):
+        config.run.data = None
     return config
 
 
@@ -198,130 +196,7 @@ def note_scale(flags, from_file, fields):
     )
 
 
-def fields_of(cls):
-    return {field.name: field for field in dataclasses.fields(cls)}
-
-
-# --- keys and their values -------------------------------------------------------------------------
-
-ALIASES = {  # other spellings, in flags, files and programs
-    "lora_rank": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "learning_rate": "lr",
-}
-HINTS = {  # nanoGPT's other keys and the handout's other names: what does their work here
-    "r": "--rank is the adapters' rank",
-    "instruction_template": "--template holds {text} and {label}",
-    "decay_lr": "--decay_share=0 keeps the learning rate constant after the warm-up",
-    "lr_decay_iters": "--decay_share is the last share of the run over which the learning rate falls to 0",
-    "min_lr": "the learning rate falls to 0, over the last --decay_share of the run",
-    "eval_only": "generate.py --init_from=resume scores a run and trains nothing",
-    "log_interval": "the bar shows each update's loss; --eval_interval sets how often a line is printed",
-    "always_save_checkpoint": "each evaluation saves a checkpoint; --save_interval saves between them",
-    "bias": "GPT-2's layers have biases; --lora_bias trains them next to LoRA",
-    "backend": "processes that torchrun starts choose nccl or gloo by themselves",
-    "num_samples": "generate.py writes one text a call; another --seed gives another",
-}
-AT_LEAST = {  # smallest value allowed
-    **dict.fromkeys(("rank", "alpha", "dropout", "warmup_iters", "eval_iters", "save_interval"), 0),
-    **dict.fromkeys(("lr", "muon_lr", "weight_decay", "grad_clip", "n_sampled", "seed", "temperature"), 0),
-    **dict.fromkeys(("beta1", "beta2", "decay_share", "lowercase_share", "train_examples"), 0),
-    **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "train_context", "batch_size"), 1),
-    **dict.fromkeys(("gradient_accumulation_steps", "max_iters", "eval_interval", "max_new_tokens", "top_k"), 1),
-    "lora_plus": 0.001,  # with 0 B stays zero
-}
-AT_MOST = {
-    **dict.fromkeys(("dropout", "beta1", "beta2"), 0.999),
-    **dict.fromkeys(("decay_share", "lowercase_share"), 1),
-    "seed": 2**63 - 1,
-}
-ONE_OF = {
-    "task": ("instruct", "classify", "pretrain"),
-    "lora_bias": ("none", "all", "lora_only"),
-    "loss_on": ("label", "all"),
-    "split": ("test", "validation", "train"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-}
-
-
-def find_key(spelling, fields, where=""):
-    """The key that is meant; UserError, with what may be meant, if there is none."""
-    key = ALIASES.get(spelling, spelling)
-    if key not in fields:
-        hint = suggest(key, fields) or "train.py --help lists the keys"
-        raise UserError(f"{where}unknown key {key}; {hint}")
-    return key
-
-
-def suggest(key, fields, dashes=""):
-    """What may be meant by an unknown key; "" if nothing is like it."""
-    if key in HINTS:
-        return HINTS[key]
-    near = difflib.get_close_matches(key, [*fields, *ALIASES], 1)
-    return f"did you mean {dashes}{near[0]}?" if near else ""
-
-
-def fit_type(key, value, kind, where=""):
-    """A value that is no text to convert, from a file or a program, as the key's type; UserError if it is another."""
-    kinds = typing.get_args(kind) or (kind,)
-    if float in kinds and type(value) is int:
-        value = float(value)
-    if type(value) is float and not math.isfinite(value):
-        raise UserError(f"{where}{key} = {value} is no finite number")
-    if int in kinds and type(value) is float and value == int(value):
-        value = int(value)
-    if type(value) not in kinds:
-        raise UserError(f"{where}{key} = {value!r}, but it is {getattr(kind, '__name__', kind)}")
-    return value
-
-
-def check_range(key, value):
-    """UserError if the value is out of the key's range."""
-    if value is None:
-        return
-    if key in ONE_OF and value not in ONE_OF[key]:
-        raise UserError(f"{key}={value}: type one of {', '.join(ONE_OF[key])}")
-    if key in AT_LEAST and value < AT_LEAST[key]:
-        raise UserError(f"{key}={value}: type at least {AT_LEAST[key]}")
-    if key in AT_MOST and value > AT_MOST[key]:
-        raise UserError(f"{key}={value}: type at most {AT_MOST[key]}")
-
-
 # --- a run that is there ---------------------------------------------------------------------------
-
-
-def read_run(out_dir, fields):
-    """(settings, facts) of the run in out_dir; without its folder's name, since it may have been moved."""
-    path = os.path.join(out_dir, RUN_CONFIG)
-    try:
-        with open(path, encoding="utf-8") as f:
-            stored = json.load(f)
-        if stored.pop("sha256", None) not in (None, fingerprint(stored)):
-            raise UserError(f"{path} was changed or damaged; to change a setting, type it as a flag")
-        if "init_from" not in stored:
-            raise UserError(f"{path} is damaged: no init_from in it")
-        settings = {
-            key: value
-            for key, value in stored.items()
-            if key in fields and key not in ("out_dir", "start", "predict")
-        }
-        return settings, stored.get("facts", {})
-    except FileNotFoundError:
-        runs = find_runs(os.path.dirname(os.path.normpath(out_dir)))
-        others = f"; there are runs in: {', '.join(runs)}" if runs else ""
-        raise UserError(
-            f"init_from=resume: no run to resume in {out_dir} ({RUN_CONFIG} is missing){others}; type its --out_dir"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as e:
-        raise UserError(f"{path} is damaged: {e}") from e
-
-
-def find_runs(folder):
-    """At most five folders of runs in this one, the newest first."""
-    configs = glob.glob(os.path.join(glob.escape(folder), "*", RUN_CONFIG))
-    newest = sorted(configs, key=os.path.getmtime, reverse=True)[:5]
-    return [os.path.dirname(path) for path in newest]
 
 
 def refuse_changes(typed, stored, fixed, out_dir):
@@ -348,11 +223,6 @@ def refuse_another_run(settings, stored, out_dir):
             f"auto_resume: the run in {out_dir} has other settings: {', '.join(changes)}; type those, or another "
             "--out_dir for another run"
         )
-
-
-def fingerprint(values: dict) -> str:
-    """SHA-256 of all that train_config.json holds, kept in it."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 # --- config files ----------------------------------------------------------------------------------

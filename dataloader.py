@@ -14,20 +14,19 @@ Such templates come from Wei et al. 2022, Finetuned Language Models Are Zero-Sho
 
 import contextlib
 import hashlib
-import inspect
 import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 
-from plumbing.data.labels import normalise_label
+from plumbing.data.labels import normalise_label, split_names
 from plumbing.data.records import describe_unused, read_records, survey_rows
 from plumbing.data.sources import find_source
 from plumbing.data.token_cache import (
@@ -43,9 +42,136 @@ from plumbing.data.token_cache import (
 )
 from plumbing.data.tokenizer import end_of_text, gpt2_encoding, start_encoding
 from plumbing.gpt2.batch import IGNORE, Batch, pad
-from tools.plain_text import TextLoader
 
 CACHE_VERSION = 5  # increase it when a change of code gives other tokens for the same data and settings
+ANSWER_TOKENS = 5  # so many tokens may be written after a prompt, or more where a label is longer
+
+
+# --- one record -> tokens --------------------------------------------------------------------------
+
+
+class Prompt:
+    """A template and the labels' words: what the model reads for a text, and what it should write.
+
+    block_size: the context in tokens. classify: the text is read alone, without a template. is_answered: the model
+    writes after the prompt, up to max_new_tokens (None: enough for every label), and the context keeps room for it.
+    add_instruction: fills a record's template in place of ours.
+    Raises ValueError for a template or words that cannot be used.
+    """
+
+    def __init__(
+        self,
+        template: str,
+        label_names: list[str],
+        block_size: int,
+        classify: bool = False,
+        is_answered: bool = False,
+        max_new_tokens: int | None = None,
+        add_instruction: Callable[[dict], dict] | None = None,
+    ):
+        self.template = template
+        self.label_names = label_names
+        self.classify = classify
+        # The handout's method fills every prompt, those of new texts too. It reads nothing but template and words.
+        self.add_instruction = add_instruction or partial(CustomDataLoader._add_instruction_finetuning, self)
+        self.encoding = gpt2_encoding()
+        check_template(template)
+        # The most tokens that a filled template may have. One place is kept free: make_example puts end-of-text in
+        # front of an empty prompt. (The one at the end is only a target and needs no place.)
+        self.room = block_size if classify else block_size - 1
+        self._check_words()
+        if is_answered and not classify:
+            answers = self.answers()
+            longest = max(map(len, answers))
+            self.answer_tokens = max_new_tokens or max(ANSWER_TOKENS, longest - 1)  # end-of-text need not be written
+            n_kept = max(self.answer_tokens, longest)
+            if n_kept > block_size // 2:
+                raise ValueError(f"max_new_tokens={n_kept}: type at most {block_size // 2}, half the context")
+            self.room -= n_kept
+
+    def fill(self, text: str, label: int) -> str:
+        """The text that is tokenised: the filled template or, for a classifier, the text itself."""
+        if self.classify:
+            return text
+        return self.add_instruction({"text": text, "label": label})["instr_tuned_text"]
+
+    def make_example(self, text: str, label: int, tokens: list[int] | None = None) -> tuple[Example, bool]:
+        """(the Example of a record, whether its text was cut to fit). tokens: those of `fill`, if they are there."""
+        if tokens is None:
+            tokens = self.encoding.encode_ordinary(self.fill(text, label))
+        is_too_long = len(tokens) > self.room
+        if is_too_long:
+            text, tokens = self._cut_text(text, label, tokens)
+        if self.classify:
+            tokens = tokens or [end_of_text()]  # an empty text
+            return Example(tokens, len(tokens), label, text), is_too_long
+        n_prompt = self._find_label(tokens, label)
+        # Template "{text} {label}" and an empty text: the label is all there is. The prompt is then end-of-text,
+        # after which GPT-2's texts begin.
+        if n_prompt == 0:
+            tokens = [end_of_text(), *tokens]
+            n_prompt = 1
+        return Example([*tokens, end_of_text()], n_prompt, label, text), is_too_long
+
+    def answers(self) -> list[list[int]]:
+        """What the model should write for each label: its tokens and end-of-text."""
+        examples = [self.make_example("a text", label)[0] for label in range(len(self.label_names))]
+        return [ex.tokens[ex.n_prompt :] for ex in examples]
+
+    def _find_label(self, tokens, label):
+        """How many tokens come before the label. Prompt and label are tokenised as one text, as GPT-2 read them in
+        its training: the space before a label is part of its token, " positive". So we go back from the end until the
+        tokens hold all bytes of the label: here one token, whose 9 bytes hold the 8 of "positive"."""
+        n_prompt = len(tokens)
+        label_bytes = len(self.label_names[label].encode())
+        while label_bytes > 0:
+            n_prompt -= 1
+            label_bytes -= len(self.encoding.decode_single_token_bytes(tokens[n_prompt]))
+        return n_prompt
+
+    def _cut_text(self, text, label, tokens):
+        """The text and its tokens, shorter, so that they fit. Template and label stay whole."""
+        if self.classify:
+            return text, tokens[: self.room]
+        text_tokens = self.encoding.encode_ordinary(text)
+        # Again and again: a text that is cut, decoded and encoded once more may have more tokens than it was cut to.
+        while len(tokens) > self.room:
+            if not text_tokens:
+                raise ValueError(f"template={self.template!r} alone is longer than the context of {self.room + 1}")
+            n_kept = max(0, len(text_tokens) - (len(tokens) - self.room))
+            text_tokens = text_tokens[:n_kept]
+            text = self.encoding.decode(text_tokens, errors="ignore")
+            tokens = self.encoding.encode_ordinary(self.fill(text, label))
+        return text, tokens
+
+    def _check_words(self):
+        """The words must differ, and the prompt's tokens must not depend on which of them follows. (After a template
+        that ends in "it was un", the label "true" makes the one token "untrue", neither prompt nor label.)"""
+        names = self.label_names
+        spellings = {normalise_label(name) for name in names}
+        if len(names) < 2 or len(spellings) < len(names) or "" in spellings:
+            raise ValueError(
+                f"label_names={','.join(names)}: at least two different words are needed, whatever their capitals"
+            )
+        if self.classify:
+            return
+        before_label = self.template.removesuffix("{label}")
+        examples = [self.make_example("a text", label)[0] for label in range(len(names))]
+        prompts = {tuple(ex.tokens[: ex.n_prompt]) for ex in examples}
+        if len(prompts) > 1 or before_label[-1].isalnum() or before_label.endswith("{text}"):
+            raise ValueError(f"template={self.template!r}: put a space or a line break before {{label}}")
+
+
+def check_template(template: str) -> None:
+    """Raises ValueError for a template without {text} and, at its end, {label}."""
+    fields = re.findall(r"\{(\w*)\}", template)
+    if sorted(fields) != ["label", "text"]:
+        raise ValueError(f"template={template!r}: it needs {{text}} and {{label}} once each, and no other field")
+    if not template.endswith("{label}"):
+        raise ValueError(f"template={template!r}: {{label}} comes last, so that it is what the model writes")
+
+
+# --- a data set -> batches -------------------------------------------------------------------------
 
 
 class CustomDataLoader:
@@ -55,18 +181,18 @@ class CustomDataLoader:
     dataset: rt_reviews, a file, a directory or a name on the hub. block_size: the model's context in tokens.
     label_names: words for the labels 0, 1, ..., with commas; None: as the data names them. loss_on: "label" (its
     tokens and end-of-text are scored) or "all" (every token is). wanted: the splits to load. train_examples: the
-    number of training examples, chosen by the seed; 0: all.
+    number of training examples, chosen by the seed; 0: all. is_answered and max_new_tokens: as for Prompt.
 
     After that `splits[name]` is a sequence of Example (tokens, n_prompt, label, text), `prefixes[name]` the first
-    tokens that all prompts of the split have in common, `label_names` a list, `digest` a hash of the data
-    set's content. The same arguments and content give the same batches in the same order.
+    tokens that all prompts of the split have in common, `label_names` a list, `prompt` the Prompt, `digest` a hash of
+    the data set's content. The same arguments and content give the same batches in the same order.
 
     Raises ValueError or OSError, naming the value, for data or a template that cannot be used.
     """
 
     def __init__(
         self,
-        dataset: str | None = "rt_reviews",
+        dataset: str = "rt_reviews",
         template: str = "Review: {text}\nSentiment: {label}",
         batch_size: int = 32,
         block_size: int = 1024,
@@ -79,24 +205,21 @@ class CustomDataLoader:
         classify: bool = False,
         balance_classes: bool = False,
         train_examples: int = 0,
+        is_answered: bool = False,
+        max_new_tokens: int | None = None,
     ):
         self.dataset = dataset
         self.template = template
         self.batch_size = batch_size
-        self.eval_batch_size = batch_size  # of an evaluation; TextLoader has another
         self.block_size = block_size
-        # The most tokens that a filled template may have. One place is kept free: _make_example puts end-of-text in
-        # front of an empty prompt. (The one at the end is only a target and needs no place.)
-        self.room = block_size if classify else block_size - 1
         self.text_field = text_field
         self.label_field = label_field
         self.loss_on = loss_on
         self.seed = seed
         self.classify = classify
-        self.encoding = gpt2_encoding()
-        self._check_template()
-        if dataset is None:  # new texts alone: see prompt_loader
-            return
+        self.is_answered = is_answered
+        self.max_new_tokens = max_new_tokens
+        check_template(template)
         # Of several processes that start at once, one tokenises.
         with take_turns(dataset), pause_garbage_collection():
             self._load(label_names, wanted)
@@ -106,8 +229,6 @@ class CustomDataLoader:
         if classify and balance_classes and "train" in wanted:
             self.class_weights = self._weigh_classes()
 
-    # --- record -> prompt -> tokens
-
     def _add_instruction_finetuning(self, rec: dict) -> dict:  # task
         """Adds rec["instr_tuned_text"]: the template, filled with the record's text and its label's word."""
         before, after = self.template.removesuffix("{label}").split("{text}")
@@ -115,29 +236,9 @@ class CustomDataLoader:
         rec["instr_tuned_text"] = before + rec["text"] + after + word
         return rec
 
-    def _make_example(self, rec, tokens):
-        """The Example of a record, from the tokens of its filled template (classify: of its text)."""
-        if self.classify:
-            tokens = tokens or [end_of_text()]  # an empty text
-            return Example(tokens, len(tokens), rec["label"], rec["text"])
-        # Prompt and label are tokenised as one text, as GPT-2 read them in its training: the space before a label is
-        # part of its token, " positive". So we go back from the end until the tokens hold all bytes of the label:
-        # here one token, whose 9 bytes hold the 8 of "positive".
-        n_prompt = len(tokens)
-        label_bytes = len(self.label_names[rec["label"]].encode())
-        while label_bytes > 0:
-            n_prompt -= 1
-            label_bytes -= len(self.encoding.decode_single_token_bytes(tokens[n_prompt]))
-        # Template "{text} {label}" and an empty text: the label is all there is. The prompt is then end-of-text,
-        # after which GPT-2's texts begin.
-        if n_prompt == 0:
-            tokens = [end_of_text(), *tokens]
-            n_prompt = 1
-        return Example([*tokens, end_of_text()], n_prompt, rec["label"], rec["text"])
-
     # --- tokens -> batch
 
-    def _inputs_and_targets(self, ex):  # task
+    def _inputs_and_targets(self, ex: Example) -> tuple[list[int], list[int]]:  # task
         """What the model reads of an example, and what it should find at each place: two lists of one length."""
         if self.classify:  # the last token alone has seen the whole text
             return ex.tokens, [IGNORE] * (len(ex.tokens) - 1) + [ex.label]
@@ -214,16 +315,23 @@ class CustomDataLoader:
         """Sets label_names, splits and prefixes, from the cache if the same was asked for before."""
         source = find_source(self.dataset, (self.text_field, self.label_field))
         self.digest = hashlib.sha256(source.digest.encode()).hexdigest()[:16]
-        names = source.names.get(self.label_field)
-        if label_names:
-            names = [name.strip() for name in label_names.split(",")]
-        # The cache's key: all that decides what the tokens are.
-        key = [CACHE_VERSION, source.digest, self.template, self.text_field, self.label_field, names, self.loss_on]
-        # The function's code too: if you edit it, the texts are tokenised again.
-        key += [self.block_size, self.seed, self.classify, inspect.getsource(self._add_instruction_finetuning)]
+        names = split_names(label_names) if label_names else source.names.get(self.label_field)
+        survey = self._survey(source, names)
+        self.label_names = survey["label_names"]
+        self.prompt = Prompt(
+            self.template,
+            self.label_names,
+            self.block_size,
+            self.classify,
+            self.is_answered,
+            self.max_new_tokens,
+            self._add_instruction_finetuning,
+        )
+        # The cache's key: all that decides what the tokens are. The sample shows an edited template or method.
+        sample = self.prompt.fill("A joy.", 1)
+        key = [CACHE_VERSION, source.digest, self.template, self.text_field, self.label_field, self.label_names]
+        key += [self.loss_on, self.prompt.room, self.seed, self.classify, sample]
         folder = cache_folder("examples", json.dumps(key))
-        self.label_names = names  # as they are asked for, or None; _survey sets the final ones
-        survey = self._survey(source, os.path.join(folder, "survey"))
         self.drawn = survey["drawn"]  # the splits that the data set does not name: the seed chooses their examples
         self._print_notes(survey)
         metas = {split: read_meta(os.path.join(folder, split)) for split in wanted}
@@ -237,17 +345,15 @@ class CustomDataLoader:
         if n_cut:
             print(f"note: {n_cut} texts were cut to fit the context of {self.block_size} tokens")
 
-    def _survey(self, source, folder):
-        """What `survey_rows` says of all rows: label_names (which are set here), the splits that are drawn, how many
-        rows are used and why others are not, notes. From its folder in the cache, or written there."""
+    def _survey(self, source, names):
+        """What `survey_rows` says of all rows: label_names, the splits that are drawn, how many rows are used and why
+        others are not, notes. From its folder in the cache, or written there."""
+        fields = (self.text_field, self.label_field)
+        key = [CACHE_VERSION, source.digest, *fields, names, self.classify]
+        folder = cache_folder("survey", json.dumps(key))
         survey = read_meta(folder)
-        is_new = survey is None
-        if is_new:
-            fields = (self.text_field, self.label_field)
-            survey = survey_rows(source, self.dataset, *fields, self.label_names, self.classify)
-        self.label_names = survey["label_names"]
-        if is_new:
-            self._check_labels()
+        if survey is None:
+            survey = survey_rows(source, self.dataset, *fields, names, self.classify)
             with whole_folder(folder) as new:  # all of it or nothing is written
                 write_meta(new, **survey)
         return survey
@@ -277,10 +383,7 @@ class CustomDataLoader:
             for (part, futures), _ in itertools.pairwise(itertools.chain(begun, [None])):
                 all_tokens = itertools.chain.from_iterable(future.result() for future in futures)
                 for (split, rec), tokens in zip(part, all_tokens):
-                    too_long = len(tokens) > self.room
-                    if too_long:
-                        rec, tokens = self._cut_text(rec, tokens, self.room)
-                    writers[split].add(self._make_example(rec, tokens), too_long)
+                    writers[split].add(*self.prompt.make_example(rec["text"], rec["label"], tokens))
             for split, writer in writers.items():
                 if writer.n == 0:
                     self._refuse_empty(split, n_rows)
@@ -296,52 +399,6 @@ class CustomDataLoader:
             texts = [self._add_instruction_finetuning(rec)["instr_tuned_text"] for _, rec in part]
         return start_encoding(texts, pool)
 
-    def _cut_text(self, rec, tokens, room):
-        """A record and its tokens, with less text, so that they fit. Template and label stay whole."""
-        if self.classify:
-            return rec, tokens[:room]
-        text_tokens = self.encoding.encode_ordinary(rec["text"])
-        # Again and again: a text that is cut, decoded and encoded once more may have more tokens than it was cut to.
-        while len(tokens) > room:
-            if not text_tokens:
-                raise ValueError(f"template={self.template!r} alone is longer than the context of {self.block_size}")
-            n_kept = max(0, len(text_tokens) - (len(tokens) - room))
-            text_tokens = text_tokens[:n_kept]
-            text = self.encoding.decode(text_tokens, errors="ignore")
-            rec = self._add_instruction_finetuning({"text": text, "label": rec["label"]})
-            tokens = self.encoding.encode_ordinary(rec["instr_tuned_text"])
-        return rec, tokens
-
-    # --- new texts, which have no label
-
-    def make_prompts(self, texts: list[str]) -> tuple[list[list[int]], int]:
-        """The token ids of each text's prompt (classify: of the text), cut to fit as the data set's are; and how many
-        were cut."""
-        prompts = []
-        n_cut = 0
-        for text in texts:
-            text = text.encode("utf-8", "replace").decode()  # a lone surrogate, half of an emoji, becomes "?"
-            rec = {"text": text, "label": 0}  # any label: the prompt is what comes before it
-            filled = text if self.classify else self._add_instruction_finetuning(rec)["instr_tuned_text"]
-            tokens = self.encoding.encode_ordinary(filled)
-            if len(tokens) > self.room:
-                rec, tokens = self._cut_text(rec, tokens, self.room)
-                n_cut += 1
-            ex = self._make_example(rec, tokens)
-            prompts.append(ex.tokens[: ex.n_prompt])
-        return prompts, n_cut
-
-    def label_tokens(self) -> list[list[int]]:
-        """What the model writes for each label: its tokens and end-of-text."""
-        answers = []
-        for label in range(len(self.label_names)):
-            rec = self._add_instruction_finetuning({"text": "a text", "label": label})
-            ex = self._make_example(rec, self.encoding.encode_ordinary(rec["instr_tuned_text"]))
-            answers.append(ex.tokens[ex.n_prompt :])
-        return answers
-
-    # --- mistakes
-
     def _refuse_empty(self, split, n_rows):
         problem = f"dataset={self.dataset}: no labelled row in its {split} split"
         if split not in self.drawn:
@@ -351,87 +408,37 @@ class CustomDataLoader:
             "--seed, or name the splits by files (train.csv, validation.csv, test.csv) or by a column named split"
         )
 
-    def _check_template(self):
-        fields = re.findall(r"\{(\w*)\}", self.template)
-        if sorted(fields) != ["label", "text"]:
-            raise ValueError(
-                f"template={self.template!r}: it needs {{text}} and {{label}} once each, and no other field"
-            )
-        if not self.template.endswith("{label}"):
-            raise ValueError(f"template={self.template!r}: {{label}} comes last, so that it is what the model writes")
-
-    def _check_labels(self):
-        """The words must differ, and the prompt's tokens must not depend on which of them follows. (After a template
-        that ends in "it was un", the label "true" makes the one token "untrue", neither prompt nor label.)"""
-        names = self.label_names
-        spellings = {normalise_label(name) for name in names}
-        if len(names) < 2 or len(spellings) < len(names) or "" in spellings:
-            raise ValueError(
-                f"label_names={','.join(names)}: at least two different words are needed, whatever their capitals"
-            )
-        if self.classify:
-            return
-        prompts = set()
-        for label in range(len(names)):
-            rec = self._add_instruction_finetuning({"text": "a text", "label": label})
-            ex = self._make_example(rec, self.encoding.encode_ordinary(rec["instr_tuned_text"]))
-            prompts.add(tuple(ex.tokens[: ex.n_prompt]))
-        before_label = self.template.removesuffix("{label}")
-        if len(prompts) > 1 or before_label[-1].isalnum() or before_label.endswith("{text}"):
-            raise ValueError(f"template={self.template!r}: put a space or a line break before {{label}}")
-
 
 def cut(values, size):
     return [values[i : i + size] for i in range(0, len(values), size)]
 
 
-# --- the loader of a config ----------------------------------------------------------------------
+# --- of a config -----------------------------------------------------------------------------------
 
 
-def make_loader(config, block_size: int) -> CustomDataLoader | TextLoader:
-    """The loader of a config's training task, with its `train` and `validation` splits. Raises ValueError or OSError
-    for data that cannot be used."""
-    if config.task != "pretrain":
-        return instruction_loader(config, block_size)
-    if config.train_examples:
-        raise ValueError(
-            f"train_examples={config.train_examples}: task=pretrain reads all of its text, which has no examples; "
-            "type --train_examples=0"
-        )
-    return TextLoader(
-        config.dataset,
-        batch_size=config.batch_size,
-        context=min(config.train_context, block_size),
-        text_field=config.text_field,
-        lowercase_share=config.lowercase_share,
-        seed=config.seed,
-    )
-
-
-def instruction_loader(
-    config, block_size: int, wanted: Collection[str] = ("train", "validation")
-) -> CustomDataLoader:
-    """The CustomDataLoader of a config, for labels as text or as classes, with the wanted splits."""
+def make_loader(config, block_size: int, wanted: Collection[str] = ("train", "validation"), **options):
+    """The CustomDataLoader of a config, for labels as text or as classes, with the wanted splits. options: others of
+    its arguments. Raises ValueError or OSError for data that cannot be used."""
+    settings = {key: getattr(config, key) for key in READ_FROM_CONFIG}
     return CustomDataLoader(
-        dataset=config.dataset,
-        template=config.template.replace("\\n", "\n"),  # a shell has no easy way to type a line break
-        batch_size=config.batch_size,
+        template=read_template(config),
         block_size=block_size,
-        text_field=config.text_field,
-        label_field=config.label_field,
-        label_names=config.label_names,
-        loss_on=config.loss_on,
-        seed=config.seed,
         wanted=wanted,
         classify=config.task == "classify",
-        balance_classes=config.balance_classes,
-        train_examples=config.train_examples,
+        **settings,
+        **options,
     )
 
 
-def prompt_loader(config, block_size: int, label_names: list[str]) -> CustomDataLoader:
-    """The loader of a config without its data set: for `make_prompts` and `label_tokens`."""
-    loader = instruction_loader(replace(config, dataset=None), block_size, wanted=())
-    loader.label_names = label_names
-    loader._check_labels()
-    return loader
+READ_FROM_CONFIG = ("dataset", "batch_size", "text_field", "label_field", "label_names", "loss_on", "seed")
+READ_FROM_CONFIG += ("balance_classes", "train_examples")
+
+
+def make_prompt(config, block_size: int, label_names: list[str]) -> Prompt:
+    """The Prompt of a config for texts that the model answers."""
+    classify = config.task == "classify"
+    return Prompt(read_template(config), label_names, block_size, classify, True, config.max_new_tokens)
+
+
+def read_template(config):
+    return config.template.replace("\\n", "\n")  # a shell has no easy way to type a line break

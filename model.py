@@ -4,14 +4,12 @@
 blocks, tanh-GELU, learned positions, the output head tied to the word embedding. Module names are Hugging Face's
 (`transformer.h.0.attn.c_attn` ...), so checkpoints map by name.
 
-Shapes: P tokens that all texts of a batch begin with (a prefix, which T does not count), then B rows of T tokens;
-C = n_embd, H heads of D = C / H, V = vocab_size, N positions whose next token is scored. (In lora.py B is a matrix.)
-As an example, gpt2-medium on 8 texts of 52 tokens, the first 12 the same, 2 of each scored: B = 8, P = 12, T = 40,
-N = 16, C = 1024, H = 16, D = 64, V = 50257.
+Shapes: B rows of T tokens, C = n_embd, H heads of D = C / H, V = vocab_size. The numbers behind them are those of
+gpt2-medium and 8 reviews of 52 tokens: B = 8, T = 52, C = 1024, H = 16, D = 64, V = 50257.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +19,10 @@ from lora import LoRALinear
 from plumbing.adapters.layers import draw_adapter, lora_layers, merged_weight
 from plumbing.gpt2.batch import find_scored
 from plumbing.gpt2.files import find_checkpoint, read_config, read_weights, write_checkpoint
-from plumbing.gpt2.kv_cache import KVCache, put_before
+from plumbing.gpt2.kv_cache import KVCache, causal_mask, put_before
 from plumbing.program.errors import compile_pattern
-from tools.sampled_softmax import sample_softmax
 
 LONG = 512  # tokens: from there on attention written out takes more time and memory than torch's fused kernel
-ATTENTION = r"attn\.c_(attn|proj)$"  # QKV and output projection
 
 
 @dataclass
@@ -40,7 +36,7 @@ class GPTConfig:
     lora_rank: int = 0  # 0: no adapters
     lora_alpha: float = 0.0
     lora_dropout: float = 0.0
-    lora_targets: str = ATTENTION  # regular expression: the linear layers that get an adapter
+    lora_targets: str = r"attn\.c_(attn|proj)$"  # regular expression: the linear layers that get an adapter
     n_classes: int = 0  # > 0: a linear `score` of that many classes in place of the vocabulary's head
 
     def lora(self, name: str) -> dict:
@@ -50,7 +46,58 @@ class GPTConfig:
         return {"lora_rank": rank, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
 
 
-# --- the layers ------------------------------------------------------------------------------------
+# --- attention -------------------------------------------------------------------------------------
+
+
+def attend(q, k, v, mask=None, dropout=0.0):  # (B, H, T, D), k and v (B, H, K, D) -> (B, H, T, D)
+    """Scaled dot-product attention ("Attention Is All You Need", Vaswani et al. 2017, section 3.2.1):
+    softmax(q k^T / sqrt(D) + mask) v. mask: 0 where a token may look and minus infinity elsewhere, of a shape that
+    broadcasts to (B, H, T, K). None: T = K tokens, and each looks at itself and at those before it."""
+    if q.is_cuda or k.size(2) > LONG:  # torch's fused kernel, which never holds all the weights
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
+    if mask is None:
+        mask = causal_mask(q.size(2), k.size(2), q)
+    scores = (q / math.sqrt(q.size(-1))) @ k.mT + mask  # (8, 16, 52, 64) @ (8, 16, 64, 52) -> (8, 16, 52, 52)
+    weights = F.dropout(scores.softmax(-1), dropout)
+    return weights @ v
+
+
+def split_heads(qkv, B):  # (B T, 3, H, D) -> q, k and v, each (B, H, T, D)
+    return qkv.unflatten(0, (B, -1)).permute(2, 0, 3, 1, 4)  # (B, T, 3, H, D) -> (3, B, H, T, D)
+
+
+def join_heads(y):  # (B, H, T, D) -> (B T, C)
+    return y.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):  # task
+        super().__init__()
+        C = config.n_embd
+        name = f"transformer.h.{layer}.attn"
+        self.layer = layer
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = LoRALinear(C, 3 * C, **config.lora(f"{name}.c_attn"))  # query, key and value in one product
+        self.c_proj = LoRALinear(C, C, **config.lora(f"{name}.c_proj"))
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, seen, scored=None):  # (B T, C) -> (B T, C), or (N, C) of the scored places
+        qkv = self.c_attn(x).view(len(x), 3, self.n_head, -1)  # (416, 1024) -> (416, 3072) -> (416, 3, 16, 64)
+        dropout = self.dropout if self.training else 0.0
+        if seen.P:
+            y = attend_with_prefix(qkv, seen, dropout)  # below
+        else:
+            q, k, v = split_heads(qkv, seen.B)  # each (8, 16, 52, 64)
+            if seen.past is not None:
+                k, v = seen.past.extend(self.layer, k, v)
+            y = join_heads(attend(q, k, v, seen.mask, dropout))  # (416, 1024)
+        if scored is not None:
+            y = y[scored]
+        return self.resid_dropout(self.c_proj(y))
+
+
+# --- the other layers ------------------------------------------------------------------------------
 
 
 class LayerNorm(nn.LayerNorm):
@@ -68,95 +115,8 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        x = F.gelu(self.c_fc(x), approximate="tanh")  # (332, 1024) -> (332, 4096)
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # (416, 1024) -> (416, 4096)
         return self.dropout(self.c_proj(x))
-
-
-@dataclass
-class Layout:
-    """Where each token is in x. Between the layers x is not (B, T, C) but flat, a line for each token: (P + B T, C),
-    first the P of the prefix that all rows share, then B rows of T.
-
-    So the prefix goes through each layer once, in the same matrix multiplications as the rows: of 8 texts that begin
-    with the same 12 tokens, 12 + 8 * 40 = 332 tokens are computed, not 8 * 52 = 416. Without dropout every number and
-    gradient is the same, to rounding.
-    """
-
-    B: int
-    T: int
-    P: int
-    past: KVCache | None  # keys and values of earlier tokens; if given, x has no prefix (P = 0)
-    # Before the rows come n tokens: P, or past.length. mask is True where a token of a row may look: (T, n + T), or
-    # (B, 1, T, n + T) where rows differ. None: each token looks at itself and at all before it.
-    mask: torch.Tensor | None
-    scored: torch.Tensor | None = None  # (N,) lines of x: the last layer computes these alone
-
-
-def attend(q, k, v, mask=None, dropout=0.0):  # (B, H, T, D), k and v (B, H, K, D) -> (B, H, T, D)
-    """Scaled dot-product attention ("Attention Is All You Need", Vaswani et al. 2017, section 3.2.1):
-    softmax(q k^T / sqrt(D) + mask) v. mask: 0 where a token may look and minus infinity elsewhere, of a shape that
-    broadcasts to (B, H, T, K). None: T = K tokens that each look at themselves and at those before."""
-    if q.is_cuda or k.size(2) > LONG:  # torch's fused kernel, which never holds all the weights
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
-    if mask is None:
-        mask = causal_mask(q.size(2), k.size(2), q)
-    scores = (q / math.sqrt(q.size(-1))) @ k.mT + mask  # (B, H, T, K)
-    weights = F.dropout(scores.softmax(-1), dropout)
-    return weights @ v
-
-
-def causal_mask(T, K, like):
-    """(T, K): the last T of K tokens look at themselves and at those before, where it is 0. Else minus infinity."""
-    return torch.full((T, K), -math.inf, dtype=like.dtype, device=like.device).triu(K - T + 1)
-
-
-def split_heads(qkv, B):  # (B T, 3, H, D) -> q, k and v, each (B, H, T, D)
-    return qkv.unflatten(0, (B, -1)).permute(2, 0, 3, 1, 4)  # (B, T, 3, H, D) -> (3, B, H, T, D)
-
-
-def join_heads(y):  # (B, H, T, D) -> (B T, C)
-    return y.transpose(1, 2).flatten(2).flatten(0, 1)
-
-
-def attend_with_prefix(qkv, layout, dropout=0.0):  # (P + B T, 3, H, D) -> (P + B T, C)
-    """The prefix attends to itself, each row to the prefix and to itself."""
-    if layout.P == 0:
-        return join_heads(attend(*split_heads(qkv, layout.B), layout.mask, dropout))
-    prefix_qkv, rows_qkv = qkv.split([layout.P, layout.B * layout.T])
-    # A copy: a view would keep all of qkv in memory until the backward pass.
-    prefix_q, prefix_k, prefix_v = split_heads(prefix_qkv, 1).contiguous()
-    q, k, v = split_heads(rows_qkv, layout.B)
-    k = put_before(prefix_k, k)  # (1, H, P, D) for each of B rows, (B, H, T, D) -> (B, H, P + T, D)
-    v = put_before(prefix_v, v)
-    y = attend(q, k, v, layout.mask, dropout)
-    prefix_y = attend(prefix_q, prefix_k, prefix_v, None, dropout)
-    return torch.cat([join_heads(prefix_y), join_heads(y)])
-
-
-class Attention(nn.Module):
-    def __init__(self, config, layer):  # task
-        super().__init__()
-        C = config.n_embd
-        name = f"transformer.h.{layer}.attn"
-        self.layer = layer
-        self.n_head = config.n_head
-        self.dropout = config.dropout
-        self.c_attn = LoRALinear(C, 3 * C, **config.lora(f"{name}.c_attn"))  # query, key and value in one product
-        self.c_proj = LoRALinear(C, C, **config.lora(f"{name}.c_proj"))
-        self.resid_dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x, layout):  # (P + B T, C) -> the same, or (N, C) of the scored places
-        qkv = self.c_attn(x).view(len(x), 3, self.n_head, -1)  # (332, 1024) -> (332, 3, 16, 64)
-        dropout = self.dropout if self.training else 0.0
-        if layout.past is None:
-            y = attend_with_prefix(qkv, layout, dropout)
-        else:
-            q, k, v = split_heads(qkv, layout.B)
-            k, v = layout.past.extend(self.layer, k, v)
-            y = join_heads(attend(q, k, v, layout.mask, dropout))
-        if layout.scored is not None:
-            y = y[layout.scored]
-        return self.resid_dropout(self.c_proj(y))
 
 
 class Block(nn.Module):
@@ -167,17 +127,46 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, eps=1e-5)
         self.mlp = MLP(config, layer)
 
-    def forward(self, x, layout):  # (P + B T, C) -> the same, or (N, C) of the scored places
-        y = self.attn(self.ln_1(x), layout)
-        if layout.scored is not None:  # only now: the keys and values of attention came from every token
-            x = x[layout.scored]
-        x = y + x
+    def forward(self, x, seen, scored=None):  # (B T, C) -> (B T, C), or (N, C) of the scored places
+        y = self.attn(self.ln_1(x), seen, scored)
+        if scored is not None:  # only now: the keys and values of attention came from every token
+            x = x[scored]
+        x = x + y
         return x + self.mlp(self.ln_2(x))
 
 
-def make_embedding(n, n_embd):
-    """Without nn.Embedding's random numbers: drawing them takes a second, and they are replaced anyway."""
-    return nn.Embedding.from_pretrained(torch.empty(n, n_embd), freeze=False)
+# --- a prefix that all rows share ------------------------------------------------------------------
+
+
+@dataclass
+class Seen:
+    """What the tokens of a call see besides themselves, the same in every layer.
+
+    The prompts of a batch begin with the same P tokens, the prefix. It goes through each layer once, in the same
+    matrix multiplications as the rows: x is (P + B T, C), first the prefix, then the rows. Of 8 reviews that begin
+    with the same 12 of their 52 tokens, 12 + 8 * 40 = 332 tokens are computed, not 8 * 52 = 416. Without dropout
+    every number and gradient is the same, to rounding. (A pass of its own for the prefix, through a KVCache, took 1
+    to 16 % longer on two CPU cores.)
+    """
+
+    B: int
+    T: int  # without the prefix
+    P: int  # 0: no prefix
+    past: KVCache | None  # keys and values of earlier calls; then there is no prefix
+    mask: torch.Tensor | None  # as for attend
+
+
+def attend_with_prefix(qkv, seen, dropout):  # (P + B T, 3, H, D) -> (P + B T, C)
+    """The prefix attends to itself, each row to the prefix and to itself."""
+    prefix_qkv, row_qkv = qkv.split([seen.P, seen.B * seen.T])
+    # A copy: a view would keep all of qkv in memory until the backward pass.
+    prefix_q, prefix_k, prefix_v = split_heads(prefix_qkv, 1).contiguous()  # each (1, H, P, D)
+    q, k, v = split_heads(row_qkv, seen.B)  # each (B, H, T, D)
+    k = put_before(prefix_k, k)  # (B, H, P + T, D)
+    v = put_before(prefix_v, v)
+    prefix_y = attend(prefix_q, prefix_k, prefix_v, None, dropout)
+    y = attend(q, k, v, seen.mask, dropout)
+    return torch.cat([join_heads(prefix_y), join_heads(y)])
 
 
 # --- the model -------------------------------------------------------------------------------------
@@ -223,60 +212,7 @@ class GPT(nn.Module):
             if name.endswith("c_proj.weight"):  # residual projections start smaller (section 2.3)
                 nn.init.normal_(param, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
-    def hidden(
-        self,
-        idx: torch.Tensor,
-        past: KVCache | None = None,
-        scored: torch.Tensor | None = None,
-        prefix: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The last layer's normalised states: idx (B, T) of token ids -> (B, T, C). scored (N,) are places in
-        idx.flatten(). If they are given, the last layer computes the states of these places alone: -> (N, C).
-
-        past: tokens before the rows, computed in an earlier call. prefix (1, P): token ids before every row, computed
-        now, once. One of the two, not both. Raises ValueError beyond the context.
-        """
-        B, T = idx.shape
-        P = 0 if prefix is None else prefix.size(1)
-        before = P if past is None else past.length  # tokens before each row's own
-        if before + T > self.config.block_size:
-            raise ValueError(f"{before + T} tokens exceed the context of {self.config.block_size}")
-        pos = torch.arange(before, before + T, device=idx.device)
-        dtype = self.compute_dtype or self.transformer.wte.weight.dtype
-        mask = None
-        if before:
-            like = torch.empty(0, dtype=dtype, device=idx.device)
-            mask = causal_mask(T, before + T, like)  # token t of a row sees columns 0 to before + t
-        # past.real (B, before) is False at the padding after short prompts: no token looks at it, and it takes no
-        # position. If past.real is None, there is no padding.
-        if past is not None and past.real is not None:
-            n_real = past.real.sum(1, keepdim=True)  # (B, 1)
-            pos = n_real + torch.arange(T, device=idx.device)  # (B, T)
-            past.real = torch.cat([past.real, past.real.new_ones(B, T)], dim=1)
-            hidden = ~past.real[:, None, None, :]  # (B, 1, 1, before + T)
-            mask = mask.expand(B, 1, -1, -1).masked_fill(hidden, -math.inf)  # (B, 1, T, before + T)
-        tokens = idx.flatten()
-        pos = pos.expand(B, T).flatten()
-        if P:
-            tokens = torch.cat([prefix.flatten(), tokens])
-            pos = torch.cat([torch.arange(P, device=idx.device), pos])
-        t = self.transformer
-        x = F.embedding(tokens, t.wte.weight) + F.embedding(pos, t.wpe.weight)  # (P + B T, C)
-        x = t.drop(x.to(dtype))
-        layout = Layout(B, T, P, past, mask)
-        for block in t.h[:-1]:
-            x = block(x, layout)
-        if scored is not None:
-            x = t.h[-1](x, replace(layout, scored=P + scored))  # (N, C)
-            return t.ln_f(x)
-        x = t.ln_f(t.h[-1](x, layout))  # (P + B T, C)
-        return x[P:].unflatten(0, (B, T))  # (B, T, C)
-
-    def head(self, x: torch.Tensor) -> torch.Tensor:  # (..., C) -> (..., V), or (..., n_classes)
-        head = self.score if self.config.n_classes else self.lm_head
-        return F.linear(x, head.weight.to(x.dtype))
-
-    def forward(self, idx, targets=None, past=None, prefix=None, n_sampled=0, class_weights=None, scored=None):
+    def forward(self, idx, targets=None, past=None, prefix=None, class_weights=None, scored=None):
         """idx (B, T) token ids -> (logits, loss), as nanoGPT's.
 
         Without targets: logits (B, 1, V) of the last position, and None.
@@ -286,29 +222,70 @@ class GPT(nn.Module):
                         are classes, at each text's last token.
         past            a KVCache of earlier tokens to continue from
         prefix (1, P)   token ids before every row. Not both. Gradient flows through past and prefix.
-        n_sampled       > 0: the softmax is over the targets and n_sampled other words, not all V
         class_weights   (n_classes,): the mean is a weighted one
-        scored (N,)     the scored targets' places in targets.flatten(), where they are known. Else they are found
-                        here, and Python waits for the GPU to say how many they are.
+        scored (N,)     the scored targets' places in targets.flatten(), where they are known. Without it they are
+                        found here, and Python waits for the GPU to say how many they are.
         """
-        B, T = idx.shape
         if targets is None:
-            last = torch.arange(T - 1, B * T, T, device=idx.device)  # (B,): each row's last token in idx.flatten()
-            logits = self.head(self.hidden(idx, past, last, prefix))  # (B, V)
+            logits = self.head(self.last_states(idx, past, prefix))  # (B, V)
             return logits[:, None], None
         # Only at 2 of a review's 52 places is the next token scored: 2 times 50,257 logits, not 52 times.
         if scored is None:
             scored = find_scored(targets)
-        targets = targets.flatten()[scored]  # (N,)
-        x = self.hidden(idx, past, scored, prefix)  # (N, C)
-        if n_sampled:
-            logits, targets = sample_softmax(self.lm_head.weight, x, targets, n_sampled)
-        else:
-            logits = self.head(x)
-        # At least float32.
+        logits = self.head(self.hidden(idx, past, prefix, scored))  # (N, V)
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
         weight = None if class_weights is None else class_weights.to(precise.dtype)
-        return logits, F.cross_entropy(precise, targets, weight)
+        return logits, F.cross_entropy(precise, targets.flatten()[scored], weight)
+
+    def hidden(
+        self,
+        idx: torch.Tensor,
+        past: KVCache | None = None,
+        prefix: torch.Tensor | None = None,
+        scored: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The last layer's normalised states: idx (B, T) of token ids -> (B, T, C). scored (N,) are places in
+        idx.flatten(). If they are given, the last layer computes the states of these places alone: -> (N, C).
+
+        past: tokens before the rows, computed in an earlier call. prefix (1, P): token ids before every row, computed
+        now, once. One of the two, not both. Raises ValueError beyond the context.
+        """
+        B, T = idx.shape
+        P = 0 if prefix is None else prefix.size(1)
+        n_before = P + (0 if past is None else past.length)
+        if n_before + T > self.config.block_size:
+            raise ValueError(f"{n_before + T} tokens exceed the context of {self.config.block_size}")
+        t = self.transformer
+        like = torch.empty(0, dtype=self.compute_dtype or t.wte.weight.dtype, device=idx.device)
+        if P:
+            pos = torch.arange(P, P + T, device=idx.device).expand(B, T)
+            mask = causal_mask(T, P + T, like)
+        else:
+            pos, mask = (past or KVCache()).place(B, T, like)
+        tokens = idx.flatten()  # (B T,)
+        pos = pos.flatten()
+        if P:
+            tokens = torch.cat([prefix.flatten(), tokens])  # (P + B T,)
+            pos = torch.cat([torch.arange(P, device=idx.device), pos])
+        x = F.embedding(tokens, t.wte.weight) + F.embedding(pos, t.wpe.weight)  # (P + B T, C)
+        x = t.drop(x.to(like.dtype))
+        seen = Seen(B, T, P, past, mask)
+        for block in t.h[:-1]:
+            x = block(x, seen)
+        if scored is not None:
+            return t.ln_f(t.h[-1](x, seen, P + scored))  # (N, C)
+        x = t.ln_f(t.h[-1](x, seen))  # (P + B T, C)
+        return x[P:].unflatten(0, (B, T))  # (B, T, C)
+
+    def last_states(self, idx, past=None, prefix=None):  # (B, T) -> (B, C), each row's last
+        B, T = idx.shape
+        return self.hidden(idx, past, prefix, scored=torch.arange(T - 1, B * T, T, device=idx.device))
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:  # (..., C) -> (..., V), or (..., n_classes)
+        head = self.score if self.config.n_classes else self.lm_head
+        return F.linear(x, head.weight.to(x.dtype))
+
+    # --- writing
 
     @torch.no_grad()
     def generate(
@@ -319,77 +296,61 @@ class GPT(nn.Module):
         top_k: int | None = None,
         stop: int | None = None,
         past: KVCache | None = None,
-        lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Continues idx (B, T) by up to max_new_tokens: returns (B, T + n), n at most max_new_tokens.
 
         temperature 0 takes the likeliest token; top_k samples among the k likeliest. After the token `stop` the rest
-        of its row is filled with `stop`. past: a KVCache of tokens before idx, left as it is. lengths (B,):
-        idx is padded on the right beyond them. A text that fills the context goes on from its last block_size / 2
-        tokens; with past or lengths it raises ValueError.
+        of its row is filled with `stop`. past: a KVCache of tokens before idx, left as it is. A text that fills the
+        context goes on from its last block_size / 2 tokens; with past it raises ValueError.
         """
         B, T = idx.shape
         size = self.config.block_size
-        may_slide = past is None and lengths is None  # then old tokens are dropped where the context is full
-        n_read = (past.length if past else 0) + T + max_new_tokens - 1  # the last new token is not read again
-        if not may_slide and n_read > size:
-            n_prompt = n_read + 1 - max_new_tokens
+        n_prompt = T + (0 if past is None else past.length)
+        if past is not None and n_prompt + max_new_tokens - 1 > size:  # the last new token is not read again
             raise ValueError(f"{n_prompt} prompt tokens and {max_new_tokens} new ones exceed the context of {size}")
         cache = KVCache() if past is None else past.fork()
-        prompt = idx[:, -size:] if may_slide else idx
-        # Places of the prompts' last tokens in prompt.flatten(). For prompts of 3 and 5 tokens, both filled up to 5:
-        # place 2 and place 5 + 4 = 9.
-        width = prompt.size(1)
-        row_starts = torch.arange(0, B * width, width, device=idx.device)
-        last = row_starts + (width if lengths is None else lengths) - 1  # (B,)
-        x = self.hidden(prompt, cache, scored=last)  # (B, C)
-        # Until now the padding stood after each text, where no token looks. The new tokens come after the padding and
-        # would see it, so it is marked as not real.
-        if lengths is not None:
-            n_past = cache.length - T
-            columns = torch.arange(cache.length, device=idx.device)
-            cache.real = columns < (n_past + lengths)[:, None]
         out = idx.new_full((B, max_new_tokens), 0 if stop is None else stop)
         rows = torch.arange(B, device=idx.device)  # those that are still being written
+        new = idx[:, -size:]
         for n in range(max_new_tokens):
+            if cache.length == size:  # the context is full: each text starts again from its last tokens
+                cache = KVCache()
+                new = torch.cat([idx, out[:, :n]], dim=1)[rows, -(size // 2) :]
+            x = self.last_states(new, cache)  # (rows, C)
             token = self.pick_token(x, temperature, top_k)  # (rows,)
             out[rows, n] = token
-            if stop is not None and (token == stop).any():  # a finished row costs nothing more
+            is_last = n + 1 == max_new_tokens
+            if stop is not None and not is_last and (token == stop).any():  # a finished row costs nothing more
                 goes_on = token != stop
                 rows = rows[goes_on]
                 token = token[goes_on]
                 cache.keep(goes_on)
                 if len(rows) == 0:
                     return torch.cat([idx, out[:, : n + 1]], dim=1)
-            if n + 1 == max_new_tokens:
-                break
             new = token[:, None]
-            if cache.length == size:  # the context is full: each text starts again from its last tokens
-                cache = KVCache()
-                written = torch.cat([idx, out[:, : n + 1]], dim=1)[rows]
-                new = written[:, -(size // 2) :]
-            x = self.hidden(new, cache)[:, -1]
         return torch.cat([idx, out], dim=1)
 
     def pick_token(self, x, temperature, top_k):  # (B, C) -> (B,)
-        logits = self.head(x)  # (B, V)
         if temperature == 0:
-            return self.pick_likeliest(x, logits)
-        logits = logits.float() / temperature
+            return self.exact_logits(x).argmax(-1)
+        logits = self.head(x).float() / temperature  # (B, V)
         if top_k:
             least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
             logits = logits.masked_fill(logits < least, -math.inf)
         return torch.multinomial(logits.softmax(-1), 1)[:, 0]
 
-    def pick_likeliest(self, x, logits):  # (B, C), (B, V) -> (B,)
-        """Near -100, where the real GPT-2's logits lie, bfloat16's numbers are 0.5 apart: two labels often get the
-        same logit. So the 16 likeliest words' logits are computed again in float32."""
-        if logits.dtype in (torch.float32, torch.float64):
-            return logits.argmax(-1)
-        words = logits.topk(min(16, logits.size(-1))).indices  # (B, 16)
-        weights = self.lm_head.weight[words].float()  # (B, 16, C)
-        exact = (weights @ x.float()[:, :, None])[..., 0]  # (B, 16)
-        return words.gather(1, exact.argmax(1, keepdim=True))[:, 0]
+    def exact_logits(self, x, words=None):  # (B, C), (B, m) -> (B, V)
+        """Logits to compare. Near -100, where the real GPT-2's lie, bfloat16's numbers are 0.5 apart: two words often
+        get the same logit. So those of the 16 likeliest words, and of `words`, are computed again in float32."""
+        logits = self.head(x)
+        precise = torch.promote_types(logits.dtype, torch.float32)
+        if logits.dtype == precise:
+            return logits
+        likeliest = logits.topk(min(16, logits.size(-1))).indices  # (B, 16)
+        words = likeliest if words is None else torch.cat([likeliest, words], dim=1)
+        weights = self.lm_head.weight[words].to(precise)  # (B, 16 + m, C)
+        exact = (weights @ x.to(precise)[:, :, None])[..., 0]  # (B, 16 + m)
+        return logits.to(precise).scatter(1, words, exact)
 
     # --- storage
 
@@ -434,3 +395,8 @@ class GPT(nn.Module):
         merged = {f"{name}.weight": merged_weight(layer) for name, layer in lora_layers(self).items()}
         tensors = {n: merged.get(n, p) for n, p in self.named_parameters() if "lora_" not in n}
         write_checkpoint(directory, self.config, tensors, dtype)
+
+
+def make_embedding(n, n_embd):
+    """Without nn.Embedding's random numbers: drawing them takes a second, and they are replaced anyway."""
+    return nn.Embedding.from_pretrained(torch.empty(n, n_embd), freeze=False)

@@ -8,16 +8,13 @@
 In out_dir: adapter_model.safetensors and adapter_config.json (the best adapter, PEFT's format) or, without
 LoRA, model.safetensors and config.json; checkpoint.pt (to resume from), train_config.json, metrics.jsonl,
 loss.png. Training knows losses alone; generate.py finds the accuracy.
-
-`train` is the loop. Below it, in this order: what a run is made of, one update, evaluation, what is written.
 """
 
 import contextlib
 import math
 import os
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import plumbing.running.threads  # noqa: F401  (before torch, which reads these settings once)
@@ -26,107 +23,34 @@ import plumbing.running.threads  # noqa: F401  (before torch, which reads these 
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from configurator import RUN_CONFIG, Config, configure, fingerprint
+from configurator import Config, Facts, configure
 from dataloader import Batch, CustomDataLoader, make_loader
 from lora import mark_only_lora_as_trainable
-from model import GPT, GPTConfig, LoRALinear
-from plumbing.adapters.layers import layer_alpha
+from model import GPT, LoRALinear
+from plumbing.adapters.layers import lora_arguments
 from plumbing.adapters.peft_format import ADAPTER_WEIGHTS, save_adapter
 from plumbing.adapters.trainable import parameter_report, train_also
 from plumbing.gpt2.files import context_size
 from plumbing.gpt2.memory import check_weights
 from plumbing.program.errors import one_line_errors
-from plumbing.program.files import write_json
+from plumbing.program.settings import settings_of
+from plumbing.program.stored_run import write_run
 from plumbing.running.checkpoint import (
     CHECKPOINT,
     Progress,
     check_same_data,
     load_checkpoint,
-    lock_folder,
-    save_checkpoint,
+    locked_folder,
     write_metrics,
 )
-from plumbing.running.endings import StopSignals, exit_diverged, exit_stopped, explain_failure
+from plumbing.running.endings import exit_diverged, explain_failure
 from plumbing.running.machine import Processes, compute_deterministically, keep_memory, pick_dtype
 from plumbing.running.optimizers import build_optimizers
+from plumbing.running.saving import Saver, Stopwatch, open_bar, print0
 from plumbing.running.wandb_run import WandbRun
 from plumbing.scoring.model_card import write_card
 from plumbing.scoring.plots import plot_losses
-from tools.plain_text import TextLoader
-
-FULL_SAVE_SECONDS = 180  # without LoRA: at least so long between the checkpoints of two evaluations
-
-
-def train(config: Config) -> list[dict]:
-    """Runs the training of a config. Returns the metrics of its evaluations: the lines of metrics.jsonl.
-
-    Ends the program with one line: exit code 2 after a mistake, 3 where loss or gradient are no finite numbers,
-    128 + its number after a signal.
-    """
-    with one_line_errors():
-        run = set_up(config)
-        progress = open_folder(run)
-    print_start(run, progress)
-    wandb = WandbRun(config, wanted=config.wandb_log and run.processes.is_first)
-    batches = draw_batches(run, progress.iter)
-    watch = Stopwatch(progress.iter)
-    saved_at = -math.inf  # seconds
-
-    with StopSignals() as signals, open_bar(run, progress) as bar:
-        while True:
-            it = progress.iter
-            is_last = it >= config.max_iters
-            is_saved = False
-
-            # --- evaluate, keep the best weights
-            evaluation_is_due = it % config.eval_interval == 0 or is_last
-            if evaluation_is_due and it != progress.evaluated_at:  # a resumed run may have done it
-                speed = watch.updates_per_s(it)
-                val_loss = evaluate(run)
-                metrics = make_metrics(run, progress, speed, val_loss)
-                record(run, progress, metrics)
-                wandb.log(metrics, it)
-                # A checkpoint without LoRA is three times the model, 4.3 GB for gpt2-medium: not at each evaluation.
-                if config.rank or is_last or time.time() - saved_at > FULL_SAVE_SECONDS:
-                    save(run, progress)
-                    is_saved = True
-                    saved_at = time.time()
-                watch = Stopwatch(it)
-            if is_last:
-                break
-
-            # --- save, after the gradient and before the step. At this point the weights have given a finite loss and
-            # gradient, so a run that resumes from them does not resume from NaN. It computes this gradient again.
-            loss, norm = compute_gradients(run, next(batches), it)
-            got_signal = signals.received is not None
-            (n_stopped,) = run.processes.sum([float(got_signal)])  # how many processes got one
-            save_is_due = config.save_interval > 0 and it % config.save_interval == 0
-            if (n_stopped or save_is_due) and not is_saved:
-                save(run, progress)
-            if n_stopped:
-                command = f"python train.py --init_from=resume --out_dir={config.out_dir}"
-                print0(run, f"stopped at update {it}, saved; to go on: {command}")
-                exit_stopped(signals.received)
-
-            # --- update
-            was_skipped = apply_gradients(run, it, norm)
-            progress.skipped += was_skipped
-            progress.losses.append(loss)
-            progress.iter += 1
-
-            # --- log
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-
-    print_end(run, progress)
-    wandb.finish()
-    run.processes.leave()
-    return progress.metrics
-
-
-# --- what a run is made of -------------------------------------------------------------------------
 
 
 @dataclass
@@ -136,7 +60,7 @@ class Run:
     config: Config
     processes: Processes
     dtype: torch.dtype  # of the arithmetic
-    loader: CustomDataLoader | TextLoader
+    loader: CustomDataLoader
     model: GPT
     params: list[nn.Parameter]  # those that train
     optimizers: list
@@ -155,32 +79,208 @@ class Run:
         return self.loader.n_batches("train", self.global_batch)
 
 
+# --- the loop --------------------------------------------------------------------------------------
+
+
+def train(config: Config) -> list[dict]:
+    """Runs the training of a config. Returns the metrics of its evaluations: the lines of metrics.jsonl.
+
+    Ends the program with one line: exit code 2 after a mistake, 3 where loss or gradient are not finite, 128 + its
+    number after a signal.
+    """
+    with one_line_errors():
+        run = set_up(config)
+        progress = open_folder(run)
+    print_start(run, progress)
+    run_updates(run, progress)
+    print_end(run, progress)
+    if run.processes.is_first:
+        write_card(config, run.loader)
+    run.processes.leave()
+    return progress.metrics
+
+
+def run_updates(run: Run, progress: Progress) -> None:
+    """From where `progress` stands up to max_iters updates."""
+    config = run.config
+    wandb = WandbRun(config, wanted=config.wandb_log and run.processes.is_first)
+    batches = draw_batches(run, progress.iter)
+    watch = Stopwatch(progress.iter)
+
+    with open_bar(run, progress) as bar, Saver(run, progress) as saver:
+        while True:
+            it = progress.iter
+            is_last = it >= config.max_iters
+
+            evaluation_is_due = it % config.eval_interval == 0 or is_last
+            if evaluation_is_due and it != progress.evaluated_at:  # a resumed run may have done it
+                speed = watch.updates_per_s(it)
+                metrics = record(run, progress, evaluate(run), speed)
+                wandb.log(metrics, it)
+                saver.save_after_evaluation(is_last)
+                watch = Stopwatch(it)
+            if is_last:
+                break
+
+            # A checkpoint is saved before the step: the weights have just given a finite loss and gradient, so a run
+            # that resumes from them does not resume from NaN. It computes this gradient again.
+            loss, was_skipped = update(run, next(batches), it, before_step=saver.save_if_due)
+            progress.losses.append(loss)
+            progress.skipped += was_skipped
+            progress.iter += 1
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+    wandb.finish()
+
+
+def update(run: Run, indices: np.ndarray, it: int, before_step: Callable = lambda: None) -> tuple[float, bool]:
+    """Update `it`, on the global batch `indices`. Returns its mean loss, and whether the step was skipped, since
+    float16's gradients overflowed. Ends the program where loss or gradient are not finite."""
+    model = run.model
+    processes = run.processes
+    set_learning_rate(run, it)
+    # Dropout depends on seed, update and process alone: a resumed run draws the same, and no random state is stored.
+    # (The factors are primes: another seed, update or process rarely gives the same sum.)
+    torch.manual_seed((run.config.seed * 1_000_003 + it * 1009 + processes.world_rank) % 2**63)
+
+    # --- forward and backward
+    loss = 0.0
+    for batch, share in micro_batches(run, indices):
+        part = share * compute_loss(model, batch)
+        run.scaler.scale(part).backward()
+        loss += part.detach()
+    processes.sum_gradients(run.params)
+    loss = processes.total(float(loss))
+
+    # --- clip
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
+    norm = float(nn.utils.clip_grad_norm_(run.params, run.config.grad_clip or math.inf))
+    overflowed = run.scaler.is_enabled() and not math.isfinite(norm)  # float16 does, now and then
+    if not math.isfinite(loss) or not (math.isfinite(norm) or overflowed):
+        exit_diverged(run.config, processes.is_first, it, f"loss {loss}, gradient norm {norm}")
+    before_step()
+
+    # --- step
+    for optimizer in run.optimizers:
+        if not overflowed:
+            run.scaler.step(optimizer)
+        optimizer.zero_grad()
+    run.scaler.update()  # after an overflow to a smaller scale
+    if overflowed and run.scaler.get_scale() < 1:
+        what = "float16's gradients overflow at any scale (--dtype=float32 has the range)"
+        exit_diverged(run.config, processes.is_first, it, what)
+    return loss, overflowed
+
+
+def compute_loss(model: GPT, batch: Batch) -> torch.Tensor:
+    """Mean loss over a batch's targets. The prefix that the prompts share goes through the model once, with its
+    gradient, and every row continues from it."""
+    options = {"prefix": batch.prefix, "scored": batch.scored, "class_weights": batch.class_weights}
+    _, loss = model(batch.idx, batch.targets, **options)
+    return loss
+
+
+def micro_batches(run: Run, indices: np.ndarray) -> Iterator[tuple[Batch, float]]:
+    """The global batch in pieces of batch_size examples, of each piece this process's part; and its share of all
+    scored tokens. Labels differ in length, so a mean of means is not the mean: 8 reviews with 17 scored tokens, out
+    of 32 reviews with 70, count 17 / 70."""
+    n_scored = run.loader.n_scored("train", indices)
+    size = run.config.batch_size
+    for start in range(0, len(indices), size):
+        mine = indices[start : start + size][run.processes.world_rank :: run.processes.world_size]
+        if len(mine):
+            share = run.loader.n_scored("train", mine) / n_scored
+            yield run.loader.batch("train", mine).to(run.processes.device), share
+
+
+def draw_batches(run: Run, it: int) -> Iterator[np.ndarray]:
+    """The indices of each global batch from update `it` on, epoch after epoch. An epoch's order follows from the seed
+    and its number, so a resumed run goes on with the examples that would have come."""
+    while True:
+        epoch, place = divmod(it, run.n_batches)
+        for indices in run.loader.order("train", run.global_batch, epoch)[place:]:
+            yield indices
+            it += 1
+
+
+def set_learning_rate(run: Run, it: int) -> None:
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * schedule(run.config, it)
+
+
+def schedule(config: Config, it: int) -> float:
+    """The learning rate at update `it` as a share of its peak: a linear rise, a plateau, a linear fall to 0.
+
+    The rise keeps the first steps small, while AdamW's moments know few gradients; the fall lets the weights settle.
+    With warmup_iters=20, decay_share=0.9 and max_iters=320: 0.05, 0.1 ... 1 at update 19, 1 up to update 32, then
+    down by 1 / 288 an update.
+    """
+    rise = (it + 1) / max(1, config.warmup_iters)
+    fall = (config.max_iters - it) / max(1.0, config.decay_share * config.max_iters)
+    return min(1.0, rise, fall)
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> float:
+    """Mean loss over the validation split's targets, or over eval_iters batches of it, evenly spread."""
+    loader = run.loader
+    processes = run.processes
+    batches = loader.order("validation", loader.batch_size)
+    n_wanted = run.config.eval_iters
+    # They are sorted from short to long texts. We cut the list into n_wanted parts and take the middle of each.
+    if 0 < n_wanted < len(batches):
+        batches = [batches[int((i + 0.5) * len(batches) / n_wanted)] for i in range(n_wanted)]
+    total = 0.0
+    count = 0
+    run.model.eval()  # merges the adapters, too: an evaluation costs what the base model costs
+    for indices in batches[processes.world_rank :: processes.world_size]:
+        n_scored = loader.n_scored("validation", indices)
+        batch = loader.batch("validation", indices).to(processes.device)
+        total += compute_loss(run.model, batch).item() * n_scored
+        count += n_scored
+    run.model.train()
+    return processes.total(total) / processes.total(count)
+
+
+# --- what a run is made of -------------------------------------------------------------------------
+
+
 def set_up(config: Config) -> Run:
     """Data, model and optimizers of a config. Raises ValueError or OSError for what cannot be had."""
-    keep_memory()
     if config.predict is not None:
         raise ValueError(f"--predict={config.predict} is for generate.py --init_from=resume, after the training")
+    processes, dtype = set_up_machine(config)
+    torch.manual_seed(config.seed)
+    loader = make_loader(config, context_size(config.init_from))
+    check_same_data(config, loader)
+    n_classes = len(loader.label_names) if config.task == "classify" else 0
+    model = build_model(config, processes.device, dtype, n_classes)
+    return make_run(config, processes, dtype, loader, model)
+
+
+def set_up_machine(config: Config) -> tuple[Processes, torch.dtype]:
+    """The processes with their devices, and the dtype to compute in."""
+    keep_memory()
     if config.deterministic:
         compute_deterministically()
     processes = Processes(config)
-    device = processes.device
     # You may put a lora.py of your own in place of ours. Our layers can have A and B in float32 next to a bfloat16
     # weight, and MergeableLinear, their base class, says so by mixes_dtypes. Where layers do not, all is computed in
     # float32.
     mixed = getattr(LoRALinear, "mixes_dtypes", False)
-    # computed_in: the dtype of the run that is resumed, if one is.
-    dtype = pick_dtype(device, config.dtype, mixed, before=config.computed_in)
-    torch.manual_seed(config.seed)
-    loader = make_loader(config, context_size(config.init_from) or config.block_size)
-    check_same_data(config, loader)
-    n_classes = len(loader.label_names) if config.task == "classify" else 0
-    model = build_model(config, device, dtype, n_classes)
+    before = config.run.dtype if config.run else None
+    return processes, pick_dtype(processes.device, config.dtype, mixed, before)
+
+
+def make_run(config: Config, processes: Processes, dtype: torch.dtype, loader, model: GPT) -> Run:
     params = [p for p in model.parameters() if p.requires_grad]
     optimizers = build_optimizers(config, model)
-    scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(processes.device.split(":")[0], enabled=dtype == torch.float16)
     # A scaler is made ready by its first scale(). A process may have no example in its first update, and unscale_
     # would then fail.
-    scaler.scale(torch.zeros((), device=device))
+    scaler.scale(torch.zeros((), device=processes.device))
     if config.compile:
         model.compile(dynamic=True)
     return Run(config, processes, dtype, loader, model, params, optimizers, scaler)
@@ -189,21 +289,14 @@ def set_up(config: Config) -> Run:
 def build_model(config: Config, device: str, dtype: torch.dtype, n_classes: int = 0) -> GPT:  # task
     """The base model of a config on its device, with new adapters, the right parameters trainable. (In a resumed run
     config.init_from is that run's base: `configure` has put it in the place of "resume".)"""
-    alpha = layer_alpha(config.alpha, config.rank, config.rslora)
-    lora = {"lora_rank": config.rank, "lora_alpha": alpha, "lora_targets": config.lora_targets}
     dropout = {"lora_dropout": config.dropout} if config.rank else {"dropout": config.dropout}
-    options = lora | dropout | {"n_classes": n_classes}
     also = also_trained(config)
-    if config.init_from == "scratch":
-        if config.rank:
-            raise ValueError("init_from=scratch trains every weight: type --rank=0")
-        sizes = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "block_size")}
-        model = GPT(GPTConfig(**sizes, **options))
-    else:
-        # What is frozen is stored in the compute dtype from the start; what trains stays float32.
-        is_frozen = config.rank > 0 and config.lora_bias == "none" and not also
-        model = GPT.from_pretrained(config.init_from, dtype=dtype if is_frozen else torch.float32, **options)
-
+    # What is frozen is stored in the compute dtype from the start; what trains stays float32.
+    is_frozen = config.rank > 0 and config.lora_bias == "none" and not also
+    stored = dtype if is_frozen else torch.float32
+    model = GPT.from_pretrained(
+        config.init_from, dtype=stored, n_classes=n_classes, **lora_arguments(config), **dropout
+    )
     if config.rank:
         mark_only_lora_as_trainable(model)
     elif config.trainable:  # without LoRA: all is frozen here, and train_also lets train what the pattern names
@@ -223,129 +316,41 @@ def also_trained(config: Config) -> str | None:
     return "|".join(patterns) or None
 
 
-def draw_batches(run: Run, it: int) -> Iterator[np.ndarray]:
-    """The indices of each global batch from update `it` on, epoch after epoch. An epoch's order follows from the seed
-    and its number, so a resumed run goes on with the examples that would have come."""
-    while True:
-        epoch, place = divmod(it, run.n_batches)
-        for indices in run.loader.order("train", run.global_batch, epoch)[place:]:
-            yield indices
-            it += 1
+# --- what a run writes -----------------------------------------------------------------------------
 
 
-# --- one update ------------------------------------------------------------------------------------
-
-
-def update(run: Run, indices: np.ndarray, it: int) -> float:
-    """One update on the global batch `indices`; returns its loss. For bench.py and sweep.py, which time it: `train`
-    does the same two steps, with a save between them."""
-    loss, norm = compute_gradients(run, indices, it)
-    apply_gradients(run, it, norm)
-    return loss
-
-
-def compute_gradients(run: Run, indices: np.ndarray, it: int) -> tuple[float, float]:
-    """Writes the clipped gradient of the global batch's mean loss into each parameter's .grad, on every process.
-    Returns that loss and the gradient's norm before clipping. Ends the program where one of them is not finite."""
+def open_folder(run: Run) -> Progress:
+    """A resumed run's progress, with its checkpoint loaded, or a new run's. Writes the run's settings, with those
+    that were typed on resuming, so each later resume keeps these too."""
     config = run.config
-    loader = run.loader
-    processes = run.processes
-    # Dropout depends on seed, update and process alone: a resumed run draws the same, and no random state is stored.
-    # (The factors are primes: another seed, update or process rarely gives the same sum.)
-    torch.manual_seed((config.seed * 1_000_003 + it * 1009 + processes.world_rank) % 2**63)
-    n_scored = loader.n_scored("train", indices)
-    loss = 0.0
-    for start in range(0, len(indices), config.batch_size):
-        micro_batch = indices[start : start + config.batch_size]  # of all processes together
-        mine = micro_batch[processes.world_rank :: processes.world_size]
-        if len(mine) == 0:
-            continue
-        # Labels differ in length, so a mean of means is not the mean. Each part counts by its share of the scored
-        # tokens: 8 reviews with 17 of them, out of 32 reviews with 70, count 17 / 70.
-        share = loader.n_scored("train", mine) / n_scored
-        batch = loader.batch("train", mine).to(processes.device)
-        part = share * compute_loss(run.model, batch, config.n_sampled)
-        run.scaler.scale(part).backward()
-        loss += part.detach()
-    processes.sum_gradients(run.params)
-    (loss,) = processes.sum([float(loss)])
-    for optimizer in run.optimizers:
-        run.scaler.unscale_(optimizer)
-    norm = float(nn.utils.clip_grad_norm_(run.params, config.grad_clip or math.inf))
-    # float16 overflows now and then: then the step is left out, and the scaler tries a smaller scale.
-    may_overflow = run.scaler.is_enabled()
-    if not math.isfinite(loss) or (not math.isfinite(norm) and not may_overflow):
-        exit_diverged(config, processes.is_first, it, f"loss {loss}, gradient norm {norm}")
-    return loss, norm
+    is_first = run.processes.is_first
+    progress = Progress()
+    # The first process decides and reads for all: another machine may not see its disk.
+    if run.processes.total(config.run is not None and is_first):
+        progress = load_checkpoint(config.out_dir, run.model, run.optimizers, run.scaler, run.processes)
+    if config.max_iters < progress.iter:
+        raise ValueError(
+            f"max_iters={config.max_iters}: the run in {config.out_dir} has made {progress.iter} updates already; "
+            "type at least that many, or start another run with another --out_dir"
+        )
+    if is_first:
+        os.makedirs(config.out_dir, exist_ok=True)
+        if config.run is None:
+            for old in (CHECKPOINT, "metrics.jsonl"):  # an earlier run's files, which a resume would go on with
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(config.out_dir, old))
+        write_run(config.out_dir, settings_of(config), asdict(find_facts(run)))
+    return progress
 
 
-def compute_loss(model: GPT, batch: Batch, n_sampled: int = 0) -> torch.Tensor:
-    """Mean loss over a batch's targets. The prefix that the prompts share goes through the model once, with its
-    gradient, and every row continues from it."""
-    options = {"prefix": batch.prefix, "scored": batch.scored, "class_weights": batch.class_weights}
-    _, loss = model(batch.idx, batch.targets, n_sampled=n_sampled, **options)
-    return loss
+def find_facts(run: Run) -> Facts:
+    dtype = str(run.dtype).removeprefix("torch.")
+    return Facts(data=run.loader.digest, dtype=dtype, label_names=run.loader.label_names)
 
 
-def apply_gradients(run: Run, it: int, norm: float) -> bool:
-    """Steps along the gradients, at update `it`'s learning rate, and clears them. True where no step was made, since
-    float16's gradients overflowed. Ends the program where they do so again and again."""
-    # Clipping has multiplied all gradients by grad_clip / norm. With an infinite norm this factor is 0, and 0 * inf
-    # is NaN. The gradients are spoiled now, so every optimizer's step is skipped.
-    overflowed = not math.isfinite(norm)
-    for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * schedule(run.config, it)
-        if not overflowed:
-            run.scaler.step(optimizer)
-        optimizer.zero_grad()
-    run.scaler.update()
-    if overflowed and run.scaler.get_scale() < 1:
-        what = "float16's gradients overflow at any scale (--dtype=float32 has the range)"
-        exit_diverged(run.config, run.processes.is_first, it, what)
-    return overflowed
-
-
-def schedule(config: Config, it: int) -> float:
-    """The learning rate at update `it` as a share of its peak: a linear rise, a plateau, a linear fall to 0.
-
-    The rise keeps the first steps small, while AdamW's moments know few gradients; the fall lets the weights settle.
-    With warmup_iters=20, decay_share=0.9 and max_iters=320: 0.05, 0.1 ... 1 at update 19, 1 up to update 32, then
-    down by 1 / 288 an update.
-    """
-    rise = (it + 1) / max(1, config.warmup_iters)
-    fall = (config.max_iters - it) / max(1.0, config.decay_share * config.max_iters)
-    return min(1.0, rise, fall)
-
-
-# --- evaluation ------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def evaluate(run: Run) -> float:
-    """Mean loss over the validation split's targets, or over eval_iters batches of it, evenly spread."""
-    loader = run.loader
-    processes = run.processes
-    batches = loader.order("validation", loader.eval_batch_size)
-    n_wanted = run.config.eval_iters
-    # They are sorted from short to long texts. We cut the list into n_wanted parts and take the middle of each.
-    if 0 < n_wanted < len(batches):
-        batches = [batches[int((i + 0.5) * len(batches) / n_wanted)] for i in range(n_wanted)]
-    total = 0.0
-    count = 0
-    run.model.eval()  # merges the adapters, too: an evaluation costs what the base model costs
-    for indices in batches[processes.world_rank :: processes.world_size]:
-        n_scored = loader.n_scored("validation", indices)
-        batch = loader.batch("validation", indices).to(processes.device)
-        total += compute_loss(run.model, batch).item() * n_scored
-        count += n_scored
-    run.model.train()
-    total, count = processes.sum([total, count])
-    return total / count
-
-
-def make_metrics(run: Run, progress: Progress, updates_per_s: float, val_loss: float) -> dict:
-    """One line of metrics.jsonl. Ends the program where the loss is no finite number."""
+def record(run: Run, progress: Progress, val_loss: float, updates_per_s: float) -> dict:
+    """Prints an evaluation, adds it to the progress and to metrics.jsonl, and keeps the weights if they are the best.
+    Returns its line of metrics.jsonl. Ends the program where the loss is not finite."""
     it = progress.iter
     if not math.isfinite(val_loss):
         exit_diverged(run.config, run.processes.is_first, it, f"validation loss {val_loss}")
@@ -354,61 +359,17 @@ def make_metrics(run: Run, progress: Progress, updates_per_s: float, val_loss: f
         metrics["train_loss"] = sum(progress.losses) / len(progress.losses)
         metrics["examples_per_s"] = updates_per_s * run.global_batch
     if run.scaler.is_enabled():
-        metrics["skipped"] = float(progress.skipped)  # `record` prints the floats
-    if run.config.task == "pretrain":
-        metrics["bits_per_byte"] = run.loader.bits_per_byte("validation", val_loss)
-        metrics["tokens"] = it * run.global_batch * run.loader.context
-    return metrics
-
-
-# --- what a run writes -----------------------------------------------------------------------------
-
-
-def open_folder(run: Run) -> Progress:
-    """A resumed run's progress, with its checkpoint loaded, or a new run's. Writes the run's settings, with those
-    that were typed on resuming, so each later resume keeps these too."""
-    config = run.config
-    progress = Progress()
-    # The first process decides and reads for all: another machine may not see its disk.
-    (resumes,) = run.processes.sum([float(config.resume and run.processes.is_first)])
-    if resumes:
-        progress = load_checkpoint(config.out_dir, run.model, run.optimizers, run.scaler, run.processes)
-    if config.max_iters < progress.iter:
-        raise ValueError(
-            f"max_iters={config.max_iters}: the run in {config.out_dir} has made {progress.iter} updates already; "
-            "type at least that many, or start another run with another --out_dir"
-        )
-    if run.processes.is_first:
-        os.makedirs(config.out_dir, exist_ok=True)
-        if not config.resume:
-            for old in (CHECKPOINT, "metrics.jsonl"):  # an earlier run's files, which a resume would go on with
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(os.path.join(config.out_dir, old))
-        facts = {"data": run.loader.digest, "dtype": str(run.dtype).removeprefix("torch.")}
-        facts["label_names"] = getattr(run.loader, "label_names", None)  # plain text has none
-        values = asdict(config) | {"facts": facts}
-        values["sha256"] = fingerprint(values)  # a resume refuses a file that was changed by hand or damaged
-        write_json(os.path.join(config.out_dir, RUN_CONFIG), values)
-    return progress
-
-
-def record(run: Run, progress: Progress, metrics: dict) -> None:
-    """Prints an evaluation, adds it to the progress and to metrics.jsonl, and keeps the weights if they are the
-    best."""
+        metrics["skipped"] = float(progress.skipped)
     shown = [f"{key} {value:.4f}" for key, value in metrics.items() if isinstance(value, float)]
-    print0(run, f"update {progress.iter}: " + ", ".join(shown))
+    print0(run, f"update {it}: " + ", ".join(shown))
     progress.metrics.append(metrics)
     progress.losses = []
-    if metrics["val_loss"] < progress.best:
-        progress.best = metrics["val_loss"]
+    if val_loss < progress.best:
+        progress.best = val_loss
         save_best(run)
     if run.processes.is_first:
         write_metrics(run.config.out_dir, progress.metrics)
-
-
-def save(run: Run, progress: Progress) -> None:
-    if run.processes.is_first:
-        save_checkpoint(run.config.out_dir, progress, run.model, run.optimizers, run.scaler)
+    return metrics
 
 
 def save_best(run: Run) -> None:
@@ -421,29 +382,7 @@ def save_best(run: Run) -> None:
         run.model.save_pretrained(config.out_dir, dtype=run.dtype)
 
 
-# --- what a run shows ------------------------------------------------------------------------------
-
-
-class Stopwatch:
-    """How fast the updates are, from update `it` on, in this process."""
-
-    def __init__(self, it: int):
-        self.it = it
-        self.began = time.perf_counter()
-
-    def updates_per_s(self, it: int) -> float:
-        return (it - self.it) / (time.perf_counter() - self.began)
-
-
-def open_bar(run: Run, progress: Progress) -> tqdm:
-    disable = None if run.processes.is_first else True  # None: tqdm shows a bar if it writes to a terminal
-    return tqdm(total=run.config.max_iters, initial=progress.iter, unit="update", disable=disable)
-
-
-def print0(run: Run, text: str) -> None:
-    """Prints above the bar, on the first process alone."""
-    if run.processes.is_first:
-        tqdm.write(text)
+# --- the program -----------------------------------------------------------------------------------
 
 
 def print_start(run: Run, progress: Progress) -> None:
@@ -462,18 +401,12 @@ def print_end(run: Run, progress: Progress) -> None:
     path = os.path.join(folder, ADAPTER_WEIGHTS if run.config.rank else "model.safetensors")
     print0(run, f"best validation loss {progress.best:.4f}, plotted in {folder}/loss.png")
     print0(run, f"saved: {path} ({os.path.getsize(path) / 1e6:.2f} MB)")
-    write_card(run.config, run.loader)
-
-
-# --- the program ----------------------------------------------------------------------------------
 
 
 def main(argv: list[str]) -> None:
     config = configure(argv)
-    if int(os.environ.get("RANK", 0)) == 0:  # torchrun's number of this process, not LoRA's rank
-        with one_line_errors():
-            lock = lock_folder(config.out_dir)  # noqa: F841  (while this name stands, the folder is locked)
-    with explain_failure(config):
+    is_first = int(os.environ.get("RANK", 0)) == 0  # torchrun's number of this process, not LoRA's rank
+    with locked_folder(config.out_dir) if is_first else contextlib.nullcontext(), explain_failure(config):
         train(config)
 
 

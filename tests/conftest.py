@@ -1,14 +1,26 @@
-"""What several test files share: a small GPT-2 that transformers made, the directory it was saved in, tokens for it,
-and adapters that say something."""
+"""What several test files share: a small GPT-2 that transformers made and small data, runs of train.py on them, and
+what such runs leave.
+"""
 
+import csv
+import itertools
+import json
 import os
+import random
+import resource
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import train
+from configurator import configure
 from plumbing.adapters.layers import lora_layers
 from plumbing.data import token_cache
 
@@ -18,6 +30,9 @@ if os.path.exists(os.path.join(token_cache.CACHE, "rt_reviews")):
     shutil.copytree(os.path.join(token_cache.CACHE, "rt_reviews"), os.path.join(OWN.name, "rt_reviews"))
 os.environ["NANOLORA_CACHE"] = token_cache.CACHE = OWN.name
 
+REPO = Path(__file__).resolve().parents[1]
+MEDIUM = "configs/finetune_params_config.py"
+CUES = {"positive": "wonderful", "negative": "dreadful"}  # the word that gives a made-up review's label away
 SIZES = {"n_layer": 3, "n_head": 4, "n_embd": 64, "vocab_size": 301, "n_positions": 64}
 
 
@@ -30,6 +45,10 @@ def tokens(*shape, seed=1):
     return torch.randint(0, 300, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def close(ours, reference, atol=1e-10):
+    torch.testing.assert_close(torch.as_tensor(ours, dtype=reference.dtype), reference, rtol=0, atol=atol)
+
+
 def base_folder(tmp_path_factory, name, n_layer=1, n_positions=64):
     """A new folder with a small random GPT-2 that transformers saved in it, as `base`."""
     folder = tmp_path_factory.mktemp(name)
@@ -38,13 +57,6 @@ def base_folder(tmp_path_factory, name, n_layer=1, n_positions=64):
     sizes = {"n_embd": 32, "n_layer": n_layer, "n_head": 2, "n_positions": n_positions, "initializer_range": 0.3}
     GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(folder / "base")
     return folder
-
-
-def finish(process, code=0):
-    """What a process wrote: (stdout, stderr)."""
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
-    return out, err
 
 
 def randomize(model, seed=2):
@@ -79,3 +91,150 @@ def checkpoint(hf, tmp_path_factory):
     directory = tmp_path_factory.mktemp("checkpoint")
     hf.save_pretrained(directory)
     return str(directory)
+
+
+# --- runs of train.py on a small model and small data ----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a random GPT-2 that transformers saved (base) and separable reviews (reviews)."""
+    folder = base_folder(tmp_path_factory, "place", n_layer=2, n_positions=128)
+    for split, n in (("train", 48), ("validation", 12), ("test", 20)):
+        write_reviews(folder / "reviews" / f"{split}.csv", n)
+    return folder
+
+
+def write_reviews(path, n, cues=CUES):
+    """n reviews of one to three clauses, each clause with the cue of the review's label; labels by turns."""
+    rng = random.Random(n)
+    subjects = ["the plot", "this film", "every scene", "the acting of the whole cast", "a story"]
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w", newline="") as f:
+        rows = csv.writer(f)
+        rows.writerow(["text", "label"])
+        for _, (label, cue) in zip(range(n), itertools.cycle(cues.items())):
+            clauses = (
+                f"{rng.choice(subjects)} {rng.choice(['was', 'seemed'])} {cue}" for _ in range(rng.randint(1, 3))
+            )
+            rows.writerow([" and ".join(clauses), label])
+
+
+def flags(place, out, **settings):
+    """The command line of a run on the small model and data into `out`; settings win."""
+    values = {"init_from": place / "base", "dataset": place / "reviews", "out_dir": place / out}
+    values |= {"device": "cpu", "dtype": "float32", "rank": 16, "alpha": 64, "label_names": None} | settings
+    return [f"--{key}={value}" for key, value in values.items()]
+
+
+def resume(place, out, **settings):
+    return ["--init_from=resume", f"--out_dir={place / out}", *(f"--{k}={v}" for k, v in settings.items())]
+
+
+def start(*args, cwd=REPO, limit=None, **env):
+    """A process of its own, as a user starts one; one thread, for machines that do more than these tests. No file may
+    grow beyond `limit` bytes."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | env
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    cap = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
+    command = [sys.executable, *map(str, args)]
+    return subprocess.Popen(command, cwd=cwd, env=env, text=True, preexec_fn=cap, **pipes)
+
+
+def here(argv):
+    """A run in this process, which spares the imports. Returns the metrics."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return train.train(configure(list(map(str, argv))))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def finish(process, code=0):
+    """What a process wrote: (stdout, stderr)."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+# --- what a run left -------------------------------------------------------------------------------
+
+
+def read_metrics(folder):
+    with open(folder / "metrics.jsonl") as f:
+        return [json.loads(line) for line in f]
+
+
+def read_checkpoint(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def leaves(value, path=""):
+    """{path: leaf} of nested dicts and lists; a tensor's leaf is its bytes, so that equal means every bit."""
+    if isinstance(value, torch.Tensor):
+        return {path: (value.dtype, value.shape, value.contiguous().numpy().tobytes())}
+    if not isinstance(value, dict | list | tuple):
+        return {path: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {k: v for key, item in items for k, v in leaves(item, f"{path}/{key}").items()}
+
+
+def differences(one, other):
+    """Everything in which two finished runs differ, the clock aside."""
+    found = [f for f in ("adapter_model.safetensors", "model.safetensors") if (one / f).exists()]
+    assert found
+    different = [f for f in found if (one / f).read_bytes() != (other / f).read_bytes()]
+    a, b = (
+        leaves({k: read_checkpoint(folder)[k] for k in ("trained", "optimizers")} | {"metrics": read_metrics(folder)})
+        for folder in (one, other)
+    )
+    return different + [k for k in a.keys() | b.keys() if a.get(k) != b.get(k) and "examples_per_s" not in k]
+
+
+def largest_difference(one, other):
+    a, b = read_checkpoint(one)["trained"], read_checkpoint(other)["trained"]
+    assert a.keys() == b.keys() and a
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+# --- runs that end early ---------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at_rename(monkeypatch, n):
+    """The n-th file that is put in its place never gets there, and nothing after it happens."""
+    put, calls = os.replace, itertools.count()
+
+    def replace(*args):
+        if next(calls) == n:
+            raise Killed
+        put(*args)
+
+    monkeypatch.setattr(os, "replace", replace)
+
+
+def stop_after(monkeypatch, update):
+    """SIGTERM comes while this update is computed."""
+    plain = train.update
+
+    def stopped_update(run, indices, it, **options):
+        if it == update:
+            signal.raise_signal(signal.SIGTERM)
+        return plain(run, indices, it, **options)
+
+    monkeypatch.setattr(train, "update", stopped_update)
+
+
+def one_line_of(capfd, argv):
+    """The line on stderr in which a wrong command line ends."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        here(argv)
+    lines = capfd.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert len(lines) == 1 and lines[0].startswith("error:"), lines
+    return lines[0]

@@ -10,12 +10,11 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import finish
+from conftest import REPO, close, finish
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
@@ -23,12 +22,7 @@ from transformers import GPT2LMHeadModel
 
 from lora import LoRALinear, mark_only_lora_as_trainable
 
-ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [(10, 5, 2, 2), (100, 10, 5, 2), (10, 5, 4, 3), (100, 10, 5, 2)]  # in, out, rank, alpha
-
-
-def close(ours, reference):
-    torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
 
 
 def adapted(n_in, n_out, rank, alpha, merged=False):
@@ -51,7 +45,7 @@ def delta(layer, rank, alpha):
 @pytest.mark.parametrize("name", ["lora.py", "model.py", "dataloader.py", "train.py", "generate.py"])
 def test_1_the_files_exist(name):
     """Otherwise a submission is not even looked at."""
-    assert (ROOT / name).is_file()
+    assert (REPO / name).is_file()
 
 
 def test_2_construction_draws_what_the_handout_draws():
@@ -98,9 +92,9 @@ def test_5_forward_follows_the_flag(n_in, n_out, rank, alpha):
     """Otherwise the adapter is counted twice once it is merged, or not at all before."""
     x = torch.randn(3, n_in)
     layer = adapted(n_in, n_out, rank, alpha, merged=True)
-    close(layer(x), F.linear(x, layer.weight, layer.bias))
+    close(layer(x), F.linear(x, layer.weight, layer.bias), atol=1e-5)
     layer.has_weights_merged = False
-    close(layer(x), F.linear(x, layer.weight + delta(layer, rank, alpha), layer.bias))
+    close(layer(x), F.linear(x, layer.weight + delta(layer, rank, alpha), layer.bias), atol=1e-5)
     plain = LoRALinear(n_in, n_out)
     for flag in (True, False):
         plain.has_weights_merged = flag
@@ -116,7 +110,7 @@ def test_6_train_takes_the_adapter_out(n_in, n_out, rank, alpha):
     assert torch.equal(layer.weight, before) and layer.has_weights_merged is False
     layer.has_weights_merged = True
     layer.train()
-    close(layer.weight, before - delta(layer, rank, alpha))
+    close(layer.weight, before - delta(layer, rank, alpha), atol=1e-5)
     assert layer.has_weights_merged is False and layer.training
     plain = LoRALinear(n_in, n_out)
     before = plain.weight.detach().clone()
@@ -132,7 +126,7 @@ def test_7_eval_puts_the_adapter_in(n_in, n_out, rank, alpha):
     layer = adapted(n_in, n_out, rank, alpha)
     before = layer.weight.detach().clone()
     layer.eval()
-    close(layer.weight, before + delta(layer, rank, alpha))
+    close(layer.weight, before + delta(layer, rank, alpha), atol=1e-5)
     assert layer.has_weights_merged is True and not layer.training
     layer = adapted(n_in, n_out, rank, alpha, merged=True)
     before = layer.weight.detach().clone()
@@ -173,7 +167,7 @@ def course(tmp_path_factory):
     """The repository as a student has it, with data: a copy, so that its lora.py can be replaced."""
     folder = tmp_path_factory.mktemp("course") / "hw"
     ignore = shutil.ignore_patterns(".*", "out*", "__pycache__", "tests", "notebooks")
-    shutil.copytree(ROOT, folder, ignore=ignore)
+    shutil.copytree(REPO, folder, ignore=ignore)
     reviews(folder / "reviews.csv")
     return folder
 
@@ -215,7 +209,7 @@ def test_a_students_lora_runs_in_place_of_ours(course, tmp_path):
     flags = ["--rank=8", "--alpha=32", "--dtype=float32", "--dropout=0", *SHORT]
     run(course, "train.py", *flags, "--out_dir=out-ours")
     run(course, "generate.py", "--init_from=resume", "--out_dir=out-ours")
-    shutil.copy(ROOT / "tests" / "student_lora.py", tmp_path / "lora.py")
+    shutil.copy(REPO / "tests" / "student_lora.py", tmp_path / "lora.py")
     ours = course / "lora.py"
     kept = ours.read_bytes()
     try:

@@ -15,12 +15,13 @@ from conftest import base_folder
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 import generate
-from configurator import MODEL_KEYS, Config, configure
-from dataloader import end_of_text, instruction_loader
+from configurator import Config, configure
+from dataloader import make_loader
 from generate import ModelSampler
 from model import GPT
 from plumbing.adapters.peft_format import load_adapter
-from train import build_model, compute_gradients, evaluate, set_up, train
+from plumbing.data.tokenizer import end_of_text
+from train import build_model, evaluate, set_up, train, update
 
 WORDS = {"ham": "lunch", "news": "minister", "spam": "prize"}
 
@@ -57,7 +58,7 @@ def hf(place, folder):
 def test_loss_is_transformers_weighted_cross_entropy(place, balance):
     """Lost if it fails: the classifier learns from another place than the text's last token, or another weight."""
     config = configure(flags(place, "none", rank=0, dropout=0.0, balance_classes=balance))
-    loader = instruction_loader(config, 64)
+    loader = make_loader(config, 64)
     model = build_model(config, "cpu", torch.float32, n_classes=3).eval()
     theirs = GPT2ForSequenceClassification(
         GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, num_labels=3, pad_token_id=end_of_text())
@@ -84,7 +85,7 @@ def test_gradient_of_uneven_batches_is_the_whole_batchs(place):
         model = build_model(run.config, "cpu", torch.float64, n_classes=3)
         params = [p for p in model.parameters() if p.requires_grad]
         run = dataclasses.replace(run, model=model, params=params, optimizers=[])
-        compute_gradients(run, range(13), 0)
+        update(run, range(13), 0)
         grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
         loss = evaluate(run)
     loader = run.loader
@@ -137,7 +138,7 @@ def test_a_run_learns_is_resumed_and_scored(place, kind, capsys):
     ]
     losses = [m["val_loss"] for m in train(configure(resumed))]
     assert losses[-1] < 0.3 * losses[0]
-    generate.main(configure(["--init_from=resume", f"--out_dir={place / kind}"], fixed=MODEL_KEYS))
+    generate.main(configure(["--init_from=resume", f"--out_dir={place / kind}"], trains=False))
     result = json.loads((place / kind / "accuracy.json").read_text())
     assert result["accuracy"] > 0.9 and result["n"] == 30 and result["garbage"] == 0
     table = result["confusion"]
@@ -147,7 +148,7 @@ def test_a_run_learns_is_resumed_and_scored(place, kind, capsys):
     assert sum(r["label"] == r["predicted"] for r in rows) == sum(table[i][i] for i in range(3))
     capsys.readouterr()
     argv = ["--init_from=resume", f"--out_dir={place / kind}", "--start=then call me so prize"]
-    generate.main(configure(argv, fixed=MODEL_KEYS))
+    generate.main(configure(argv, trains=False))
     assert capsys.readouterr().out.startswith("spam: ")
     sampler = ModelSampler(str(place / kind))  # the same in a program
     assert sampler.get_accuracy() == result["accuracy"]
@@ -178,7 +179,7 @@ def test_numbers_for_classes_and_texts_without_a_token(tmp_path):
     (tmp_path / "data.csv").write_text(
         "text,label\n" + "".join(f'"{"ab"[i % 2] * (i % 3)}",{i % 4}\n' for i in range(40))
     )
-    loader = instruction_loader(Config(task="classify", dataset=str(tmp_path / "data.csv"), label_names=None), 64)
+    loader = make_loader(Config(task="classify", dataset=str(tmp_path / "data.csv"), label_names=None), 64)
     assert loader.label_names == ["0", "1", "2", "3"]
     batch = loader.batch("train", range(len(loader.splits["train"])))
     assert ((batch.targets >= 0).sum(1) == 1).all()  # one place a text, the empty ones too
@@ -187,5 +188,5 @@ def test_numbers_for_classes_and_texts_without_a_token(tmp_path):
 def test_a_language_model_has_no_classes(place, capsys):
     """Lost if it fails: a random head is scored as if it were a model."""
     with pytest.raises(SystemExit) as stop:
-        generate.main(configure(flags(place, "none"), fixed=MODEL_KEYS))
+        generate.main(configure(flags(place, "none"), trains=False))
     assert stop.value.code == 2 and "has no classes" in capsys.readouterr().err

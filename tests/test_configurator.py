@@ -16,13 +16,15 @@ import tokenize
 import typing
 
 import pytest
+from conftest import REPO
 
 import configurator
-from configurator import MODEL_KEYS, Config, configure, load_run, make_config
+from configurator import Config, configure, load_run, make_config
 from plumbing.program.errors import UserError
+from plumbing.program.settings import ALIASES, HINTS, MODEL, fields_of, setting, settings_of
+from plumbing.program.stored_run import write_run
 
-ROOT = os.path.dirname(os.path.abspath(configurator.__file__))
-FIELDS = {f.name: f.default for f in dataclasses.fields(Config)}
+FIELDS = {name: field.default for name, field in fields_of(Config).items()}
 
 
 def told(capsys, *argv, **options):
@@ -46,7 +48,7 @@ def config_file(tmp_path, text, name="my_config.py"):
 
 def test_nothing_typed_gives_the_defaults():
     """Lost if it fails: a plain `python train.py` does something else than --help says."""
-    assert dataclasses.asdict(configure([])) == FIELDS
+    assert settings_of(configure([])) == FIELDS
 
 
 @pytest.mark.parametrize(
@@ -95,7 +97,7 @@ def test_a_flag_means_its_value(typed, key, value, apart):
     config = configure(typed.split("=", 1) if apart else [typed])
     found = getattr(config, key)
     assert found == value and type(found) is type(value)
-    assert dataclasses.asdict(config) | {key: None} == FIELDS | {key: None}
+    assert settings_of(config) | {key: None} == FIELDS | {key: None}
 
 
 @pytest.mark.parametrize("key", FIELDS)
@@ -105,7 +107,7 @@ def test_every_key_is_a_flag(key):
     kinds = typing.get_args(kind) or (kind,)
     value = True if bool in kinds else 3 if int in kinds else 0.5 if float in kinds else None
     if value is None:
-        value = configurator.ONE_OF.get(key, ("words",))[-1]
+        value = (fields_of(Config)[key].metadata.get("one_of") or ("words",))[-1]
     assert getattr(configure([f"--{key}={value}"]), key) == value
     assert getattr(configure([f"--{key.replace('_', '-')}", str(value)]), key) == value
 
@@ -144,7 +146,7 @@ def test_a_switch_needs_no_value():
         (["--temperature=-0.1"], ["temperature=-0.1", "at least 0"]),
         (["--split=tset"], ["split=tset", "test, validation, train"]),
         (["--loss_on=labels"], ["loss_on=labels", "label, all"]),
-        (["--task=finetune"], ["task=finetune", "instruct, classify, pretrain"]),
+        (["--task=finetune"], ["task=finetune", "instruct, classify"]),
         (["--dtype=fp16"], ["dtype=fp16", "float16"]),
         (["no_such_file.py"], ["no_such_file.py", "configs/"]),
         (["configs/a.py", "configs/b.py"], ["configs/b.py", "one config file"]),
@@ -164,7 +166,7 @@ def test_a_mistyped_flag_is_one_line_that_names_it(capsys, argv, words):
 def test_a_real_program_ends_with_code_2_and_no_traceback(tmp_path):
     """Lost if it fails: a script around a run cannot tell a mistake from a result."""
     command = [sys.executable, "-c", "import sys, configurator; configurator.configure(sys.argv[1:])"]
-    done = subprocess.run([*command, "--lrr=1"], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    done = subprocess.run([*command, "--lrr=1"], capture_output=True, text=True, cwd=REPO, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: unknown flag --lrr: did you mean --lr?\n"
 
@@ -265,7 +267,7 @@ def test_a_config_file_is_never_executed(tmp_path, capsys, text):
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("path", sorted(glob.glob(os.path.join(ROOT, "configs", "*.py"))))
+@pytest.mark.parametrize("path", sorted(glob.glob(os.path.join(REPO, "configs", "*.py"))))
 def test_configs_that_ship_are_read_as_python_reads_them(path):
     """Lost if it fails: the first command of the README stops with an error, or runs with other values."""
     values = {}
@@ -285,10 +287,6 @@ OLD = {
     "lora_targets": r"attn\.c_(attn|proj)$",
     "lora_bias": "none",
     "trainable": None,
-    "n_layer": 6,
-    "n_head": 4,
-    "n_embd": 256,
-    "block_size": 1024,
     "task": "instruct",
     "dataset": "rt_reviews",
     "text_field": "text",
@@ -298,8 +296,6 @@ OLD = {
     "loss_on": "label",
     "train_examples": 0,
     "balance_classes": False,
-    "lowercase_share": 0.0,
-    "train_context": 256,
     "out_dir": "out",
     "auto_resume": False,
     "batch_size": 32,
@@ -307,14 +303,12 @@ OLD = {
     "max_iters": 500,
     "lr": 1e-3,
     "lora_plus": 1.0,
-    "muon_lr": 0.0,
     "weight_decay": 0.0,
     "beta1": 0.9,
     "beta2": 0.99,
     "grad_clip": 1.0,
     "warmup_iters": 20,
     "decay_share": 0.9,
-    "n_sampled": 0,
     "eval_interval": 50,
     "eval_iters": 0,
     "save_interval": 0,
@@ -383,37 +377,21 @@ SHIPPED = {
         "warmup_iters": 200,
         "eval_interval": 400,
     },
-    "pretrain_mini_config.py": {
-        "task": "pretrain",
-        "init_from": "scratch",
-        "out_dir": "out-pretrain",
-        "rank": 0,
-        "lowercase_share": 0.33,
-        "max_iters": 5000,
-        "lr": 2e-3,
-        "muon_lr": 0.02,
-        "warmup_iters": 100,
-        "decay_share": 0.7,
-        "n_sampled": 3000,
-        "eval_interval": 250,
-        "eval_iters": 75,
-        "save_interval": 50,
-    },
 }
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_what_each_config_that_ships_sets(name):
     """Lost if it fails: a published number's command makes another run, because a default changed under it."""
-    config = configure([os.path.join(ROOT, "configs", name)])
-    assert dataclasses.asdict(config) == OLD | SHIPPED[name]
-    assert SHIPPED.keys() == {os.path.basename(path) for path in glob.glob(os.path.join(ROOT, "configs", "*.py"))}
+    config = configure([os.path.join(REPO, "configs", name)])
+    assert settings_of(config) == OLD | SHIPPED[name]
+    assert SHIPPED.keys() == {os.path.basename(path) for path in glob.glob(os.path.join(REPO, "configs", "*.py"))}
 
 
 def test_the_defaults_are_the_assignments_file():
     """Lost if it fails: generate.py without a config file looks for another run than train.py with it has written."""
     values = {}
-    with open(os.path.join(ROOT, "configs", "finetune_params_config.py"), encoding="utf-8") as f:
+    with open(os.path.join(REPO, "configs", "finetune_params_config.py"), encoding="utf-8") as f:
         exec(f.read(), {}, values)
     assert {key: FIELDS[key] for key in values} == values
     assert FIELDS == OLD | ASSIGNMENT
@@ -462,10 +440,11 @@ def test_the_handouts_spellings(tmp_path, monkeypatch, capsys):
 # The keys of nanoGPT's train.py and sample.py, and a word that the line about each holds; None: it is a key here too.
 NANOGPT = {
     **dict.fromkeys(["out_dir", "eval_interval", "eval_iters", "init_from", "wandb_log", "wandb_project"]),
-    **dict.fromkeys(["wandb_run_name", "dataset", "gradient_accumulation_steps", "batch_size", "block_size"]),
-    **dict.fromkeys(["n_layer", "n_head", "n_embd", "dropout", "learning_rate", "max_iters", "weight_decay"]),
+    **dict.fromkeys(["wandb_run_name", "dataset", "gradient_accumulation_steps", "batch_size"]),
+    **dict.fromkeys(["dropout", "learning_rate", "max_iters", "weight_decay"]),
     **dict.fromkeys(["beta1", "beta2", "grad_clip", "warmup_iters", "device", "dtype", "compile"]),
     **dict.fromkeys(["start", "max_new_tokens", "temperature", "top_k", "seed"]),
+    **dict.fromkeys(["block_size", "n_layer", "n_head", "n_embd"], "tools.pretrain"),
     "log_interval": "--eval_interval",
     "eval_only": "generate.py",
     "always_save_checkpoint": "--save_interval",
@@ -482,14 +461,14 @@ NANOGPT = {
 def test_every_key_of_nanogpt_is_known_or_explained(tmp_path, capsys, key):
     """Lost if it fails: who comes from nanoGPT types its flags and learns only that they are unknown."""
     if NANOGPT[key] is None:
-        ours = configurator.ALIASES.get(key, key)
+        ours = ALIASES.get(key, key)
         value = FIELDS[ours] if FIELDS[ours] is not None else 3
         assert getattr(configure([f"--{key}={value}"]), ours) in (value, str(value))
         assert getattr(configure([config_file(tmp_path, f"{key} = {FIELDS[ours]!r}")]), ours) == FIELDS[ours]
         return
     for line in (told(capsys, f"--{key}=1"), told(capsys, config_file(tmp_path, f"{key} = 1"))):
         assert key in line and NANOGPT[key] in line
-    named = re.findall(r"--(\w+)", configurator.HINTS[key])
+    named = re.findall(r"--(\w+)", HINTS[key])
     assert set(named) <= FIELDS.keys()  # what a hint names is there
 
 
@@ -508,13 +487,32 @@ def test_help_prints_every_key_with_default_and_comment(capsys):
     comments = {t.start[0]: t.string.removeprefix("# ") for t in tokens if t.type == tokenize.COMMENT}
     body = next(n.body for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "Config")
     fields = [node for node in body if isinstance(node, ast.AnnAssign)]
-    assert [node.target.id for node in fields] == list(FIELDS)
-    for node in fields:
+    assert [node.target.id for node in fields] == [*FIELDS, "run"]  # what the resumed run has found out: no setting
+    for node in fields[:-1]:
         comment = " ".join(comments[n] for n in range(node.lineno, node.end_lineno + 1) if n in comments)
         line = [line for line in lines if re.match(rf"\s*--{node.target.id}\b", line)]
         assert len(line) == 1 and comment and comment in line[0]
         default = FIELDS[node.target.id]
         assert str(default) in line[0] or repr(default) in line[0]
+
+
+@dataclasses.dataclass
+class Wider(Config):
+    """Has one setting more."""
+
+    warmth: float = setting(0.5, least=0, most=1, kept=MODEL)  # how warm it is
+
+
+def test_a_setting_is_one_statement(tmp_path, capsys):
+    """Lost if it fails: who adds a setting has to find every table that knows the others."""
+    with pytest.raises(SystemExit):
+        configure(["--help"], cls=Wider)
+    assert re.search(r"--warmth +float +'0.5' +how warm it is", capsys.readouterr().out)
+    assert "at most 1" in told(capsys, "--warmth=1.5", cls=Wider)
+    write_run(str(tmp_path), settings_of(configure(["--warmth=0.25"], cls=Wider)), {})
+    resumed = ["--init_from=resume", f"--out_dir={tmp_path}"]
+    assert configure(resumed, cls=Wider, trains=False).warmth == 0.25
+    assert "warmth=0.25" in told(capsys, *resumed, "--warmth=0.75", cls=Wider, trains=False)
 
 
 @pytest.mark.parametrize(
@@ -553,7 +551,7 @@ def run_dir(tmp_path):
     """A run's directory as train.py leaves it."""
     config = Config(init_from="gpt2", rank=8, alpha=4.0, dataset="mine.csv", max_iters=70, out_dir="elsewhere")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "train_config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    (tmp_path / "run" / "train_config.json").write_text(json.dumps(settings_of(config)))
     return str(tmp_path / "run")
 
 
@@ -561,7 +559,7 @@ def run_dir(tmp_path):
 def test_resume_takes_the_config_of_the_run(run_dir, capsys, typed):
     """Lost if it fails: a resumed run goes on with other settings than it began with."""
     config = configure([typed, f"--out_dir={run_dir}"])
-    assert config.resume is True and configure([]).resume is False
+    assert config.run is not None and configure([]).run is None
     assert (config.init_from, config.rank, config.alpha, config.dataset) == ("gpt2", 8, 4.0, "mine.csv")
     assert (config.max_iters, config.out_dir) == (70, run_dir)  # also where the directory was moved
     assert configure([typed, f"--out_dir={run_dir}", "--max_iters=90", "--rank=8"]).max_iters == 90
@@ -572,9 +570,9 @@ def test_resume_in_a_config_file(run_dir, tmp_path):
     """Lost if it fails: a config file that resumes starts again, over the run's files."""
     path = config_file(tmp_path, f"init_from = 'resume'\nout_dir = {run_dir!r}\nlr = 1e-5")
     config = configure([path])
-    assert config.resume and config.out_dir == run_dir
+    assert config.run and config.out_dir == run_dir
     assert (config.init_from, config.rank, config.lr) == ("gpt2", 8, FIELDS["lr"])
-    assert not configure([path, "--init_from=gpt2-mini"]).resume
+    assert not configure([path, "--init_from=gpt2-mini"]).run
 
 
 @pytest.mark.parametrize("flag, key, value", [("--rank=16", "rank", 8), ("--lora_alpha=1", "alpha", 4.0)])
@@ -587,9 +585,9 @@ def test_resume_refuses_another_model(run_dir, capsys, flag, key, value):
 def test_scoring_another_dataset_is_allowed_where_training_on_it_is_not(run_dir, capsys):
     """Lost if it fails: a tuned model can be scored on its own data alone, or a resumed run changes its data."""
     argv = ["--init_from=resume", f"--out_dir={run_dir}", "--dataset=other.csv"]
-    assert configure(argv, fixed=MODEL_KEYS).dataset == "other.csv"
+    assert configure(argv, trains=False).dataset == "other.csv"
     assert "dataset=mine.csv" in told(capsys, *argv)
-    assert "rank=8" in told(capsys, *argv, "--rank=4", fixed=MODEL_KEYS)
+    assert "rank=8" in told(capsys, *argv, "--rank=4", trains=False)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"rank": 8}', "\0"])
@@ -635,7 +633,7 @@ def test_a_program_makes_the_config_that_flags_make(run_dir):
     )
     argv = ["--init_from=resume", f"--out_dir={run_dir}", "--dataset=other.csv"]
     run = load_run(run_dir, dataset="other.csv")
-    assert run == configure(argv, fixed=MODEL_KEYS) and run.resume and run.rank == 8
+    assert run == configure(argv, trains=False) and run.run and run.rank == 8
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,10 @@ import tiktoken_ext.openai_public
 import tokenizers
 
 from configurator import Config
-from dataloader import CustomDataLoader, gpt2_encoding, instruction_loader, make_loader
+from dataloader import CustomDataLoader, make_loader
 from plumbing.data import sources, token_cache
+from plumbing.data.tokenizer import gpt2_encoding
 from plumbing.program.files import ASSETS
-from tools import plain_text
-from tools.plain_text import TextLoader, lowercase_spaced
 
 END = "<|endoftext|>"
 LONG_HEAD = "Classify the sentiment of the following movie review as positive or negative.\n\nReview: {text}\n\n"
@@ -231,9 +230,7 @@ def test_add_instruction_finetuning_adds_the_filled_template_and_returns_the_rec
 def test_a_typed_backslash_n_is_a_line_break(tmp_path):
     """Lost if it fails: a template typed in a shell holds a backslash where the user meant a new line."""
     path = write_rows(tmp_path / "rows.csv", some_rows(40))
-    loader = instruction_loader(
-        Config(dataset=path, label_names=None, template="Review: {text}\\nSentiment: {label}"), 64
-    )
+    loader = make_loader(Config(dataset=path, label_names=None, template="Review: {text}\\nSentiment: {label}"), 64)
     ex = loader.splits["train"][0]
     assert gpt2_encoding().decode(ex.tokens[: ex.n_prompt]) == f"Review: {ex.text}\nSentiment:"
 
@@ -385,7 +382,7 @@ def test_fewer_examples_are_read_from_the_same_files(three_files):
     before = sorted(os.listdir(token_cache.CACHE))
     template = "Review: {text}\nSentiment: {label}"
     config = Config(dataset=three_files, label_names=None, template=template, train_examples=20)
-    for loader in (make_loader(config, 1024), instruction_loader(config, 1024)):
+    for loader in (make_loader(config, 1024), make_loader(config, 1024)):
         assert [len(examples) for examples in loader.splits.values()] == [20, 40]
         (folder,) = {os.path.dirname(examples.folder) for examples in loader.splits.values()}
         assert os.path.basename(folder) in before
@@ -402,15 +399,7 @@ def test_an_edited_prompt_is_tokenised_again(three_files):
 
     for kind, start in ((CustomDataLoader, "Review: "), (Edited, "Is it good? "), (CustomDataLoader, "Review: ")):
         loader = kind(three_files)
-        assert loader.encoding.decode(loader.splits["train"][0].tokens).startswith(start)
-
-
-def test_plain_text_has_no_examples_to_choose(tmp_path):
-    """Lost if it fails: pre-training is asked for few examples and reads everything without a word."""
-    config = Config(task="pretrain", dataset=str(tmp_path), train_examples=20)
-    with pytest.raises(ValueError, match=r"train_examples=20.*pretrain.*--train_examples=0") as e:
-        make_loader(config, 64)
-    assert "\n" not in str(e.value)
+        assert gpt2_encoding().decode(loader.splits["train"][0].tokens).startswith(start)
 
 
 @pytest.mark.parametrize("text", ["A joy.", ""])
@@ -799,142 +788,3 @@ def test_no_hub_is_one_line_with_the_offline_command(monkeypatch):
     root = os.path.dirname(ASSETS)
     with open(os.path.join(root, command[1]), encoding="utf-8") as f:
         assert 'dataset = "rt_reviews"' in f.read()
-
-
-# --- plain text ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("It's a charming, often affecting journey.", "it's a charming , often affecting journey ."),
-        ('"Bad" (and LONG): why?', '" bad " ( and long ) : why ?'),
-        ("Wait... what", "wait . . . what"),
-    ],
-)
-def test_lowercase_spaced_writes_as_the_old_reviews_do(text, expected):
-    """Lost if it fails: the base model is pre-trained on a spelling that no data set has."""
-    assert lowercase_spaced(text) == expected
-
-
-@pytest.fixture
-def corpus(tmp_path, monkeypatch):
-    """1,500 documents of 5 to 40 words, so that some fall into the 1 % that is held out."""
-    monkeypatch.setattr(token_cache, "CACHE", str(tmp_path / "cache"))
-    rng = random.Random(5)
-    words = ["A", "dull", "film", "wasn't", "naïve", "👍", "1,000", "Über", "line\nbreak", "end."]
-    return [f"{i}: " + " ".join(rng.choices(words, k=rng.randrange(5, 40))) for i in range(1500)]
-
-
-def write_text(path, documents):
-    if path.suffix == ".txt":
-        path.write_text("\n\n".join(documents) + "\n", encoding="utf-8")
-    else:
-        write_rows(path, [{"text": text} for text in documents])
-    return str(path)
-
-
-def documents_of(tokens):
-    """A token file's documents: each ends in end-of-text."""
-    ends = np.flatnonzero(np.asarray(tokens) == 50256)
-    assert ends[-1] == len(tokens) - 1
-    return [gpt2_encoding().decode(part[:-1].tolist()) for part in np.split(np.asarray(tokens), ends + 1)[:-1]]
-
-
-@pytest.mark.parametrize("kind", ["txt", "parquet"])
-def test_text_is_packed_with_nothing_lost(corpus, tmp_path, kind, plain_encode):
-    """Lost if it fails: pre-training reads other text than the user's, or is scored on what it was trained on."""
-    loader = TextLoader(write_text(tmp_path / f"books.{kind}", corpus), context=32)
-    held_out, train = (documents_of(loader.tokens[s]) for s in ("validation", "train"))
-    assert Counter(held_out + train) == Counter(corpus)
-    assert 2 <= len(held_out) <= 40  # 1 % of 1,500, chosen by content
-    for split, documents in (("validation", held_out), ("train", train)):
-        plain = [t for text in documents for t in [*plain_encode(text), 50256]]
-        assert np.array_equal(loader.tokens[split], plain)
-        # Nats of the whole split, in bits, over the bytes of its documents.
-        bits = 3.21 * len(plain) / math.log(2)
-        n_bytes = sum(len(text.encode()) for text in documents)
-        assert loader.bits_per_byte(split, 3.21) == pytest.approx(bits / n_bytes)
-
-
-def test_text_rows_and_epochs(corpus, tmp_path):
-    """Lost if it fails: targets are not the next tokens, or a resumed run counts its epochs otherwise."""
-    loader = TextLoader(write_text(tmp_path / "books.txt", corpus), context=32)
-    flat = np.asarray(loader.tokens["train"]).tolist()
-    epochs = [loader.order("train", 8, epoch) for epoch in range(4)]
-    for batches in epochs:
-        assert len(batches) == loader.n_batches("train", 8) > 10
-        starts = sorted(s for batch in batches for s in batch)
-        assert all(len(batch) == 8 for batch in batches)
-        assert min(np.diff(starts)) >= 32  # no token is trained on twice in an epoch
-        assert len(starts) * 32 > len(flat) - 12 * 32  # and nearly all are
-    batch = loader.batch("train", epochs[0][3])
-    assert batch.prefix.shape == (1, 0) and batch.idx.shape == batch.targets.shape == (8, 32)
-    for s, row, target in zip(epochs[0][3], batch.idx.tolist(), batch.targets.tolist()):
-        assert row == flat[s : s + 32] and target == flat[s + 1 : s + 33]
-    assert loader.n_scored("train", epochs[0][3]) == (batch.targets >= 0).sum()
-    again = TextLoader(str(tmp_path / "books.txt"), context=32)
-    assert np.array_equal(again.order("train", 8, 1), epochs[1])
-    assert not np.array_equal(epochs[0], epochs[1])
-    other = TextLoader(str(tmp_path / "books.txt"), context=32, seed=7)
-    assert not np.array_equal(other.order("train", 8, 1), epochs[1])
-
-
-def test_text_is_tokenised_once(corpus, tmp_path, monkeypatch):
-    """Lost if it fails: each run on a large corpus begins with minutes of tokenising."""
-    path = write_text(tmp_path / "books.txt", corpus)
-    first = TextLoader(path, context=32)
-    monkeypatch.setattr(plain_text, "gpt2_encoding", lambda: pytest.fail("tokenised a second time"))
-    second = TextLoader(path, context=16, batch_size=2)
-    assert np.array_equal(first.tokens["train"], second.tokens["train"]) and first.meta == second.meta
-
-
-def test_the_cache_tells_apart_what_is_read_in_another_way(corpus, tmp_path):
-    """Lost if it fails: after a change of spelling, column or kind of file the old tokens are trained on."""
-    path = write_text(tmp_path / "books.jsonl", corpus)
-    as_rows = documents_of(TextLoader(path, context=32).tokens["train"])
-    lowered = documents_of(TextLoader(path, context=32, lowercase_share=1.0).tokens["train"])
-    assert lowered == [text.lower() for text in lowered] and lowered != as_rows
-    # The same bytes as plain text: its braces and field names are part of it.
-    lines = [json.dumps({"text": text}) for text in corpus]
-    (tmp_path / "other.txt").write_text("\n\n".join(lines), encoding="utf-8")
-    (tmp_path / "other.jsonl").write_text("\n\n".join(lines), encoding="utf-8")
-    as_text = documents_of(TextLoader(str(tmp_path / "other.txt"), context=32).tokens["train"])
-    as_rows = documents_of(TextLoader(str(tmp_path / "other.jsonl"), context=32).tokens["train"])
-    assert set(as_text) <= set(lines) and set(as_rows) <= set(corpus)
-
-
-def test_a_short_text_is_refused_or_has_a_row_in_every_epoch(corpus, tmp_path):
-    """Lost if it fails: pre-training on a small file dies with a traceback in the middle of some epoch."""
-    big = TextLoader(write_text(tmp_path / "books.txt", corpus), context=32)
-    held_out, train = (documents_of(big.tokens[s]) for s in ("validation", "train"))
-    # All that is held out and very little to train on: from little more than one row's tokens to two rows'.
-    for n in range(34, 80, 5):
-        ends = itertools.accumulate(len(gpt2_encoding().encode(text)) + 1 for text in train)
-        documents = train[: 1 + next(i for i, end in enumerate(ends) if end >= n)]
-        folder = tmp_path / str(n)
-        folder.mkdir()
-        path = write_text(folder / "short.txt", held_out + documents)
-        try:
-            loader = TextLoader(path, context=32)
-        except ValueError as e:
-            assert "too few" in str(e) and "\n" not in str(e)
-            continue
-        for epoch in range(20):
-            batches = loader.order("train", 8, epoch)
-            assert len(batches) == loader.n_batches("train", 8)
-            assert all(len(batch) > 0 for batch in batches)
-
-
-def test_mistakes_with_plain_text_are_one_line(corpus, tmp_path):
-    """Lost if it fails: a wrong path, column or far too short a text ends in a traceback."""
-    rows = write_text(tmp_path / "books.parquet", corpus)
-    few = write_text(tmp_path / "few.txt", ["one paragraph"])
-    for options, told in [
-        ({"dataset": str(tmp_path / "none.txt")}, "none.txt"),
-        ({"dataset": rows, "text_field": "body"}, "text_field=body"),
-        ({"dataset": few}, "few.txt"),
-    ]:
-        with pytest.raises(ValueError) as e:
-            TextLoader(**options)
-        assert told in str(e.value) and "\n" not in str(e.value)

@@ -14,19 +14,19 @@ import sys
 
 import pytest
 import torch
+from conftest import REPO
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import generate
-from configurator import MODEL_KEYS, Config, configure
-from dataloader import CustomDataLoader, gpt2_encoding
-from generate import ModelSampler, find_label, generate_labels, load_model
+from configurator import Config, configure
+from generate import ModelSampler, find_label
 from model import GPT
 from plumbing.adapters.layers import lora_layers
 from plumbing.adapters.peft_format import save_adapter
 from plumbing.data.labels import ANSWER_CHARS
+from plumbing.data.tokenizer import gpt2_encoding
 from plumbing.scoring.accuracy import tabulate
 
-ROOT = os.path.dirname(os.path.abspath(generate.__file__))
 END = 50256
 TEMPLATE = "Review: {text}\nSentiment: {label}"  # the assignment's own is too long for models of 64 tokens
 
@@ -188,6 +188,9 @@ def name_splits(n):
     return [{8: "validation", 9: "test"}.get(i // 2 % 10, "train") for i in range(n)]
 
 
+ON_CPU = {"device": "cpu", "dtype": "float32"}
+
+
 def write_csv(path, rows):
     with open(path, "w", encoding="utf-8", newline="") as f:
         splits = name_splits(len(rows))
@@ -209,10 +212,13 @@ def plain_greedy(model, prompt, n):
 def test_generated_labels_equal_plain_generation(tiny, films, template):
     """Lost if it fails: the score is that of padding or of another prompt's cache, not of the model."""
     reference, directory = tiny
-    loader = CustomDataLoader(films[0], template, block_size=56, wanted=("train",))
+    settings = {"dataset": films[0], "template": template, "split": "train", "batch_size": 7, "max_new_tokens": 8}
+    sampler = ModelSampler(init_from=directory, **ON_CPU, **settings)
+    sampler.load_data()
+    sampler.load_model()
+    loader = sampler.loader
     assert bool(loader.prefixes["train"]) == (not template.startswith("{text}"))
-    model = load_model(Config(init_from=directory), "cpu", torch.float32)
-    texts = generate_labels(Config(batch_size=7), model, loader, "train", 8)
+    texts = sampler.answer_split()
     prompts = [template.format(text=ex.text, label="").rstrip(" ") for ex in loader.splits["train"]]
     expected = [plain_greedy(reference, prompt, 8) for prompt in prompts]
     # What makes the comparison worth something: rows that end early and rows that go on, and many texts.
@@ -227,7 +233,7 @@ def test_generated_labels_equal_plain_generation(tiny, films, template):
 def run_generate(*flags, **variables):
     command = [sys.executable, "generate.py", *flags, "--device=cpu", "--dtype=float32"]
     environment = os.environ | {"PYTHONUTF8": "1"} | variables
-    return subprocess.run(command, capture_output=True, cwd=ROOT, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, cwd=REPO, env=environment, timeout=300)
 
 
 def check_files(folder, rows_of_file, n):
@@ -284,7 +290,7 @@ def test_a_reader_that_leaves_takes_no_file_along(tiny, films, tmp_path, unbuffe
     flags = [f"--init_from={tiny[1]}", f"--dataset={path}", f"--out_dir={tmp_path}", f"--template={TEMPLATE}"]
     command = [sys.executable, "generate.py", *flags, "--device=cpu", "--dtype=float32"]
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT, "env": environment}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": REPO, "env": environment}
     with subprocess.Popen(command, **options) as process:
         process.stdout.close()  # before anything is written
         err = process.stderr.read().decode()
@@ -303,7 +309,7 @@ def test_a_wrong_data_set_shows_before_the_model_is_loaded(tiny, tmp_path, monke
 
 def score(*flags):
     argv = [f"--template={TEMPLATE}", *flags, "--device=cpu", "--dtype=float32"]
-    generate.main(configure(argv, fixed=MODEL_KEYS))
+    generate.main(configure(argv, trains=False))
 
 
 def test_a_tuned_run_is_scored_with_its_own_config(tiny, films, tmp_path):
@@ -313,7 +319,7 @@ def test_a_tuned_run_is_scored_with_its_own_config(tiny, films, tmp_path):
     tiny[0].save_pretrained(tmp_path)  # what train.py writes with rank=0
     (tmp_path / "train_config.json").write_text(json.dumps(dataclasses.asdict(config)))
     argv = ["--init_from=resume", f"--out_dir={tmp_path}", "--split=train", "--device=cpu", "--dtype=float32"]
-    generate.main(configure(argv, fixed=MODEL_KEYS))
+    generate.main(configure(argv, trains=False))
     result = check_files(tmp_path, films[1], 48)
     assert (result["tuned"], result["split"], result["dataset"]) == (True, "train", films[0])
     with open(tmp_path / "predictions.jsonl", encoding="utf-8") as f:
@@ -350,7 +356,6 @@ def test_half_an_emoji_in_a_review_is_scored_like_any_text(tiny, tmp_path):
         (["--max_new_tokens=33"], ["max_new_tokens=33", "32"]),
         (["--dataset=no-such.csv"], ["no-such.csv"]),
         (["--text_field=review"], ["text_field=review", "text, label"]),
-        (["--task=pretrain"], ["--start"]),
     ],
 )
 def test_a_mistake_is_one_line(tiny, films, tmp_path, capsys, flags, words):
@@ -380,9 +385,6 @@ def tuned(tiny, films, tmp_path_factory):
     return str(folder), model.eval()
 
 
-ON_CPU = {"device": "cpu", "dtype": "float32"}
-
-
 def test_model_sampler_scores_as_the_command_line_does(tuned, films):
     """Lost if it fails: the accuracy in a notebook is not the one that generate.py prints for the same run."""
     folder, _ = tuned
@@ -390,7 +392,7 @@ def test_model_sampler_scores_as_the_command_line_does(tuned, films):
     accuracy = sampler.get_accuracy()
     assert not os.path.exists(os.path.join(folder, "accuracy.json"))  # a program's call writes nothing
     argv = ["--init_from=resume", f"--out_dir={folder}", "--split=train", "--device=cpu", "--dtype=float32"]
-    generate.main(configure(argv, fixed=MODEL_KEYS))
+    generate.main(configure(argv, trains=False))
     result = check_files(folder, films[1], 48)
     assert result.items() >= sampler.result.items() and accuracy == result["accuracy"]
     with open(os.path.join(folder, "predictions.jsonl"), encoding="utf-8") as f:
@@ -403,7 +405,7 @@ def test_get_accuracy_is_the_share_that_was_right(tuned, films, monkeypatch):
     # A run has room for labels: what stands here is what a model might write after each text in turn.
     words = [" good", " bad", " good, not bad", " goods", "", " BAD!", "." * ANSWER_CHARS + " good"]
     answers = [words[i % 7] for i in range(48)]
-    monkeypatch.setattr(generate, "generate_labels", lambda *arguments: answers)
+    monkeypatch.setattr(sampler, "answer_split", lambda: answers)
     accuracy = sampler.get_accuracy()
     seen = ["good", "bad", "good", None, None, "bad", None]
     true = [films[1][ex.text] for ex in sampler.loader.splits["train"]]

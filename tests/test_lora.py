@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from conftest import randomize, tokens
+from conftest import close, randomize, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -26,10 +26,6 @@ from plumbing.adapters.layers import lora_layers, merged_weight
 from plumbing.adapters.trainable import lora_state_dict, parameter_report
 
 IN, OUT = 16, 24
-
-
-def close(ours, reference, atol=1e-10):
-    torch.testing.assert_close(ours, reference, rtol=0, atol=atol)
 
 
 def same_bytes(one, other):

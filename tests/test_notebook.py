@@ -10,8 +10,8 @@ import zipfile
 import nbclient
 import nbformat
 import pytest
+from conftest import REPO
 
-REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PATH = os.path.join(REPO, "notebooks", "lora_gpt2_colab.ipynb")
 
 

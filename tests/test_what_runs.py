@@ -13,7 +13,7 @@ from conftest import tokens
 import lora
 import model as chapter
 from lora import mark_only_lora_as_trainable
-from model import GPT, Layout, attend, attend_with_prefix, causal_mask
+from model import GPT, Attention, GPTConfig, Seen, attend, causal_mask
 
 
 def close(ours, reference):
@@ -32,16 +32,17 @@ def run(function, inputs, weights):
 def test_attention_written_out_is_torchs_own(P, B, T, monkeypatch):
     """Otherwise training on a CPU is of another model than on a GPU, where torch's fused kernel computes."""
     torch.manual_seed(0)
-    qkv = torch.randn(P + B * T, 3, 2, 8, dtype=torch.float64)
+    attention = Attention(GPTConfig(n_embd=16, n_head=2), 0).double()
+    x = torch.randn(P + B * T, 16, dtype=torch.float64)
     weights = torch.randn(P + B * T, 16, dtype=torch.float64)
-    layout = Layout(B, T, P, None, causal_mask(T, P + T, qkv) if P else None)
+    seen = Seen(B, T, P, None, causal_mask(T, P + T, x) if P else None)
     used = []
     fused = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **o: used.append(1) or fused(*a, **o))
-    plain = run(lambda t: attend_with_prefix(t, layout), (qkv,), weights)
+    plain = run(lambda t: attention(t, seen), (x,), weights)
     assert not used  # the formula ran
     monkeypatch.setattr(chapter, "LONG", 0)
-    torchs = run(lambda t: attend_with_prefix(t, layout), (qkv,), weights)
+    torchs = run(lambda t: attention(t, seen), (x,), weights)
     assert used
     for ours, reference in zip(plain, torchs):
         close(ours, reference)

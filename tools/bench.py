@@ -33,10 +33,11 @@ import torch
 import torch.nn.functional as F
 
 from configurator import Config, configure
-from dataloader import CustomDataLoader, end_of_text, gpt2_encoding, instruction_loader, make_loader
-from generate import generate_labels
+from dataloader import CustomDataLoader, make_loader
+from generate import ModelSampler
 from lora import mark_only_lora_as_trainable
 from model import GPT, GPTConfig
+from plumbing.data.tokenizer import end_of_text, gpt2_encoding
 from plumbing.program.errors import one_line_errors
 from plumbing.program.files import ROOT, write_json
 from plumbing.running.machine import pick_device, pick_dtype, read_cpu_info
@@ -145,13 +146,14 @@ def load_ours(config, unmerged=False):
 
 def score_ours(config):
     """generate.py's own scoring; here the shared prefix is run anew for each batch."""
-    model, loader = load_ours(config), instruction_loader(config, 1000, wanted=("test",))
+    sampler = ModelSampler(config=config)
+    sampler.load_data()
+    sampler.model = load_ours(config)
+    examples = sampler.loader.splits["test"]
 
     def score(indices):
-        loader.order = lambda split, size: [indices]
-        return [
-            text for text in generate_labels(config, model, loader, "test", config.max_new_tokens) if text is not None
-        ]
+        prompts = [examples[i].tokens[: examples[i].n_prompt] for i in indices]
+        return sampler.answer(prompts, sampler.loader.prompt)[0]
 
     return score
 
@@ -161,7 +163,7 @@ def score_peer(config, merged):
     first token's logits: torch multiplies the sliced states with a copy of the head's weight for each row."""
     model, eos = peer_model(config), end_of_text()
     model = (model.merge_and_unload() if merged else model).eval()
-    examples = instruction_loader(config, 1000, wanted=("test",)).splits["test"]
+    examples = make_loader(config, 1000, wanted=("test",)).splits["test"]
     options = {"max_new_tokens": config.max_new_tokens, "do_sample": False, "pad_token_id": eos}
 
     @torch.inference_mode()
@@ -591,4 +593,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    main(configure(sys.argv[1:], cls=BenchConfig, fixed=()))
+    main(configure(sys.argv[1:], cls=BenchConfig, trains=False))

@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parents[1]
 # The other programs, the tests and the README answer what is asked: they are not copied.
 COPIED = ["lora.py", "model.py", "dataloader.py", "train.py", "generate.py", "configurator.py", "constraints.txt"]
 COPIED += ["requirements.txt", "LICENSE", "assets", "configs", "docs/data.md", "docs/data_kinds.md", "notebooks"]
-COPIED += ["plumbing", "tools/homework_tests", "tools/plain_text.py", "tools/sampled_softmax.py"]
+COPIED += ["plumbing", "tools/homework_tests"]
 # What would give an exercise away. A function becomes an error, since other files import it; the rest is cut.
 SPOILERS = {
     "lora.py": ["LoRALinear.delta_weight"],
@@ -64,6 +64,11 @@ def make_homework(directory: str) -> None:
             others = re.compile("sweep|bench|tests/")
             notebook["cells"] = [cell for cell in notebook["cells"] if not others.search("".join(cell["source"]))]
             path.write_text(json.dumps(notebook, indent=1) + "\n", "utf-8")
+        for path in (copy / "docs").glob("*.md"):  # where a link's page is not copied, its words stay
+            link = re.compile(r"\[([^]]*)\]\(((?!https?:)[^)#]+)[^)]*\)")
+            text = path.read_text("utf-8")
+            text = link.sub(lambda m, at=path.parent: m[0] if (at / m[2]).exists() else m[1], text)
+            path.write_text(text, "utf-8")
         if asked:
             raise UserError(f"no function with `# task` for {', '.join(asked)} of homework_tests/README.md")
         copy.rename(directory)

@@ -14,7 +14,7 @@ import math
 import os
 import signal
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from statistics import mean
 
 import plumbing.running.threads  # noqa: F401  (before torch, which reads these settings once)
@@ -35,6 +35,7 @@ from plumbing.data.token_cache import cache_folder
 from plumbing.gpt2.files import context_size, find_checkpoint, read_config
 from plumbing.program.errors import first_line, one_line_errors
 from plumbing.program.files import write_json
+from plumbing.program.settings import fields_of, settings_of
 from plumbing.running.machine import pick_device, pick_dtype
 from plumbing.scoring.accuracy import wilson
 from plumbing.scoring.plots import draw_curves, label_ends
@@ -98,7 +99,7 @@ class Run:
     def reached(self):
         """The last update of this very run's training in the folder; None if there is none."""
         stored = self.read(RUN_CONFIG)
-        same = stored and not find_changes(asdict(self.config), stored)
+        same = stored and not find_changes(settings_of(self.config), stored)
         return self.metrics[-1]["iter"] if same and self.metrics else None
 
     def done(self):
@@ -136,7 +137,7 @@ def plan(config):
     kinds, ranks, seeds = config.only.split(","), numbers(config, "ranks", 1), numbers(config, "seeds", 0)
     if unknown := set(kinds) - {*KINDS.split(","), "claims"}:
         raise ValueError(f"only={config.only}: no part {min(unknown)!r}; type some of {KINDS},claims")
-    base = Config(**{f.name: getattr(config, f.name) for f in fields(Config)})
+    base = Config(**{name: getattr(config, name) for name in fields_of(Config)})
     runs = []
 
     def add(name, method, seed, **settings):
@@ -180,7 +181,7 @@ def default_rank(config):
 
 
 def flags(config):
-    return [f"--{f.name}={getattr(config, f.name)}" for f in fields(config)]
+    return [f"--{key}={value}" for key, value in settings_of(config).items()]
 
 
 def find_sources(config):
@@ -607,7 +608,7 @@ def write_report(config, runs, failed, speeds):
 def main(config):
     with one_line_errors():
         config.sweep_dir = config.sweep_dir or config.out_dir + "-sweep"
-        if config.init_from == "scratch" or config.resume or config.task != "instruct":
+        if config.run or config.task != "instruct":
             raise ValueError("a sweep fine-tunes a base model by instructions: type another --init_from or --task")
         if config.jobs < 1:
             raise ValueError(f"jobs={config.jobs}: type at least 1")
@@ -637,4 +638,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    main(configure(sys.argv[1:], cls=SweepConfig, fixed=()))
+    main(configure(sys.argv[1:], cls=SweepConfig, trains=False))

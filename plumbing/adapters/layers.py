@@ -107,6 +107,12 @@ def layer_alpha(alpha: float, rank: int, rslora: bool = False) -> float:
     return alpha * math.sqrt(rank) if rslora else alpha
 
 
+def lora_arguments(config) -> dict:
+    """The fields of GPTConfig that say which adapters a config's model has. No dropout: that is training's."""
+    alpha = layer_alpha(config.alpha, config.rank, config.rslora)
+    return {"lora_rank": config.rank, "lora_alpha": alpha, "lora_targets": config.lora_targets}
+
+
 def dropout_of(layer) -> float:
     """The share that a layer's dropout drops: `lora_dropout` is a number or an `nn.Dropout`."""
     dropout = getattr(layer, "lora_dropout", 0.0)

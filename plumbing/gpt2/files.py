@@ -55,14 +55,14 @@ def find_checkpoint(name):
     paths = [os.path.join(directory, os.path.basename(f)) for f in ["config.json", *files]]
     for path in paths:
         if not os.path.isfile(path):
-            hint = " (run configs/pretrain_mini_config.py to make it)" if name == "gpt2-mini" else ""
+            hint = " (python -m tools.pretrain makes one)" if name == "gpt2-mini" else ""
             raise FileNotFoundError(f"init_from={name}: {path} is missing{hint}")
     return paths[0], paths[1:]
 
 
 def context_size(name):
-    """Tokens that a checkpoint's positions reach; None for "scratch"."""
-    return None if name == "scratch" else read_config(find_checkpoint(name)[0])["block_size"]
+    """Tokens that a checkpoint's positions reach;"""
+    return read_config(find_checkpoint(name)[0])["block_size"]
 
 
 def read_config(path):

@@ -7,20 +7,17 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable
-from dataclasses import fields
 
 from plumbing.program.errors import UserError
+from plumbing.program.settings import ALIASES, fields_of, suggest_key
 
 
-def parse_flags(
-    argv: list[str], cls: type, about: str, aliases: dict[str, str], suggest: Callable[[str], str]
-) -> tuple[str | None, dict]:
-    """(the config file's path or None, {key: value} of the flags). UserError for a mistake.
+def parse_flags(argv: list[str], cls: type, about: str) -> tuple[str | None, dict]:
+    """(the config file's path or None, {key: value} of the flags for a dataclass). UserError for a mistake.
 
-    about: what --help prints above the table. aliases: {another spelling: key}. suggest(key): what may be meant by an
-    unknown key, or "".
+    about: what --help prints above the table.
     """
+    fields = fields_of(cls)
     kinds = typing.get_type_hints(cls)
     parser = argparse.ArgumentParser(
         prog=f"python {os.path.basename(sys.argv[0])}",
@@ -30,13 +27,13 @@ def parse_flags(
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.error = lambda message: refuse(message, suggest)
+    parser.error = lambda message: refuse(message, fields)
     parser.add_argument("config_file", nargs="?", default=None, help=argparse.SUPPRESS)
-    for field in fields(cls):
-        names = [field.name, *(alias for alias, key in aliases.items() if key == field.name)]
+    for key in fields:
+        names = [key, *(alias for alias, meant in ALIASES.items() if meant == key)]
         spellings = dict.fromkeys(f"--{s}" for name in names for s in (name, name.replace("_", "-")))
-        options = {"nargs": "?", "const": "True"} if kinds[field.name] is bool else {}
-        parser.add_argument(*spellings, dest=field.name, help=argparse.SUPPRESS, **options)
+        options = {"nargs": "?", "const": "True"} if kinds[key] is bool else {}
+        parser.add_argument(*spellings, dest=key, help=argparse.SUPPRESS, **options)
     # In a command that is copied out of the handout's PDF the two dashes are one long one.
     argv = [re.sub(r"^[–—](?=[a-z][\w-]+(=|$))", "--", word) for word in argv]
     texts = vars(parser.parse_args(argv))
@@ -44,7 +41,7 @@ def parse_flags(
     return path, {key: convert(key, text, kinds[key], f"--{key}={text}") for key, text in texts.items()}
 
 
-def refuse(message, suggest):
+def refuse(message, fields):
     """argparse's message as a line that says what to type."""
     unknown = re.match(r"unrecognized arguments: (\S+)", message)
     if not unknown:
@@ -53,7 +50,7 @@ def refuse(message, suggest):
     if not word.startswith("-"):
         raise UserError(f"{word}: one config file at most; settings are typed as --key=value")
     key = word.lstrip("-").split("=")[0].replace("-", "_")
-    raise UserError(f"unknown flag --{key}: {suggest(key) or '--help lists the flags'}")
+    raise UserError(f"unknown flag --{key}: {suggest_key(key, fields, '--') or '--help lists the flags'}")
 
 
 def convert(key, text, kind, where):
@@ -85,13 +82,18 @@ def make_help(cls, about):
     """Every key with its type, default and the comment at its right."""
     lines = [about]
     kinds = typing.get_type_hints(cls)
-    defaults = {field.name: field.default for field in fields(cls)}
+    settings = fields_of(cls)
     for owner in reversed(cls.__mro__[:-1]):
         for line in inspect.getsource(owner).splitlines():
             if section := re.match(r"    # --- (.*)", line):
                 lines.append(f"\n{section.group(1)}:")
             elif key := re.match(r"    (\w+): .*?  # (.*)", line):
                 name, comment = key.groups()
+                if name not in settings:
+                    continue  # a fact
                 kind = getattr(kinds[name], "__name__", str(kinds[name]))
-                lines.append(f"  --{name:27} {kind:12} {str(defaults[name])!r:24} {comment}")
+                default = repr(str(settings[name].default))
+                choices = settings[name].metadata.get("one_of")
+                comment += f" ({', '.join(choices)})" if choices else ""
+                lines.append(f"  --{name:27} {kind:12} {default:24} {comment}")
     return "\n".join(lines).replace("%", "%%")

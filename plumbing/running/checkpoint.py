@@ -1,5 +1,6 @@
 """Exact resume: what a run needs to end in the bits of one that was never stopped, in one file, always whole."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -9,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 import torch
 from filelock import FileLock, SoftFileLock, Timeout
 
-from plumbing.program.errors import first_line
+from plumbing.program.errors import first_line, one_line_errors
 from plumbing.program.files import add_to_check, whole_file
 
 CHECKPOINT = "checkpoint.pt"
@@ -82,7 +83,7 @@ def load_checkpoint(out_dir, model, optimizers, scaler, processes) -> Progress:
 def check_same_data(config, loader, scored: str | None = None) -> None:
     """Raises ValueError if the data of a resumed run are no longer those that it was trained on. A split that is only
     `scored` may have changed if the data set names it itself; then a line says so."""
-    if config.trained_on in (None, loader.digest):
+    if config.run is None or config.run.data in (None, loader.digest):
         return
     changed = f"dataset={config.dataset} has changed since the run in {config.out_dir} began"
     if scored is None:
@@ -152,9 +153,20 @@ def write_metrics(out_dir: str, metrics: list[dict]) -> None:
         f.writelines((json.dumps(line) + "\n").encode() for line in metrics)
 
 
+@contextlib.contextmanager
+def locked_folder(out_dir: str):
+    """Keeps a second run out of out_dir within the block; a mistake ends the program with one line."""
+    with one_line_errors():
+        lock = lock_folder(out_dir)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def lock_folder(out_dir: str) -> FileLock:
-    """Keeps a second run out of out_dir until this process ends, however it ends. Raises ValueError if another run is
-    in it, OSError if it is no folder."""
+    """A lock on out_dir, until it is released or this process ends, however it ends. Raises ValueError if another run
+    is in it, OSError if it is no folder."""
     os.makedirs(out_dir, exist_ok=True)
     lock = FileLock(os.path.join(out_dir, ".lock"))
     reason = None

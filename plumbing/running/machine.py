@@ -187,13 +187,13 @@ class Processes:
         if self.world_size > 1:
             dist.destroy_process_group()
 
-    def sum(self, values):
-        """Sum over the processes of a list of floats."""
+    def total(self, value: float) -> float:
+        """The sum of each process's value."""
         if self.world_size == 1:
-            return values
-        t = torch.tensor(values, dtype=torch.float64, device=self.device)
+            return float(value)
+        t = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(t)
-        return t.tolist()
+        return t.item()
 
     def share_file(self, path: str) -> str | io.BytesIO | None:
         """The first process's file, to be read on every process, of which some may be on machines without it: the
@@ -201,12 +201,12 @@ class Processes:
         size = 0
         if self.is_first:
             size = os.path.getsize(path) if os.path.exists(path) else -1
-        (size,) = self.sum([size])
+        size = int(self.total(size))
         if size < 0 or self.world_size == 1:
             return None if size < 0 else path
-        content = torch.empty(int(size), dtype=torch.uint8, device=self.device)
+        content = torch.empty(size, dtype=torch.uint8, device=self.device)
         if self.is_first and size:
-            content.copy_(torch.from_file(path, size=int(size), dtype=torch.uint8))
+            content.copy_(torch.from_file(path, size=size, dtype=torch.uint8))
         dist.broadcast(content, 0)
         return io.BytesIO(content.cpu().numpy())
 

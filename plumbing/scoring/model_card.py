@@ -66,15 +66,10 @@ def front_matter(config):
 
 
 def opening(config):
-    what = {
-        "instruct": "writes a label after a text",
-        "classify": "classifies texts",
-        "pretrain": "continues texts",
-    }[config.task]
+    what = "classifies texts" if config.task == "classify" else "writes a label after a text"
     how = f"LoRA of rank {config.rank}" if config.rank else "without LoRA"
-    base = "from random weights" if config.init_from == "scratch" else f"from `{base_name(config)}`"
     name = os.path.basename(os.path.abspath(config.out_dir))
-    return f"# {name}\n\nA GPT-2 that {what}: trained {base}, {how}, with nanoLoRA."
+    return f"# {name}\n\nA GPT-2 that {what}: trained from `{base_name(config)}`, {how}, with nanoLoRA."
 
 
 def base_name(config):
@@ -83,16 +78,20 @@ def base_name(config):
 
 
 def data_section(config, loader):
-    lines = [f"- data set: `{public_name(config.dataset)}`, digest `{(config.trained_on or loader.digest)[:16]}`"]
-    if config.task == "pretrain":
-        return "## Data\n\n" + "\n".join(lines)
+    digest = (config.run and config.run.data) or loader.digest
+    lines = [f"- data set: `{public_name(config.dataset)}`, digest `{digest[:16]}`"]
     lines.append(f"- columns: `{config.text_field}`, `{config.label_field}`")
-    lines.append("- labels: " + ", ".join(f"`{name}`" for name in config.learned or loader.label_names))
+    lines.append("- labels: " + ", ".join(f"`{name}`" for name in label_names(config, loader)))
     section = "## Data\n\n" + "\n".join(lines)
     if config.task == "classify":
         return section
     template = config.template.replace("\\n", "\n")
     return f"{section}\n\nThe prompt; the model writes what stands in the place of `{{label}}`:\n\n{indent(template)}"
+
+
+def label_names(config, loader):
+    """Those of the run; the loader may be of other data."""
+    return (config.run and config.run.label_names) or loader.label_names
 
 
 def public_name(dataset):
@@ -125,7 +124,7 @@ def result_section(config, result):
             f"- accuracy: {100 * result['accuracy']:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f}) of "
             f"{result['n']} examples of the {result['split']} split, garbage {100 * result['garbage']:.2f} %"
         )
-    elif config.task != "pretrain":
+    else:
         lines.append("- accuracy: not scored yet; `python generate.py --init_from=resume --out_dir=FOLDER` does it")
     return "\n".join(lines)
 
@@ -142,7 +141,7 @@ def loading_section(config, loader):
     name = "GPT2ForSequenceClassification" if config.task == "classify" else "GPT2LMHeadModel"
     options = ""
     if config.task == "classify":
-        options = f", num_labels={len(config.learned or loader.label_names)}, pad_token_id=50256"
+        options = f", num_labels={len(label_names(config, loader))}, pad_token_id=50256"
     if config.rank:
         library = "PEFT"
         code = f"""from peft import PeftModel
@@ -157,8 +156,6 @@ model = PeftModel.from_pretrained(base, "FOLDER")"""
 
 model = {name}.from_pretrained("FOLDER")"""
     command = "python generate.py --init_from=resume --out_dir=FOLDER --predict=new.csv"
-    if config.task == "pretrain":
-        command = 'python generate.py --init_from=FOLDER --start="A film"'
     return f"""## How to load it
 
 FOLDER is this folder or, outside nanoLoRA, its name on the hub; the tokenizer is GPT-2's. With {library}:
@@ -180,4 +177,4 @@ def base_path(config):
 
 LICENCE = """## Licence
 
-Yours to say. The base model's licence, and that of the data, bind this model too."""
+Choose one. The base model's licence and that of the data bind this model too."""

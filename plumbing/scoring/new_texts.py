@@ -84,7 +84,7 @@ def predict_file(config, folder: str, load: Callable) -> None:
     with contextlib.redirect_stdout(sys.stderr) if path == STDIN else contextlib.nullcontext():
         n = count_texts(path, text_field)
         sampler = load()
-        sampler.load_prompts()
+        sampler.load_prompt()
         sampler.load_model()
     size = 50 * config.batch_size  # texts in memory: sorted by length, they make 50 batches of little padding
     found = collections.Counter()

@@ -32,7 +32,7 @@ from plumbing.data.labels import find_label, normalise_label
 from plumbing.data.readers import KINDS, read_rows
 from plumbing.data.records import draw_split
 from plumbing.data.token_cache import hash_files
-from tools.plain_text import TextLoader
+from tools.pretrain import TextLoader
 
 ALL = ("train", "validation", "test")
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}

@@ -16,9 +16,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
+from conftest import REPO
 
-ROOT = Path(__file__).resolve().parents[2]
-REPO = "openai-community/gpt2-medium"
+MODEL = "openai-community/gpt2-medium"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 USER = """
@@ -44,13 +44,13 @@ def hub(files, cut=False):
         def do_GET(self):
             asked.append((self.command, self.path))
             path = self.path.split("?")[0]
-            if path in (f"/api/models/{REPO}", f"/api/models/{REPO}/revision/main"):
+            if path in (f"/api/models/{MODEL}", f"/api/models/{MODEL}/revision/main"):
                 siblings = [{"rfilename": name} for name in files]
-                self.answer(json.dumps({"id": REPO, "modelId": REPO, "sha": COMMIT, "siblings": siblings}).encode())
-            elif path in (f"/api/models/{REPO}/tree/{COMMIT}", f"/api/models/{REPO}/tree/main"):
+                self.answer(json.dumps({"id": MODEL, "modelId": MODEL, "sha": COMMIT, "siblings": siblings}).encode())
+            elif path in (f"/api/models/{MODEL}/tree/{COMMIT}", f"/api/models/{MODEL}/tree/main"):
                 tree = [{"type": "file", "path": n, "oid": etag(b), "size": len(b)} for n, b in files.items()]
                 self.answer(json.dumps(tree).encode())
-            elif path.startswith(f"/{REPO}/resolve/") and path.rpartition("/")[2] in files:
+            elif path.startswith(f"/{MODEL}/resolve/") and path.rpartition("/")[2] in files:
                 self.answer(files[path.rpartition("/")[2]], cut=cut and path.endswith(".safetensors"))
             else:
                 self.send_error(404)
@@ -95,7 +95,7 @@ def start(address, home, out):
     }
     env |= {"HF_ENDPOINT": address, "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-c", USER, str(out)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", USER, str(out)], cwd=REPO, env=env, capture_output=True, text=True, timeout=120
     )
 
 
@@ -118,7 +118,7 @@ def assert_told(run):
     last = run.stderr.strip().splitlines()[-1]
     assert last.startswith("FileNotFoundError: init_from=gpt2-medium: cannot reach the hub"), run.stderr
     assert "python train.py configs/finetune_mini_config.py" in last
-    assert (ROOT / "configs" / "finetune_mini_config.py").exists()
+    assert (REPO / "configs" / "finetune_mini_config.py").exists()
 
 
 def test_download_cache_and_second_start_without_a_hub(hf, checkpoint, tmp_path):

@@ -1,7 +1,7 @@
 """Kills training again and again, at random instants and at each step of a save, resumes it, and compares the end
 with that of an unbroken run, bit for bit.
 
-    python tests/soak.py 300        kills; half of them with LoRA, half training all weights
+    python tests/running/soak.py 300        kills; half of them with LoRA, half training all weights
 """
 
 import contextlib

@@ -16,22 +16,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import base_folder
+from conftest import REPO, base_folder
 
 import generate
 import train
 from configurator import Config, configure
-from dataloader import Batch, gpt2_encoding
 from generate import ModelSampler
 from lora import mark_only_lora_as_trainable
 from model import GPT, GPTConfig
+from plumbing.data.tokenizer import gpt2_encoding
 from plumbing.gpt2 import memory
+from plumbing.gpt2.batch import Batch
 from plumbing.program.files import write_json
 from plumbing.running.machine import Processes, pick_dtype
 from plumbing.running.optimizers import build_optimizers
 from tools.bench import peak_memory
 
-REPO = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 MINI = os.path.join(REPO, "configs", "finetune_mini_config.py")
 REPORT = "gpu.json"
 

@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 import pytest
+from conftest import REPO
 
-REPO = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 PROGRAM = """
 import os, sys
 order = []
@@ -23,7 +23,7 @@ print(order[0])
 """
 
 
-@pytest.mark.parametrize("chapter", ["train", "generate", "sweep", "anatomy", "bench"])
+@pytest.mark.parametrize("chapter", ["train", "generate", "tools.sweep", "tools.anatomy", "tools.bench"])
 @pytest.mark.parametrize("typed", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}])
 def test_threads_soon_sleep_unless_the_user_says_otherwise(chapter, typed):
     """Otherwise a training next to a browser is several times slower, or a user's own setting is overwritten."""

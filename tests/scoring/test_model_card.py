@@ -13,7 +13,7 @@ from conftest import base_folder
 from huggingface_hub import ModelCard
 
 import generate
-from configurator import MODEL_KEYS, Config, configure
+from configurator import Config, configure
 from generate import ModelSampler
 from plumbing.scoring.model_card import write_card
 from train import train
@@ -48,7 +48,7 @@ def place(tmp_path_factory):
 
 
 def score(folder):
-    generate.main(configure(["--init_from=resume", f"--out_dir={folder}"], fixed=MODEL_KEYS))
+    generate.main(configure(["--init_from=resume", f"--out_dir={folder}"], trains=False))
     return json.loads((folder / "accuracy.json").read_text())
 
 
@@ -122,7 +122,7 @@ def test_a_score_on_other_data_is_not_the_runs(place):
     (place / "other.csv").write_text((place / "films.csv").read_text().replace("bad", "worse"))
     for flag in (f"--dataset={place / 'other.csv'}", "--template={text} =\n{label}"):
         argv = ["--init_from=resume", f"--out_dir={place / 'lora'}", flag, "--label_names=None", "--split=train"]
-        generate.main(configure(argv, fixed=MODEL_KEYS))
+        generate.main(configure(argv, trains=False))
         assert path.read_bytes() == ours
 
 

@@ -30,9 +30,7 @@ ACCURACY = r"""    def get_accuracy(self):
         self.load_model()
         names = self.loader.label_names
         labels = self.loader.splits[self.config.split].labels.tolist()
-        self.generated = generate_labels(
-            self.config, self.model, self.loader, self.config.split, self.answer_tokens
-        )
+        self.generated = self.answer_split()
         words = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
         pattern = re.compile(rf"\b({words})\b", re.IGNORECASE)
         self.found = []
@@ -136,10 +134,11 @@ def write(folder, files):
 
 
 def run(program, *arguments, **options):
-    """A program of the repository, in a process of its own."""
+    """A program, in a process of its own; in the repository's folder, if none is given."""
     env = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
     command = [sys.executable, *program, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, **options)
+    options = {"cwd": ROOT, "env": env, "timeout": 600} | options
+    return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 def grade(folder, cases, limit=60):

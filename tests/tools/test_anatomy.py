@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import SIZES
+from conftest import SIZES, close
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2Model, RobertaConfig, RobertaForSequenceClassification
 
@@ -27,10 +27,6 @@ def basis(n, k, seed):
     return torch.linalg.qr(draw(n, k, seed=seed))[0]
 
 
-def close(ours, reference, atol=1e-9):
-    torch.testing.assert_close(torch.as_tensor(ours, dtype=torch.float64), reference, rtol=0, atol=atol)
-
-
 # --- the measures ---------------------------------------------------------------------------------
 
 
@@ -44,14 +40,14 @@ def test_measures_are_those_of_the_full_matrices(shape):
     k = min(shape)
     U, s, V = U[:, :k], s[:k], Vt[:k].t()
     layer = anatomy.study_layer("layer", W0, A, B, 1.7)
-    close(layer.singular_values, s)
-    close(layer.norm, D.norm())
-    close(layer.w0_norm, W0.norm())
+    close(layer.singular_values, s, atol=1e-9)
+    close(layer.norm, D.norm(), atol=1e-9)
+    close(layer.w0_norm, W0.norm(), atol=1e-9)
     assert layer.n_directions == next(n for n in range(1, k + 1) if s[:n].square().sum() >= 0.9 * D.square().sum())
-    close(layer.stressed, (U.t() @ W0 @ V).norm())
+    close(layer.stressed, (U.t() @ W0 @ V).norm(), atol=1e-9)
     U0, _, V0t = torch.linalg.svd(W0)
-    close(layer.own, (U0[:, :k].t() @ W0 @ V0t[:k].t()).norm())
-    close(layer.amplification, D.norm() / (U.t() @ W0 @ V).norm())
+    close(layer.own, (U0[:, :k].t() @ W0 @ V0t[:k].t()).norm(), atol=1e-9)
+    close(layer.amplification, D.norm() / (U.t() @ W0 @ V).norm(), atol=1e-9)
 
 
 def test_amplification_of_planted_directions():
@@ -59,12 +55,12 @@ def test_amplification_of_planted_directions():
     U, V = basis(N_OUT, 12, 1), basis(N_IN, 12, 2)
     W0 = 5 * U[:, :4] @ V[:, :4].t() + 0.1 * U[:, 4:] @ V[:, 4:].t()
     same = anatomy.study_layer("same", W0, V[:, :4].t(), U[:, :4], 2.0)
-    close(same.stressed, torch.tensor(10.0, dtype=torch.float64))  # four directions of 5: sqrt(4 * 25)
-    close(same.own, torch.tensor(10.0, dtype=torch.float64))
-    close(same.amplification, torch.tensor(0.4, dtype=torch.float64))
+    close(same.stressed, torch.tensor(10.0, dtype=torch.float64), atol=1e-9)  # four directions of 5: sqrt(4 * 25)
+    close(same.own, torch.tensor(10.0, dtype=torch.float64), atol=1e-9)
+    close(same.amplification, torch.tensor(0.4, dtype=torch.float64), atol=1e-9)
     new = anatomy.study_layer("new", W0, V[:, 4:8].t(), U[:, 4:8], 2.0)
-    close(new.stressed, torch.tensor(0.2, dtype=torch.float64))
-    close(new.amplification, torch.tensor(20.0, dtype=torch.float64))
+    close(new.stressed, torch.tensor(0.2, dtype=torch.float64), atol=1e-9)
+    close(new.amplification, torch.tensor(20.0, dtype=torch.float64), atol=1e-9)
     untrained = anatomy.study_layer("untrained", W0, V[:, :4].t(), torch.zeros(N_OUT, 4), 2.0)
     assert (untrained.norm, untrained.n_directions, untrained.amplification) == (0, 0, 0)
 
@@ -78,13 +74,13 @@ def test_similarity_of_planted_subspaces():
     V, O = anatomy.input_directions(A), anatomy.input_directions(other)
     phi = anatomy.measure_similarity(V, O)
     assert phi.shape == (5, 10)
-    close(phi[2, 2], torch.tensor(1.0, dtype=torch.float64))  # the same three
-    close(phi[4, 2], torch.tensor(1.0, dtype=torch.float64))  # three within five
-    close(phi[4, 9], torch.tensor(0.6, dtype=torch.float64))  # three of five
+    close(phi[2, 2], torch.tensor(1.0, dtype=torch.float64), atol=1e-9)  # the same three
+    close(phi[4, 2], torch.tensor(1.0, dtype=torch.float64), atol=1e-9)  # three within five
+    close(phi[4, 9], torch.tensor(0.6, dtype=torch.float64), atol=1e-9)  # three of five
     for i in range(1, 6):
         for j in range(1, 11):
             plain = torch.linalg.svdvals(V[:, :i].t() @ O[:, :j]).square().sum() / min(i, j)
-            close(phi[i - 1, j - 1], plain)
+            close(phi[i - 1, j - 1], plain, atol=1e-9)
 
 
 def test_the_random_baselines_are_those_of_random_subspaces():

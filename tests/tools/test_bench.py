@@ -15,7 +15,7 @@ from tools import bench
 
 def test_its_own_flags_are_read():
     """Otherwise the benchmark ends before it begins: its config has no run to resume, as that of train.py has."""
-    config = configure(["--quick", "--steps=3"], cls=bench.BenchConfig, fixed=())
+    config = configure(["--quick", "--steps=3"], cls=bench.BenchConfig, trains=False)
     assert config.quick and config.steps == 3
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import base_folder
+from conftest import REPO, base_folder
 
 import train
 from configurator import configure
-from dataloader import instruction_loader
+from dataloader import make_loader
 from generate import ModelSampler
 from model import GPT
 from tools import sweep
@@ -38,7 +38,6 @@ from tools.report.verdicts import (
     seed_deviation,
 )
 
-REPO = os.path.dirname(os.path.dirname(os.path.abspath(sweep.__file__)))
 N = 400  # validation examples
 
 
@@ -210,7 +209,7 @@ def test_a_base_that_is_gone_costs_its_claims_alone(tmp_path):
 def all_configs():
     """{setting: Config} of all trainings, at the shipped configuration."""
     path = os.path.join(REPO, "configs", "finetune_mini_config.py")
-    config = configure([path, "--only=claims", "--seeds=5"], cls=sweep.SweepConfig, fixed=())
+    config = configure([path, "--only=claims", "--seeds=5"], cls=sweep.SweepConfig, trains=False)
     config.sweep_dir = "claims"
     runs = sweep.plan(config)
     assert {run.config.seed for run in runs} == {5, 6} and len({run.config.out_dir for run in runs}) == len(runs)
@@ -269,7 +268,7 @@ def test_losses_of_examples_are_those_of_the_training(place):
     metrics = train.train(configure(flags(place, "run", rank=0)))
     sampler = ModelSampler(str(place / "run"))
     losses = claims.losses_of_run(str(place / "run"), "cpu")
-    loader = instruction_loader(sampler.config, sampler.block_size, wanted=("validation",))
+    loader = make_loader(sampler.config, sampler.block_size, wanted=("validation",))
     n_scored = np.array([loader.n_scored("validation", [i]) for i in range(21)])
     assert (losses * n_scored).sum() / n_scored.sum() == pytest.approx(min(m["val_loss"] for m in metrics), abs=1e-5)
     with torch.no_grad():
@@ -292,7 +291,7 @@ def test_claims_by_one_command(place, monkeypatch, capsys):
     argv = [*flags(place, "some", max_iters=16, rank=16, ranks="2", only="claims"), f"--sweep_dir={place / 'sweep'}"]
     for _ in range(2):  # the second time all is done but what fails
         with pytest.raises(SystemExit) as stop:
-            sweep.main(configure(argv, cls=sweep.SweepConfig, fixed=()))
+            sweep.main(configure(argv, cls=sweep.SweepConfig, trains=False))
         assert stop.value.code == 1 and "rank=128 does not fit" in capsys.readouterr().err
     page = (place / "sweep" / "report.html").read_text()
     rows = re.findall(r'<td data-head="claim">(\w+)\. .*?<td data-head="verdict">([^<]*)</td>', page)
@@ -310,7 +309,7 @@ def test_a_split_that_the_seed_draws_is_refused(place, capsys):
     """Lost if it fails: two seeds' losses are compared example by example, and the examples differ."""
     argv = [*flags(place, "drawn", dataset=place / "one.csv", only="claims"), f"--sweep_dir={place / 'none'}"]
     with pytest.raises(SystemExit) as stop:
-        sweep.main(configure(argv, cls=sweep.SweepConfig, fixed=()))
+        sweep.main(configure(argv, cls=sweep.SweepConfig, trains=False))
     err = capsys.readouterr().err
     assert stop.value.code == 2 and "the seed draws the validation split" in err and err.count("\n") == 1
 

@@ -19,13 +19,11 @@ import time
 import numpy as np
 import psutil
 import pytest
-from conftest import base_folder, finish
+from conftest import base_folder, finish, start
 from safetensors.torch import load_file
 
 from configurator import Config, configure
 from tools import sweep
-
-REPO = os.path.dirname(os.path.dirname(os.path.abspath(sweep.__file__)))
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +50,10 @@ def flags(place, out, **settings):
     return [f"--{key}={value}" for key, value in values.items()]
 
 
-def start(argv, *program):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    command = [sys.executable, *(program or ("-m", "tools.sweep")), *argv]
-    return subprocess.Popen(command, cwd=REPO, env=env, text=True, **pipes)
-
-
 @pytest.fixture(scope="module")
 def whole(place):
     """The folder of a sweep that ran to its end."""
-    finish(start(flags(place, "whole")))
+    finish(start("-m", "tools.sweep", *flags(place, "whole")))
     return place / "whole-sweep"
 
 
@@ -148,7 +139,7 @@ def test_a_report_needs_no_data(place, whole):
     reports = {path: path.read_bytes() for path in whole.glob("report.*")}
     (place / "reviews.csv").rename(place / "elsewhere.csv")
     try:
-        finish(start(flags(place, "whole")))
+        finish(start("-m", "tools.sweep", *flags(place, "whole")))
         text = (whole / "report.md").read_text()
     finally:
         (place / "elsewhere.csv").rename(place / "reviews.csv")
@@ -170,19 +161,19 @@ def test_done_runs_are_kept(place, whole):
     """Lost if it fails: starting the sweep again costs all its hours again, or gives another report."""
     before = {p: p.stat().st_mtime_ns for p in whole.glob("*/accuracy.json")}
     report = (whole / "report.html").read_bytes()
-    finish(start(flags(place, "whole")))
+    finish(start("-m", "tools.sweep", *flags(place, "whole")))
     assert {p: p.stat().st_mtime_ns for p in whole.glob("*/accuracy.json")} == before and len(before) == 9
     assert (whole / "report.html").read_bytes() == report
-    out, _ = finish(start([*flags(place, "whole"), "--dry_run"]))
+    out, _ = finish(start("-m", "tools.sweep", *flags(place, "whole"), "--dry_run"))
     assert out.count(" done\n") == 9
-    out, _ = finish(start([*flags(place, "whole", lr=0.02), "--dry_run", "--only=untuned,lora"]))
+    out, _ = finish(start("-m", "tools.sweep", *flags(place, "whole", lr=0.02), "--dry_run", "--only=untuned,lora"))
     assert out.count(" done\n") == 1  # another learning rate is another training
 
 
 def test_killed_and_started_again(place, whole):
     """Lost if it fails: a sweep that was stopped gives another report than one that was not."""
     argv = flags(place, "killed", only="untuned,lora,full")
-    process = start(argv)
+    process = start("-m", "tools.sweep", *argv)
     while not (place / "killed-sweep" / "lora-r2-seed1" / "checkpoint.pt").exists():
         time.sleep(0.05)
         assert process.poll() is None
@@ -191,7 +182,7 @@ def test_killed_and_started_again(place, whole):
     assert not (place / "killed-sweep" / "report.html").exists()
     done = list((place / "killed-sweep").glob("*/accuracy.json"))
     before = {p: p.stat().st_mtime_ns for p in done}
-    finish(start(argv))
+    finish(start("-m", "tools.sweep", *argv))
     assert before.keys() and all(p.stat().st_mtime_ns == t for p, t in before.items())
     for row, other in zip(table(place / "killed-sweep", "2.6"), table(whole, "2.6"), strict=True):
         assert row | {"minutes": ""} == other | {"minutes": ""}
@@ -200,7 +191,7 @@ def test_killed_and_started_again(place, whole):
 def test_a_failing_run_is_told_and_the_others_go_on(place):
     """Lost if it fails: one run's failure costs the others, or passes for a result."""
     argv = flags(place, "failing", ranks="1,40", seeds="1", only="lora")
-    _, err = finish(start(argv), 1)
+    _, err = finish(start("-m", "tools.sweep", *argv), 1)
     assert re.search(r"^error: lora-r40-seed1: train.py ended with exit code 2: error: rank=40", err, re.M)
     good, bad = table(place / "failing-sweep", "2.6")
     assert good["test accuracy"].endswith("%") and "rank=40 does not fit" in bad["test accuracy"]
@@ -211,7 +202,7 @@ def test_runs_side_by_side_need_ray(place, capsys, monkeypatch):
     """Lost if it fails: without Ray --jobs=2 ends in a traceback that names no package to install."""
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SystemExit) as stop:
-        sweep.main(configure([*flags(place, "none"), "--jobs=2"], cls=sweep.SweepConfig, fixed=()))
+        sweep.main(configure([*flags(place, "none"), "--jobs=2"], cls=sweep.SweepConfig, trains=False))
     err = capsys.readouterr().err
     assert stop.value.code == 2 and 'pip install "ray>=2.60"' in err and err.count("\n") == 1
 
@@ -227,9 +218,11 @@ input()
 cluster.shutdown()
 """
 DRIVER = """
-import sys, sweep, plumbing.ray_runs
-plumbing.ray_runs.SEND_SECONDS = 0  # a minute is longer than this test
-sweep.main(sweep.configure(sys.argv[1:], cls=sweep.SweepConfig, fixed=()))
+import sys
+from tools import sweep
+from tools.report import ray_runs
+ray_runs.SEND_SECONDS = 0  # a minute is longer than this test
+sweep.main(sweep.configure(sys.argv[1:], cls=sweep.SweepConfig, trains=False))
 """
 
 
@@ -244,10 +237,10 @@ def test_a_run_outlives_its_machine(place, monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", temp)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     cluster = subprocess.Popen([sys.executable, "-c", CLUSTER], text=True, **pipes)
-    alone = start(flags(place, "alone", **settings))
+    alone = start("-m", "tools.sweep", *flags(place, "alone", **settings))
     try:
         address = cluster.stdout.readline().strip()
-        driver = start([*flags(place, "cluster", **settings), f"--ray={address}"], "-c", DRIVER)
+        driver = start("-c", DRIVER, *flags(place, "cluster", **settings), f"--ray={address}")
         run = place / "cluster-sweep" / "lora-r2-seed1"
         while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 4:
             assert driver.poll() is None, driver.communicate()
@@ -319,7 +312,7 @@ def test_what_a_curve_shows_is_computed(tmp_path, losses, says):
 def test_bad_input_is_one_line(place, capsys, flag, words):
     """Lost if it fails: a typing error costs a night of runs."""
     with pytest.raises(SystemExit) as stop:
-        sweep.main(configure([*flags(place, "none"), flag], cls=sweep.SweepConfig, fixed=()))
+        sweep.main(configure([*flags(place, "none"), flag], cls=sweep.SweepConfig, trains=False))
     err = capsys.readouterr().err
     assert stop.value.code == 2 and words in err and err.count("\n") == 1
 
@@ -327,7 +320,7 @@ def test_bad_input_is_one_line(place, capsys, flag, words):
 def test_a_high_rank_trains_at_a_lower_rate(place):
     """Lost if it fails: r = 196 at the rate that suits r = 16 diverges, and the report says that rank hurts."""
     argv = [*flags(place, "rates", lr=2e-3, rank=16, ranks="1,16,64"), "--sweep_dir=rates"]
-    runs = sweep.plan(configure(argv, cls=sweep.SweepConfig, fixed=()))
+    runs = sweep.plan(configure(argv, cls=sweep.SweepConfig, trains=False))
     rates = {(run.method, run.config.rank): run.config.lr for run in runs if run.method != sweep.AGAINST}
     assert rates["LoRA", 1] == rates["LoRA", 16] == 2e-3 and rates["LoRA", 64] == 1e-3
     tuned = [run.config for run in runs if run.config.rank == 16 and run.method != "no tuning"]

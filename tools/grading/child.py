@@ -4,7 +4,6 @@ All this is done before the student's code is imported. It holds as far as it ca
 may change what it finds in its own memory: docs/teaching.md.
 """
 
-import ast
 import contextlib
 import ctypes
 import hashlib
@@ -152,16 +151,14 @@ def prepare(here, hidden):
 
 
 def reporter(fd: int, key: bytearray, source: str):
-    """pytest's plugin that reports each test of a file once, over `fd`, signed. Amid the tests it puts three that must
-    fail: where one of them passes, or the file's functions are no longer what `source` says, the student's code has
+    """pytest's plugin that reports each test of a file once, over `fd`, signed. It adds three tests that must fail.
+    Where one of them passes, or the file's functions are not those of `source` any more, the student's code has
     changed what is tested."""
     mac, dumps, write, same = hmac.new(bytes(key), digestmod=hashlib.sha256), json.dumps, os.write, operator.eq
     key[:] = bytes(len(key))
     count, failed, traps = itertools.count(), {}, set()
-    plain = {
-        node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and not node.decorator_list
-    }
     codes = {code.co_name: code for code in compile(source, "", "exec").co_consts if isinstance(code, types.CodeType)}
+    codes = {name: code for name, code in codes.items() if name[0].islower()}  # functions, no classes
 
     def send(name, message):
         text = dumps([next(count), name, message])
@@ -173,16 +170,15 @@ def reporter(fd: int, key: bytearray, source: str):
         raise AssertionError("must fail")
 
     def differs():
-        assert torch.allclose(torch.zeros(2), torch.ones(2)) or torch.equal(torch.zeros(2), torch.ones(2)), (
-            "must fail"
-        )
+        same = torch.allclose(torch.zeros(2), torch.ones(2)) or torch.equal(torch.zeros(2), torch.ones(2))
+        assert same, "must fail"
 
     def gives_up():
         pytest.fail("must fail", pytrace=False)
 
     def look(module):
-        for name in plain:
-            if not same(getattr(vars(module).get(name), "__code__", None), codes[name]):
+        for name, code in codes.items():
+            if not same(getattr(vars(module).get(name), "__code__", None), code):
                 send("trap", None)
 
     class Reporter:

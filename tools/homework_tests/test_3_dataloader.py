@@ -6,6 +6,7 @@ python -m pytest homework_tests/test_3_dataloader.py
 from types import SimpleNamespace
 
 from dataloader import IGNORE, CustomDataLoader
+from plumbing.data.tokenizer import gpt2_encoding
 
 TEMPLATE = "Review: {text}\nSentiment: {label}"
 NAMES = ["negative", "positive"]
@@ -61,7 +62,7 @@ def test_prompt_is_what_the_loader_tokenises(tmp_path):
     path.write_text("text,label\n" + "".join(rows))
     loader = CustomDataLoader(str(path), template=TEMPLATE, label_names="negative,positive")
     for example in loader.splits["train"]:
-        answer = loader.encoding.decode(example.tokens[example.n_prompt : -1])
+        answer = gpt2_encoding().decode(example.tokens[example.n_prompt : -1])
         wanted = " positive" if "delightful" in example.text else " negative"
         assert answer == wanted, f"of {example.text!r} the loader has {answer!r} scored, not {wanted!r}"
 

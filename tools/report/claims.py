@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from dataloader import instruction_loader
+from dataloader import make_loader
 from generate import ModelSampler
 from plumbing.adapters.peft_format import ADAPTER_WEIGHTS
 from plumbing.gpt2.files import context_size
@@ -150,7 +150,7 @@ def make_settings(setting: Setting, config, full_lr: float, scale: float) -> dic
 def draws_validation(config) -> bool:
     """Whether the validation split follows from the seed: then runs of two seeds have no example in common to compare
     them by."""
-    return instruction_loader(config, context_size(config.init_from)).split_is_drawn("validation")
+    return make_loader(config, context_size(config.init_from)).split_is_drawn("validation")
 
 
 def check_splits(config) -> None:
@@ -166,9 +166,9 @@ def check_splits(config) -> None:
 def compute_losses(sampler: ModelSampler) -> np.ndarray:
     """(n,): each validation example's mean loss over its scored tokens, in nats, in the split's order."""
     sampler.load_model()
-    loader = instruction_loader(sampler.config, sampler.block_size, wanted=("validation",))
+    loader = make_loader(sampler.config, sampler.block_size, wanted=("validation",))
     losses = np.empty(len(loader.splits["validation"]))
-    for indices in loader.order("validation", loader.eval_batch_size):
+    for indices in loader.order("validation", loader.batch_size):
         batch = loader.batch("validation", indices).to(sampler.device)
         logits, _ = sampler.model(batch.idx, batch.targets, prefix=batch.prefix)  # (N, V) of the scored places
         scored = batch.targets >= 0  # (B, T), N of them True

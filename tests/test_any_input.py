@@ -1,7 +1,7 @@
 """Random settings, records and templates through the configurator and the data loader: what goes in as text comes
 out as text, the label is the last thing scored, nothing is lost or doubled.
 
-python -m pytest tests/test_random.py
+python -m pytest tests/test_any_input.py
 """
 
 import hashlib
@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 import dataloader
 from configurator import AT_LEAST, AT_MOST, ONE_OF, Config, configure
-from dataloader import CustomDataLoader, end_of_text, gpt2_encoding
-from plumbing.data.tokenizer import find_shared_head, start_encoding
+from dataloader import CustomDataLoader
+from plumbing.data.tokenizer import end_of_text, find_shared_head, gpt2_encoding, start_encoding
 
 # The same examples each time, so that a red test is of the change that made it; other ones without derandomize.
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}

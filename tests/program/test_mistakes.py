@@ -1,7 +1,7 @@
 """Wrong calls of train.py, generate.py and sweep.py: each ends with exit code 2 and one line that names the value and
 what to type instead, or works.
 
-python -m pytest tests/test_mistakes.py
+python -m pytest tests/program/test_mistakes.py
 """
 
 import json
@@ -12,7 +12,7 @@ import torch
 
 import generate
 import train
-from configurator import MODEL_KEYS, configure
+from configurator import configure
 from model import GPT, GPTConfig
 from plumbing.data.records import draw_split
 from tools import sweep
@@ -62,9 +62,9 @@ def call(program, argv):
     if program == "train":
         train.train(configure(argv))
     elif program == "generate":
-        generate.main(configure(argv, fixed=MODEL_KEYS))
+        generate.main(configure(argv, trains=False))
     else:
-        sweep.main(configure(argv, cls=sweep.SweepConfig, fixed=()))
+        sweep.main(configure(argv, cls=sweep.SweepConfig, trains=False))
 
 
 def refused(capsys, program, argv, words):
@@ -78,6 +78,8 @@ def refused(capsys, program, argv, words):
 # Flags that are wrong for every program: the flag, what the line names.
 EVERYWHERE = [
     (["--rnak=16"], ["--rnak", "--rank"]),
+    (["--frobnicate=1"], ["--frobnicate"]),
+    (["--learning-rate-peak"], ["flag"]),
     (["--learningrate=1"], ["--learningrate", "--learning_rate"]),
     (["--eval_only=True"], ["--eval_only", "generate.py"]),
     (["--max-iter=5"], ["max_iter", "--max_iters"]),
@@ -85,6 +87,8 @@ EVERYWHERE = [
     (["--lr=-1"], ["lr=-1", "at least 0"]),
     (["--lr=nan"], ["--lr=nan"]),
     (["--lr=inf"], ["--lr=inf"]),
+    (["--rank"], ["rank"]),
+    (["--rank=many"], ["--rank=many", "integer"]),
     (["--rank=1.5"], ["--rank=1.5", "integer"]),
     (["--rank=-4"], ["rank=-4", "at least 0"]),
     (["--rank=1e400"], ["--rank=1e400"]),
@@ -98,7 +102,7 @@ EVERYWHERE = [
     (["--seed=-1"], ["seed=-1"]),
     (["--seed=1e30"], ["seed=1", "at most"]),
     (["--compile=maybe"], ["--compile=maybe", "True or False"]),
-    (["--task=translate"], ["task=translate", "instruct, classify, pretrain"]),
+    (["--task=translate"], ["task=translate", "instruct, classify"]),
     (["--loss_on=review"], ["loss_on=review", "label, all"]),
     (["--dtype=float8"], ["dtype=float8", "bfloat16"]),
     (["--dtype=float16"], ["dtype=float16", "--dtype=auto"]),
@@ -120,6 +124,7 @@ EVERYWHERE = [
 def test_a_wrong_flag(place, capsys, program, argv, words):
     """Lost if it fails: a typing error is a traceback, or a run on something else."""
     refused(capsys, program, flags(place, program, *argv), words)
+    assert not (place / f"out-{program}").exists()  # nothing was begun
 
 
 # What is wrong with a run as a whole.
@@ -129,8 +134,7 @@ RUNS = [
     ("train", ["--lora_targets=("], ["lora_targets=("]),
     ("train", ["--trainable=no_such"], ["trainable=no_such"]),
     ("train", ["--trainable=["], ["trainable=["]),
-    ("train", ["--muon_lr=0.02"], ["muon_lr", "--rank=0"]),
-    ("train", ["--init_from=scratch"], ["--rank=0"]),
+    ("train", ["--n_layer=3"], ["n_layer", "tools.pretrain"]),
     ("train", ["--init_from=gpt3"], ["init_from=gpt3", "gpt2-medium"]),
     ("train", ["--init_from=/no/such/model"], ["/no/such/model"]),
     ("train", ["--init_from=resume", "--out_dir=/no/such/run"], ["/no/such/run"]),
@@ -139,6 +143,7 @@ RUNS = [
     ("train", ["--device=toaster"], ["device=toaster", "--device=cpu"]),
     ("train", ["--dataset=no_such.csv"], ["no_such.csv"]),
     ("train", ["--dataset=./nowhere"], ["./nowhere"]),
+    ("train", ["--dataset=configs"], ["dataset=configs", "train"]),
     ("train", ["--text_field=review"], ["text_field=review", "text, label"]),
     ("train", ["--label_field=stars"], ["label_field=stars", "text, label"]),
     ("train", ["--label_names=good,awful"], ["'bad'", "good,awful"]),
@@ -150,15 +155,11 @@ RUNS = [
     ("train", ["--template={text} {mood} {label}"], ["{mood}"]),
     ("train", ["--template="], ["template="]),
     ("train", ["--template=" + "very " * 80 + "{text} {label}"], ["context of 64"]),
-    ("train", ["--n_head=3", "--init_from=scratch", "--rank=0", "--n_embd=16"], ["n_embd=16", "n_head=3"]),
-    ("train", ["--task=pretrain", "--dataset=no_such.txt"], ["no_such.txt"]),
-    ("train", ["--task=pretrain", "--train_examples=5"], ["train_examples=5", "--train_examples=0"]),
     ("generate", ["--init_from=resume", "--out_dir=/no/such/run"], ["/no/such/run"]),
     ("generate", ["--init_from=gpt3"], ["gpt3"]),
     ("generate", ["--dataset=no_such.csv"], ["no_such.csv"]),
     ("generate", ["--max_new_tokens=40"], ["max_new_tokens=40", "32"]),
     ("generate", ["--task=classify"], ["no classes"]),
-    ("generate", ["--task=pretrain"], ["--start"]),
     ("generate", ["--device=cuda:99"], ["device=cuda:99"]),
     ("sweep", ["--ranks=a"], ["ranks=a"]),
     ("sweep", ["--ranks="], ["ranks="]),
@@ -166,8 +167,7 @@ RUNS = [
     ("sweep", ["--seeds=1,1"], ["seeds=1,1"]),
     ("sweep", ["--only=everything"], ["everything"]),
     ("sweep", ["--jobs=0"], ["jobs=0"]),
-    ("sweep", ["--init_from=scratch"], ["--init_from"]),
-    ("sweep", ["--task=pretrain"], ["--task"]),
+    ("sweep", ["--init_from=scratch"], ["init_from=scratch", "gpt2-mini"]),
 ]
 
 
@@ -176,6 +176,7 @@ def test_a_run_that_cannot_be(place, capsys, program, argv, words):
     """Lost if it fails: a run fails late, with a traceback, or not at all."""
     argv = [flag.replace("{place}", str(place)) for flag in argv]
     refused(capsys, program, flags(place, program, *argv), words)
+    assert not (place / f"out-{program}").exists()
 
 
 def test_another_runs_settings_on_resuming(place, capsys):
@@ -244,4 +245,5 @@ def test_a_file_where_the_folder_should_be(place, tmp_path, capsys):
     """Lost if it fails: --out_dir that names a file ends in a traceback."""
     (tmp_path / "out").write_text("a file")
     for program in ("train", "generate"):
-        refused(capsys, program, flags(place, program, f"--out_dir={tmp_path}/out/run"), [str(tmp_path)])
+        for out in (f"{tmp_path}/out", f"{tmp_path}/out/run"):
+            refused(capsys, program, flags(place, program, f"--out_dir={out}"), [str(tmp_path)])

@@ -1,6 +1,6 @@
 """Damaged and hostile files: the right result or one clear line, never a traceback, wrong weights, or code that runs.
 
-python -m pytest tests/test_hostile.py
+python -m pytest tests/program/test_damaged_files.py
 """
 
 import json
@@ -12,6 +12,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import flags, one_line_of, resume
 from safetensors.torch import load_file
 
 import train
@@ -22,7 +23,6 @@ from plumbing.adapters.peft_format import load_adapter
 from plumbing.adapters.trainable import lora_state_dict
 from plumbing.data import token_cache
 from plumbing.running.checkpoint import load_checkpoint
-from tools.plain_text import TextLoader
 
 
 @pytest.fixture(scope="module")
@@ -261,11 +261,38 @@ def test_checksum_is_of_what_other_readers_see(place):
     )
 
 
-def test_text_cache_is_made_anew(tmp_path, monkeypatch):
-    """Lost if it fails: a damaged token file is pre-trained on."""
-    monkeypatch.setattr(token_cache, "CACHE", str(tmp_path / "cache"))
-    (tmp_path / "book.txt").write_text("\n\n".join(f"paragraph {i} of a book" for i in range(2000)))
-    first = np.array(TextLoader(str(tmp_path / "book.txt"), context=16).tokens["train"])
-    (path,) = (tmp_path / "cache").glob("text-*/train.bin")
-    path.write_bytes(path.read_bytes()[:-4] + b"\1\1\1\1")
-    assert np.array_equal(TextLoader(str(tmp_path / "book.txt"), context=16).tokens["train"], first)
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def scribbled(path):
+    path.write_bytes(b"not what it was " * 40)
+
+
+def removed(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [cut_short, emptied, scribbled])
+@pytest.mark.parametrize("file", ["checkpoint.pt", "train_config.json"])
+def test_a_damaged_run_is_named(place, tmp_path, capfd, file, damage):
+    """Otherwise a full disk's half-written file ends in a traceback, or resumes from noise."""
+    shutil.copytree(place / "run", tmp_path / "run")
+    damage(tmp_path / "run" / file)
+    assert str(tmp_path / "run" / file) in one_line_of(capfd, resume(tmp_path, "run"))
+
+
+@pytest.mark.parametrize("damage", [cut_short, emptied, scribbled, removed])
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_damaged_base_model_is_named(place, tmp_path, capfd, file, damage):
+    """Otherwise a download that was cut short ends in a traceback, or trains on noise."""
+    shutil.copytree(place / "base", tmp_path / "base")
+    damage(tmp_path / "base" / file)
+    line = one_line_of(
+        capfd, flags(place, "never", init_from=tmp_path / "base", dataset=place / "rows.jsonl", rank=2)
+    )
+    assert str(tmp_path / "base" / file) in line

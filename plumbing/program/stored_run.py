@@ -1,0 +1,50 @@
+"""train_config.json in the folder of a run: its settings, and what it has found out."""
+
+import glob
+import hashlib
+import json
+import os
+
+from plumbing.program.errors import UserError
+from plumbing.program.files import write_json
+
+RUN_CONFIG = "train_config.json"
+
+
+def write_run(out_dir: str, settings: dict, facts: dict) -> None:
+    """With a SHA-256, so that a file that was changed by hand or damaged is refused on resuming."""
+    values = settings | {"facts": facts}
+    write_json(os.path.join(out_dir, RUN_CONFIG), values | {"sha256": fingerprint(values)})
+
+
+def read_run(out_dir: str) -> tuple[dict, dict]:
+    """(settings, facts) of the run in out_dir. UserError if there is no run, or a damaged one."""
+    path = os.path.join(out_dir, RUN_CONFIG)
+    try:
+        with open(path, encoding="utf-8") as f:
+            stored = json.load(f)
+        if stored.pop("sha256", None) not in (None, fingerprint(stored)):
+            raise UserError(f"{path} was changed or damaged; to change a setting, type it as a flag")
+        if "init_from" not in stored:
+            raise UserError(f"{path} is damaged: no init_from in it")
+        return stored, stored.pop("facts", {})
+    except FileNotFoundError:
+        runs = find_runs(os.path.dirname(os.path.normpath(out_dir)))
+        others = f"; there are runs in: {', '.join(runs)}" if runs else ""
+        raise UserError(
+            f"init_from=resume: no run to resume in {out_dir} ({RUN_CONFIG} is missing){others}; type its --out_dir"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as e:
+        raise UserError(f"{path} is damaged: {e}") from e
+
+
+def find_runs(folder: str) -> list[str]:
+    """At most five folders of runs in this one, the newest first."""
+    configs = glob.glob(os.path.join(glob.escape(folder), "*", RUN_CONFIG))
+    newest = sorted(configs, key=os.path.getmtime, reverse=True)[:5]
+    return [os.path.dirname(path) for path in newest]
+
+
+def fingerprint(values: dict) -> str:
+    """SHA-256 of settings."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
