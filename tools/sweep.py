@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from configurator import RUN_CONFIG, Config, configure, find_changes
+from configurator import Config, configure
 from generate import SCORED
 from lora import mark_only_lora_as_trainable
 from model import GPT, GPTConfig
@@ -36,6 +36,7 @@ from plumbing.gpt2.files import context_size, find_checkpoint, read_config
 from plumbing.program.errors import first_line, one_line_errors
 from plumbing.program.files import write_json
 from plumbing.program.settings import fields_of, settings_of
+from plumbing.program.stored_run import RUN_CONFIG, find_changes
 from plumbing.running.machine import pick_device, pick_dtype
 from plumbing.scoring.accuracy import wilson
 from plumbing.scoring.plots import draw_curves, label_ends
