@@ -22,7 +22,8 @@ from transformers import (
     set_seed,
 )
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
 from dataloader import CustomDataLoader
 from lora import attach_lora, mark_only_lora_as_trainable, save_adapter
 from plumbing.adapters.trainable import parameter_report
@@ -109,7 +110,7 @@ def main():
 
             # Each machine has this repository at the same place.
             address = None if args.ray == "auto" else args.ray
-            ray.init(address, runtime_env={"env_vars": {"PYTHONPATH": sys.path[0]}})
+            ray.init(address, runtime_env={"env_vars": {"PYTHONPATH": ROOT}})
             table = ray.get([ray.remote(train).remote(*job) for job in jobs])
         else:
             table = [train(*job) for job in jobs]
