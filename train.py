@@ -49,8 +49,8 @@ from plumbing.running.machine import Processes, compute_deterministically, keep_
 from plumbing.running.optimizers import build_optimizers
 from plumbing.running.saving import Saver, Stopwatch, open_bar, print0
 from plumbing.running.wandb_run import WandbRun
+from plumbing.scoring.loss_plot import plot_losses
 from plumbing.scoring.model_card import write_card
-from plumbing.scoring.plots import plot_losses
 
 with one_line_errors(ImportError):  # a lora.py of your own may need a package
     from lora import mark_only_lora_as_trainable

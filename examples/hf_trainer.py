@@ -22,12 +22,12 @@ from transformers import (
     set_seed,
 )
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from dataloader import CustomDataLoader
 from lora import attach_lora, mark_only_lora_as_trainable, save_adapter
 from plumbing.adapters.trainable import parameter_report
 from plumbing.program.errors import one_line_errors
+from plumbing.program.files import ROOT
 
 
 @dataclass

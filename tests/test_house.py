@@ -20,7 +20,8 @@ FLOORS = [  # a file imports from its own room and from those of lower floors
     {"lora"},
     {"model", "dataloader", "configurator"},
     {"train", "generate"},
-    {"tools/report", "tools/grading"},
+    {"tools/runs", "tools/grading"},
+    {"tools/report"},
     {"tools"},
 ]
 FLOOR_OF = {room: n for n, rooms in enumerate(FLOORS) for room in rooms}

@@ -4,7 +4,6 @@ Here and in the files about formats nothing more of a layer is used, so a lora.p
 """
 
 import math
-import re
 
 import torch
 import torch.nn.functional as F
@@ -39,24 +38,6 @@ def is_conv1d(layer) -> bool:
 def sizes(layer) -> tuple[int, int]:
     """(out, in) of a linear layer."""
     return tuple(layer.weight.shape[::-1] if is_conv1d(layer) else layer.weight.shape)
-
-
-def useless_alternatives(pattern: str, names) -> list[str]:
-    """The alternatives of a regular expression, such as `gate` of `up|gate` or of `mlp.(up|gate)$`, with which alone
-    it finds none of the names. Looks at the outermost ones and at groups without another group in them."""
-    groups = [match.span(1) for match in re.finditer(r"(?<!\\)\((?:\?:)?([^()]*)\)", pattern)]
-    if "(" not in pattern:
-        groups.append((0, len(pattern)))
-    useless = []
-    for start, end in groups:
-        group = pattern[start:end]
-        if "|" not in group or group.startswith("?") or "[" in group or r"\|" in group:
-            continue
-        for alternative in group.split("|"):
-            alone = re.compile(pattern[:start] + alternative + pattern[end:])
-            if not any(alone.search(name) for name in names):
-                useless.append(alternative)
-    return useless
 
 
 def check_rank(rank: int, n_in: int, n_out: int, name: str = "a layer") -> None:
