@@ -23,8 +23,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from plumbing.adapters.peft_format import ADAPTER_CONFIG, find_adapter, rank_and_alpha, read_adapter
+from plumbing.gpt2.base import check_same_weights
 from plumbing.gpt2.files import HUB_MODELS, find_checkpoint
 from plumbing.program.errors import UserError, first_line, one_line_errors
+from plumbing.program.stored_run import RUN_CONFIG, read_run
 from plumbing.scoring.plots import paint_similarity, paint_spectra, paint_stress
 from tools.report.page import draw, make_html, write_page
 
@@ -210,6 +212,13 @@ def find_base(name):
         ) from e
 
 
+def check_run(directory, base):
+    """Raises ValueError if the adapter is that of a run, and the base no longer the one that it began with."""
+    if os.path.exists(os.path.join(directory, RUN_CONFIG)):
+        _, facts = read_run(directory)
+        check_same_weights(base, facts.get("base"), directory)
+
+
 def study(adapter: Adapter, base: Base, other: Adapter | None = None) -> Iterator[LayerAnatomy]:
     """The anatomy of each layer, one after the other: no two weights are in memory at once."""
     for module in adapter.modules:
@@ -348,6 +357,7 @@ def main(argv):
         adapter = Adapter(args.adapter)
         other = Adapter(args.other) if args.other else None
         base = Base(args.base or adapter.config.get("base_model_name_or_path"))
+        check_run(adapter.directory, base.name)
         layers = list(study(adapter, base, other))
         page = write_anatomy(adapter, base, layers, other)
     print_table(anatomy_rows(layers))

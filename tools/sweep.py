@@ -32,7 +32,8 @@ from plumbing.adapters.peft_format import ADAPTER_WEIGHTS
 from plumbing.adapters.trainable import train_also
 from plumbing.data.sources import find_source
 from plumbing.data.token_cache import cache_folder
-from plumbing.gpt2.files import context_size, find_checkpoint, read_config
+from plumbing.gpt2.base import check_vocabulary
+from plumbing.gpt2.files import find_checkpoint, read_config
 from plumbing.program.errors import first_line, one_line_errors
 from plumbing.program.files import write_json
 from plumbing.program.settings import fields_of, settings_of
@@ -613,7 +614,7 @@ def main(config):
         if config.jobs < 1:
             raise ValueError(f"jobs={config.jobs}: type at least 1")
         pick_dtype(pick_device(config.device), config.dtype)
-        context_size(config.init_from)
+        check_vocabulary(config.init_from)
         runs = plan(config)
         if "claims" in config.only.split(","):
             claims.check_splits(config)
