@@ -339,6 +339,10 @@ def open_folder(run: Run) -> Progress:
             f"max_iters={config.max_iters}: the run in {config.out_dir} has made {progress.iter} updates already; "
             "type at least that many, or start another run with another --out_dir"
         )
+    if progress.eval_iters not in (None, config.eval_iters):
+        print0(run, f"note: with eval_iters={config.eval_iters} losses are of other batches: the best starts anew")
+        progress.best = math.inf
+    progress.eval_iters = config.eval_iters
     if is_first:
         os.makedirs(config.out_dir, exist_ok=True)
         if config.run is None:
