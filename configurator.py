@@ -38,6 +38,8 @@ Sentiment: {label}"""
 class Facts:
     """What a run has found out. It stands in train_config.json beside the settings."""
 
+    base: dict[str, str] | None = None  # of its base's weights: fingerprint_base
+    model: dict[str, str] | None = None  # of its own, where it has trained them all and is done
     data: str | None = None  # a digest of its data set's content; None where this config names another data set
     dtype: str | None = None  # of its arithmetic
     label_names: list[str] | None = None  # the words of its labels

@@ -24,6 +24,7 @@ from plumbing.adapters.layers import lora_arguments
 from plumbing.adapters.peft_format import load_adapter
 from plumbing.data.labels import find_label, split_names
 from plumbing.data.tokenizer import end_of_text, gpt2_encoding
+from plumbing.gpt2.base import check_same_weights, check_vocabulary
 from plumbing.gpt2.files import context_size, find_checkpoint, read_config
 from plumbing.gpt2.kv_cache import KVCache
 from plumbing.program.errors import one_line_errors
@@ -83,6 +84,8 @@ class ModelSampler:
         self.config = config or make_config(out_dir=out_dir, init_from=init_from, **settings)
         self.device = pick_device(self.config.device)
         self.block_size = context_size(checkpoint_of(self.config))
+        if not self.config.run:
+            check_vocabulary(self.config.init_from)
         self.loader: CustomDataLoader | None = None  # the split that is scored
         self.prompt: Prompt | None = None  # makes prompts of new texts
         self.model: GPT | None = None
@@ -247,6 +250,9 @@ class ModelSampler:
 def load_model(config: Config, device: str, dtype: torch.dtype, n_classes: int = 0) -> GPT:
     """The model of a config, ready to generate: a base, or the best weights of the run in out_dir."""
     has_adapter = config.run is not None and config.rank > 0
+    if config.run:
+        then = config.run.base if has_adapter else config.run.model
+        check_same_weights(checkpoint_of(config), then, config.out_dir)
     lora = lora_arguments(config) if has_adapter else {}
     model = GPT.from_pretrained(checkpoint_of(config), dtype=dtype, n_classes=n_classes, **lora)
     if has_adapter:
