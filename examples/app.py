@@ -3,8 +3,8 @@
     pip install -r requirements-app.txt
     python examples/app.py out-mini
 
-It runs here, on Colab and on a Space of the hub (docs/after.md); GRADIO_SERVER_PORT=8000 sets its port. Nothing that
-is typed is kept: no analytics, no history, and a file is deleted as soon as it is read.
+It runs here, on Colab and on a Space of the hub (docs/after.md). Nothing that is typed is kept: no analytics, no
+history, and a file is deleted as soon as it is read.
 """
 
 import contextlib
@@ -23,16 +23,18 @@ from configurator import load_run
 from generate import ModelSampler
 from plumbing.data.tokenizer import gpt2_encoding
 from plumbing.program.errors import one_line_errors
+from plumbing.scoring.model_card import base_name
 from plumbing.scoring.new_texts import predict_file
 
 FILES = tempfile.TemporaryDirectory(prefix="nanolora-app-")  # removed at the end, with all that is in it
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False", "GRADIO_TEMP_DIR": FILES.name}
-with one_line_errors(ImportError):
+try:
     import gradio as gr
+except ImportError as e:
+    print(f"error: {e}; pip install -r requirements-app.txt", file=sys.stderr)
+    sys.exit(2)
 
-PIECES = 64  # of a text, at most: each is left out once
-TOKENS = 16_384  # in all these texts together, so that a long one has fewer pieces
-BATCH = 8_192  # tokens in a batch
+TOKENS = 8_192  # in a batch
 
 
 def load(folder):
@@ -52,16 +54,15 @@ def load(folder):
 def score(sampler, texts):
     """What the model writes after each text, and each label's share."""
     prompts = sampler.make_prompts(texts)
-    sampler.config.batch_size = max(1, BATCH // max(map(len, prompts)))
+    sampler.config.batch_size = max(1, TOKENS // max(map(len, prompts)))
     return sampler.answer(prompts, sampler.prompt, wants_shares=True)
 
 
 def cut(text, n):
     """At most n pieces that make up the text: words; of a long text sentences, or several words in one."""
     pieces = re.split(r"(?<=\S)(?=\s)", text)
-    if len(pieces) > n:
-        sentences = re.split(r"(?<=[.!?…])(?=\s)", text)
-        pieces = sentences if len(sentences) > 3 else pieces
+    if len(pieces) > n and len(sentences := re.split(r"(?<=[.!?…])(?=\s)", text)) > 3:
+        pieces = sentences
     size = math.ceil(len(pieces) / n)
     return ["".join(pieces[i : i + size]) for i in range(0, len(pieces), size)]
 
@@ -77,17 +78,6 @@ def paint(pieces, gains):
     return f'<p style="line-height: 2; overflow-wrap: anywhere">{"".join(spans)}</p>'
 
 
-def read_examples(folder):
-    """{title: rows}: a few that generate.py has scored."""
-    rows = []
-    with contextlib.suppress(OSError), open(os.path.join(folder, "predictions.jsonl"), encoding="utf-8") as f:
-        rows = [json.loads(line) for line in f]
-    right = [row for row in rows if row["predicted"] == row["label"]]
-    wrong = [row for row in rows if row["predicted"] != row["label"]]
-    groups = {"Right answers": right[:4], "Wrong answers (the right one stands in front)": wrong[:4]}
-    return {title: rows for title, rows in groups.items() if rows}
-
-
 def build(folder):
     models = load(folder)
     tuned = models["after tuning"]
@@ -95,15 +85,12 @@ def build(folder):
 
     def show(text):
         """Yields each model's shares and what it wrote, and then what moved the tuned one."""
-        text = text.strip()
-        if not text:
+        if not text.strip():
             yield *[None] * len(models), "Type a text first."
             return
-        ex, was_cut = prompt.make_example(text, 0)
-        notes = []
-        if was_cut:
-            text = gpt2_encoding().decode(ex.tokens, errors="ignore") if prompt.classify else ex.text
-            notes.append(f"Only the first {len(text):,} characters were read: the model takes no more.")
+        ex, was_cut = prompt.make_example(text.strip(), 0)
+        text = gpt2_encoding().decode(ex.tokens, errors="ignore") if prompt.classify else ex.text  # may be cut
+        notes = [f"Only the first {len(text):,} characters were read: the model takes no more."] if was_cut else []
         found = [score(sampler, [text]) for sampler in models.values()]
         if not prompt.classify:
             wrote = [f"“{html.escape(words.strip())}” {title}" for title, ((words,), _) in zip(models, found)]
@@ -111,7 +98,7 @@ def build(folder):
         shares = [dict(zip(names, row)) for _, (row,) in found]
         yield *shares, "<br>".join(notes)
         best = max(names, key=shares[-1].get)
-        pieces = cut(text, min(PIECES, max(8, TOKENS // len(ex.tokens))))
+        pieces = cut(text, min(64, max(8, 2 * TOKENS // len(ex.tokens))))  # of a long text fewer, so that it ends
         _, without = score(tuned, ["".join(pieces[:i] + pieces[i + 1 :]).strip() for i in range(len(pieces))])
         gains = [100 * (shares[-1][best] - row[names.index(best)]) for row in without]
         notes.append(f"How many points of 100 <b>{html.escape(best)}</b> loses where a piece is left out:")
@@ -119,9 +106,6 @@ def build(folder):
 
     def answer_file(path, column, progress=gr.Progress(track_tqdm=True)):  # noqa: B008
         """Yields what takes the file's place, the file with its answers, and what is wrong with it if anything is."""
-        if path is None:
-            yield None, None, "Choose a file first."
-            return
         sampler = ModelSampler(config=replace(config, predict=path, text_field=column, batch_size=32))
         sampler.prompt, sampler.model = prompt, tuned.model
         with tempfile.TemporaryDirectory() as out:
@@ -134,25 +118,29 @@ def build(folder):
                 os.remove(path)
 
     with gr.Blocks(title="nanoLoRA", delete_cache=(60, 600)) as page:
-        base, dataset = map(os.path.basename, (config.init_from, config.dataset))
-        gr.Markdown(f"# {' or '.join(names)}?\n{base}, tuned on {dataset}")
+        gr.Markdown(
+            f"# {' or '.join(names)}?\nA text in; what {base_name(config)} thinks of it, before and after tuning."
+        )
         text = gr.Textbox(label="A text", lines=3, max_lines=12)
         button = gr.Button("Ask the model", variant="primary")
         with gr.Row():
             outputs = [gr.Label(label=title) for title in models]
         outputs.append(gr.HTML())
         gr.on([button.click, text.submit], show, text, outputs, show_progress="minimal")
-        for title, rows in read_examples(folder).items():
-            labels = [f"{row['label']}: {row['text']}" for row in rows]
-            options = {"label": title, "example_labels": labels, "run_on_click": True, "cache_examples": False}
-            gr.Examples([[row["text"]] for row in rows], text, outputs, show, **options)
+        answers = []  # those that generate.py has scored
+        with contextlib.suppress(OSError), open(os.path.join(folder, "predictions.jsonl"), encoding="utf-8") as f:
+            answers = [json.loads(line) for line in f]
+        for title, is_right in (("Right answers", True), ("Wrong answers (the right one stands in front)", False)):
+            if rows := [row for row in answers if (row["predicted"] == row["label"]) == is_right][:4]:
+                labels = [f"{row['label']}: {row['text']}" for row in rows]
+                options = {"label": title, "example_labels": labels, "run_on_click": True, "cache_examples": False}
+                gr.Examples([[row["text"]] for row in rows], text, outputs, show, **options)
         with gr.Accordion("A file of texts", open=False):
             gr.Markdown("csv, tsv, jsonl, parquet or txt. It comes back with the label, the words and the share.")
             column = gr.Textbox(config.text_field, label="The column of the texts")
             file = gr.File(label="Your file", height=120)
-            go = gr.Button("Label it")
             answered = gr.File(label="With the answers", interactive=False, height=120)
-            go.click(answer_file, [file, column], [file, answered, gr.HTML()])
+            file.upload(answer_file, [file, column], [file, answered, gr.HTML()])
     return page
 
 
@@ -160,5 +148,5 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # then too the temporary files are removed
     with one_line_errors():
         page = build(sys.argv[1] if len(sys.argv) > 1 else "out-mini")
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from other servers
-    page.launch(theme=theme, footer_links=["gradio"])
+    # Its own fonts would come from another server.
+    page.launch(theme=gr.themes.Default(font=["system-ui"], font_mono=["monospace"]), footer_links=["gradio"])
