@@ -118,9 +118,7 @@ def build(folder):
                 os.remove(path)
 
     with gr.Blocks(title="nanoLoRA", delete_cache=(60, 600)) as page:
-        gr.Markdown(
-            f"# {' or '.join(names)}?\nA text in; what {base_name(config)} thinks of it, before and after tuning."
-        )
+        gr.Markdown(f"# {' or '.join(names)}?\nAsk {base_name(config)}, before and after its tuning.")
         text = gr.Textbox(label="A text", lines=3, max_lines=12)
         button = gr.Button("Ask the model", variant="primary")
         with gr.Row():
