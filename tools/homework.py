@@ -136,10 +136,16 @@ def grade(submissions: list[str], out: str = "", parts: str = "1,2,3,4,5,6", job
         raise UserError("two submissions have one name: name each folder or zip file after its student")
     if not out or Path(out).exists():
         raise UserError(f"--out={out}: type the name of a new file, such as --out=grades.csv")
+    try:
+        numbers = [int(part) for part in parts.split(",")], int(jobs or os.cpu_count()), float(limit)
+    except ValueError:
+        numbers = [7], 0, 0
+    chosen, jobs, limit = numbers
+    if not {1, 2, 3, 4, 5, 6}.issuperset(chosen) or jobs < 1 or limit <= 0:
+        raise UserError("type --parts=1,2,3 (of 1 to 6), --jobs=4 (processes) and --limit=120 (seconds a part)")
     with tempfile.TemporaryDirectory() as new:
         make_homework(f"{new}/copy")
-        chosen = sorted(map(int, parts.split(",")))
-        write_grades(out, paths, Path(new, "copy"), chosen, int(jobs or os.cpu_count()), float(limit))
+        write_grades(out, paths, Path(new, "copy"), sorted(set(chosen)), jobs, limit)
 
 
 def main(arguments: list[str]) -> None:

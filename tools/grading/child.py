@@ -15,6 +15,7 @@ import os
 import random
 import runpy
 import signal
+import site
 import sys
 import tempfile
 import types
@@ -26,9 +27,13 @@ import torch
 HERE = Path(__file__).resolve().parents[2]
 NOBODY = 65534
 NEW_FILES, NEW_IPC, NEW_USER, NEW_PIDS, NEW_NETWORK = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
-BIND, PRIVATE = 0x1000, 0x44000  # of mount(2): the second with all that is mounted below
+BIND, PRIVATE, READ_ONLY = 0x5000, 0x44000, 0x1021  # of mount(2): with all below, with all below, of a bind
+KEPT = 0xC0E  # flags of a mount that an ordinary user cannot take away: nosuid, nodev, noexec, noatime, nodiratime
+SEEN = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/etc", "/dev", "/proc")
 REFUSED = ("socket.connect", "socket.getaddrinfo", "socket.sendto", "subprocess.Popen", "os.system", "os.exec")
 REFUSED += ("os.posix_spawn", "os.fork", "os.forkpty", "os.kill", "os.killpg", "signal.pthread_kill")
+MOVES = ("os.rename", "os.link", "os.symlink", "os.remove")
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 # --- shut in ---------------------------------------------------------------------------------------
@@ -36,27 +41,52 @@ REFUSED += ("os.posix_spawn", "os.fork", "os.forkpty", "os.kill", "os.killpg", "
 
 def system(name, *arguments):
     """Calls a function of the C library. Raises OSError where it fails, AttributeError where there is none."""
+    arguments = [os.fsencode(value) if isinstance(value, (str, Path)) else value for value in arguments]
     if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments):
         raise OSError(ctypes.get_errno(), name)
 
 
-def bind(source, target):
+def bind(source, target, read_only=True):
     """`target` shows what `source` is, to this process and its children."""
-    system("mount", os.fsencode(source), os.fsencode(target), None, ctypes.c_ulong(BIND), None)
+    system("mount", source, target, None, ctypes.c_ulong(BIND), None)
+    if read_only:
+        flags = READ_ONLY | os.statvfs(target).f_flag & KEPT
+        system("mount", None, target, None, ctypes.c_ulong(flags), None)
 
 
 def shut_in(base: Path, work: Path, hidden: list[Path]) -> Path:
-    """Before the fork of a student's process: no network, no processes but its own, and `hidden` and all of
-    base/jobs are empty. Its own `work` is base/here. Returns that. Raises where the system refuses."""
+    """Before the fork of a student's process: it has no network, it sees no processes but its own, and no files but
+    those of `work`, now base/here, and, to read, Python's and the system's. Returns base/here. Raises where the system
+    refuses."""
     user, group = os.geteuid(), os.getegid()
     system("unshare", NEW_USER | NEW_FILES | NEW_IPC | NEW_PIDS | NEW_NETWORK)
     for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
         Path("/proc/self", name).write_text(text)
     system("mount", b"none", b"/", None, ctypes.c_ulong(PRIVATE), None)
-    bind(work, base / "here")
-    for path in [base / "jobs", *hidden]:
-        bind(base / ("empty" if path.is_dir() else "empty.txt"), path)
-    return base / "here"
+    root, here = base / "root", base / "here"
+
+    def place(path):
+        return root / path.relative_to("/")
+
+    system("mount", b"tmpfs", root, b"tmpfs", ctypes.c_ulong(0), None)
+    packages = [*site.getsitepackages(), site.getusersitepackages()]
+    for path in sorted({Path(name) for name in (*SEEN, sys.prefix, sys.base_prefix, *packages)}):
+        place(path.parent).mkdir(parents=True, exist_ok=True)
+        if path.is_symlink():
+            place(path).symlink_to(path.readlink())
+        elif path.exists():
+            place(path).mkdir(exist_ok=True)
+            bind(path, place(path), read_only=str(path) not in ("/dev", "/proc"))
+    for path in hidden:
+        if place(path).exists():
+            bind(base / ("empty" if path.is_dir() else "empty.txt"), place(path))
+    place(here).mkdir(parents=True)
+    bind(work, place(here), read_only=False)
+    os.chdir(root)
+    system("pivot_root", b".", b".")
+    system("umount2", b".", 2)
+    os.chdir("/")
+    return here
 
 
 def become_nobody(work: Path) -> None:
@@ -88,18 +118,21 @@ def way_to_shut_in(base: Path, work: Path, hidden: list[Path]) -> str:
 
 
 def refuse(hidden: list[Path], own: Path) -> None:
-    """From here on, for good: hidden files are not opened, no process is started or killed, nothing connects."""
-    events, own = frozenset(REFUSED), f"{own}/"
+    """From here on, for good: no hidden file is opened, nothing outside `own` is written, no process is started or
+    killed, nothing connects."""
+    events, moves, own = frozenset(REFUSED), frozenset(MOVES), f"{own}/"
     closed = tuple(f"{path}/" for path in hidden)
     kinds, is_kind, decode, real = (str, bytes), isinstance, os.fsdecode, os.path.realpath
 
     def hook(event, arguments):
         if event in events:
             raise PermissionError(f"{event} is not for a submission")
-        if event == "open" and is_kind(arguments[0], kinds):
-            path = real(decode(arguments[0])) + "/"
-            if path.startswith(closed) and not path.startswith(own):
-                raise PermissionError(f"{path[:-1]} is not for a submission")
+        if event == "open" or event in moves:
+            for path in arguments[: 1 if event == "open" else 2]:
+                path = f"{real(decode(path))}/" if is_kind(path, kinds) else own
+                writes = event in moves or arguments[2] & WRITES
+                if not path.startswith(own) and (path.startswith(closed) or (writes and path != "/dev/null/")):
+                    raise PermissionError(f"{path[:-1]} is not for a submission")
 
     sys.addaudithook(hook)
 

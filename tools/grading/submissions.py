@@ -31,7 +31,7 @@ PARTS = (*FILES, "trained")  # part 6
 POINTS = {"lora.py": 9, "model.py": 3, "dataloader.py": 4, "train.py": 2, "generate.py": 5, "trained": 2}
 TRAINING = "test_training_reaches_75_percent"
 # What an exercise does not need: where a file has such a word and the handout's has not, a teacher should look at it.
-UNUSUAL = {"_exit", "_getframe", "atexit", "builtins", "compile", "ctypes", "eval", "exec", "f_back", "gc", "globals"}
+UNUSUAL = {"_exit", "_getframe", "atexit", "builtins", "ctypes", "eval", "exec", "f_back", "gc", "globals"}
 UNUSUAL |= {"importlib", "inspect", "kill", "modules", "monkeypatch", "pytest", "setattr", "signal", "subprocess"}
 UNUSUAL |= {"threading", "unittest", "__code__", "__import__", "__torch_function__"}
 
@@ -49,7 +49,7 @@ def read_files(submission: Path) -> dict[str, bytes]:
         archive = zipfile.ZipFile(submission)
         there = [(Path(name), lambda name=name: archive.read(name)) for name in archive.namelist()]
     there.sort(key=lambda pair: len(pair[0].parts), reverse=True)
-    return {path.name: read() for path, read in there if path.name in FILES and not path.name.startswith("._")}
+    return {path.name: read() for path, read in there if path.name in FILES and "__MACOSX" not in path.parts}
 
 
 def inside(path, folder):
@@ -192,7 +192,7 @@ def prepare_base(base: Path, hidden: list[Path]) -> str:
     """Makes what all jobs need in the folder `base`: the teacher's downloaded reviews, and what stands in place of
     what is hidden. Returns the way in which this system shuts a process in, and prints what it cannot do."""
     base.chmod(0o711)
-    for name in ("empty", "here", "cache", "jobs/trial/tmp"):
+    for name in ("empty", "root", "cache", "jobs/trial/tmp"):
         (base / name).mkdir(parents=True)
     (base / "jobs").chmod(0o711)  # nobody finds another job's folder in it
     (base / "empty.txt").touch()
