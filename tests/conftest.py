@@ -182,8 +182,9 @@ class Forked:
 
 def start(*args, cwd=REPO, limit=None, fresh=False, **env):
     """A process of its own, as a user starts one: `python *args`. No file may grow beyond `limit` bytes. `fresh`:
-    nothing is imported in it yet, not even torch."""
+    nothing is imported in it yet, not even torch. `env`: variables that are set, or, with None, not."""
     args, env = [str(arg) for arg in args], os.environ | {"OMP_NUM_THREADS": "1"} | env
+    env = {name: str(value) for name, value in env.items() if value is not None}
     if not fresh:
         return Forked(args, cwd, env, limit)
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -6,6 +6,7 @@ python tests/fork_server.py      a line of json on stdin for each program: see `
 
 import contextlib
 import gc
+import importlib
 import json
 import os
 import resource
@@ -13,9 +14,8 @@ import runpy
 import sys
 
 # What train.py and generate.py import, but for the repository itself: not huggingface_hub, which looks at variables.
-import filelock  # noqa: F401
-import numpy  # noqa: F401
-import tqdm  # noqa: F401
+for name in ("filelock", "matplotlib.pyplot", "numpy", "safetensors.torch", "tiktoken.load", "torch", "tqdm"):
+    importlib.import_module(name)
 
 
 def write(path, number):

@@ -17,7 +17,7 @@ import plumbing.running.threads  # noqa: F401  (before torch, which reads these 
 
 # isort: split
 from plumbing.program.errors import UserError, one_line_errors
-from tools.report.directions import SHARE, Adapter, Base, mean_similarity, random_similarity, study
+from tools.report.directions import SHARE, Adapter, Base, check_run, mean_similarity, random_similarity, study
 from tools.report.page import write_page
 from tools.report.paint import draw, paint_similarity, paint_spectra, paint_stress
 
@@ -32,6 +32,7 @@ def main(argv):
         adapter = Adapter(args.adapter)
         other = Adapter(args.other) if args.other else None
         base = Base(args.base or adapter.config.get("base_model_name_or_path"))
+        check_run(adapter.directory, base.name)
         layers = list(study(adapter, base, other))
         page = write_anatomy(adapter, base, layers, other)
     print_table(anatomy_rows(layers))

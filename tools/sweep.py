@@ -24,7 +24,8 @@ from tqdm import tqdm
 from configurator import Config, configure
 from plumbing.data.sources import find_source
 from plumbing.data.token_cache import cache_folder
-from plumbing.gpt2.files import context_size, find_checkpoint
+from plumbing.gpt2.base import check_vocabulary
+from plumbing.gpt2.files import find_checkpoint
 from plumbing.program.errors import one_line_errors
 from plumbing.program.files import write_json
 from plumbing.program.settings import fields_of, setting
@@ -84,7 +85,7 @@ def check(config):
     if unknown := set(config.only.split(",")) - {*KINDS.split(","), "claims"}:
         raise ValueError(f"only={config.only}: no part {min(unknown)!r}; type some of {KINDS},claims")
     pick_dtype(pick_device(config.device), config.dtype)
-    context_size(config.init_from)
+    check_vocabulary(config.init_from)
     if "claims" in config.only.split(","):
         claims.check_splits(config)
 

@@ -54,7 +54,7 @@ def is_gpt2s(path):
 
 def check_base_stays(config) -> None:
     """Raises ValueError where a run that trains all weights would write them over its base."""
-    if config.resume or config.rank or config.init_from == "scratch" or not os.path.isdir(config.out_dir):
+    if config.run or config.rank or config.init_from == "scratch" or not os.path.isdir(config.out_dir):
         return
     config_path, files = find_checkpoint(config.init_from)
     for path in (config_path, *files, *map(os.path.realpath, files)):
@@ -93,13 +93,13 @@ def take_some(stored, n=64):
     return torch.cat([part.flatten().float() for part in parts])
 
 
-def check_same_base(config) -> None:
-    """Raises ValueError if the base of a resumed run is no longer the one that it began with. Weights that were saved
-    in half precision meanwhile are the same: one side is the other's rounding."""
-    then = config.based_on  # None: an older run, which does not know
-    now = then and fingerprint_base(config.init_from)
+def check_same_weights(name: str, then: dict | None, out_dir: str) -> None:
+    """Raises ValueError if a checkpoint's weights are no longer those that the run in out_dir knows: `then`, of
+    fingerprint_base, or None for an older run. Weights that were saved in half precision meanwhile are the same: one
+    side is the other's rounding."""
+    now = then and fingerprint_base(name)
     if then and now["float32"] not in then.values() and then["float32"] not in now.values():
         raise ValueError(
-            f"init_from={config.init_from} has other weights than when the run in {config.out_dir} began; put the "
-            "old ones back, or start another run with another --out_dir"
+            f"{name} holds other weights than those that the run in {out_dir} knows; put the old ones back, or start "
+            "another run with another --out_dir"
         )

@@ -11,13 +11,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tokens
+from conftest import finish, flags, here, one_line_of, start, tokens
 from safetensors.torch import load_file, save_file
 
+import generate
+from configurator import Facts, configure, load_run
+from generate import ModelSampler
 from lora import load_adapter, save_adapter
 from model import GPT
 from plumbing.data.tokenizer import gpt2_encoding
-from plumbing.gpt2.base import check_base_stays, check_same_base, check_vocabulary, fingerprint_base
+from plumbing.gpt2.base import check_base_stays, check_same_weights, check_vocabulary, fingerprint_base
+from tools import anatomy
 
 
 @pytest.fixture
@@ -205,9 +209,8 @@ def test_a_larger_vocabulary_goes_on(base, capsys, n, notes):
 # --- the base of a run ---------------------------------------------------------------------------
 
 
-def run_of(base, **facts):
-    values = {"init_from": str(base), "out_dir": "out", "rank": 4, "resume": True, "based_on": None}
-    return SimpleNamespace(**values | facts)
+def check(base, then):
+    check_same_weights(str(base), then, "out")
 
 
 def save_sharded(hf, base, tmp_path):
@@ -247,14 +250,14 @@ SAVED_ANEW = {  # the same weights
 @pytest.mark.parametrize("how", SAVED_ANEW)
 def test_weights_that_were_saved_anew_are_the_same_base(hf, base, tmp_path, how):
     """Lost if it fails: who tidies up or halves a base's files cannot go on with any run on it."""
-    config = run_of(base, based_on=json.loads(json.dumps(fingerprint_base(str(base)))))
+    then = json.loads(json.dumps(fingerprint_base(str(base))))  # as a run's settings keep it
     SAVED_ANEW[how](hf, base, tmp_path)
-    check_same_base(config)
-    check_same_base(run_of(base, based_on=fingerprint_base(str(base))))
-    halved = run_of(base, based_on=fingerprint_base(str(base)))
+    check(base, then)
+    saved_anew = fingerprint_base(str(base))
+    check(base, saved_anew)
     hf.save_pretrained(base)
     if how != "in shards":  # whose index stays there
-        check_same_base(halved)
+        check(base, saved_anew)
 
 
 def scale_all(factor):
@@ -281,16 +284,16 @@ def test_other_weights_are_another_base(base, how):
     """Lost if it fails: an adapter is put on weights that it was not trained on, and answers garbage."""
     if "bfloat16" in how:
         save_as(torch.bfloat16)(None, base, None)
-    config = run_of(base, based_on=fingerprint_base(str(base)))
+    then = fingerprint_base(str(base))
     rewrite(base, OTHERS[how])
-    line = error_line(lambda: check_same_base(config))
+    line = error_line(lambda: check(base, then))
     assert str(base) in line and "--out_dir" in line
 
 
 def test_a_run_that_does_not_know_its_base_opens(base):
     """Lost if it fails: runs from before cannot be scored any more."""
-    check_same_base(run_of(base))
-    check_same_base(run_of("scratch", based_on=fingerprint_base("scratch")))
+    check(base, None)
+    check("scratch", fingerprint_base("scratch"))
 
 
 def test_a_base_is_not_written_over(base, tmp_path, monkeypatch):
@@ -305,11 +308,95 @@ def test_a_base_is_not_written_over(base, tmp_path, monkeypatch):
     before = sorted(os.walk(tmp_path))
     for init_from in names:
         for out_dir in (*names, str(tmp_path / "linked" / "files")):
-            config = run_of(init_from, out_dir=out_dir, rank=0, resume=False)
+            config = SimpleNamespace(init_from=init_from, out_dir=out_dir, rank=0, run=None)
             assert out_dir in error_line(partial(check_base_stays, config))
     assert sorted(os.walk(tmp_path)) == before
     goes_on = [{"out_dir": f"{base}/out"}, {"out_dir": str(tmp_path / "linked")}, {"out_dir": str(tmp_path)}]
-    goes_on += [{"rank": 4, "out_dir": str(base)}, {"resume": True, "out_dir": str(base)}]
+    goes_on += [{"rank": 4, "out_dir": str(base)}, {"run": Facts(), "out_dir": str(base)}]
     goes_on += [{"init_from": "scratch", "out_dir": str(base)}]
     for values in goes_on:
-        check_base_stays(run_of(**{"base": base, "rank": 0, "resume": False, "init_from": str(base)} | values))
+        check_base_stays(SimpleNamespace(**{"rank": 0, "run": None, "init_from": str(base)} | values))
+
+
+# --- in the programs -----------------------------------------------------------------------------
+
+
+def replace_base(place, name, factor=1.5):
+    """The weights in a folder are now others of the same sizes."""
+    path = place / name / "model.safetensors"
+    tensors = load_file(path)
+    save_file({key: tensor * factor for key, tensor in tensors.items()}, path)
+
+
+def programs(folder):
+    """What reads a run's base: {name: what it does}; each ends in an error where the base is another."""
+    (folder / "new.csv").write_text("text\nthe plot was awful\n")
+    argv = ["--init_from=resume", f"--out_dir={folder}", "--device=cpu", "--dtype=float32"]
+    return {
+        "train": lambda: here([*argv, "--max_iters=6"]),
+        "score": lambda: generate.main(configure(argv, trains=False)),
+        "predict": lambda: generate.main(configure([*argv, f"--predict={folder}/new.csv"], trains=False)),
+        "start": lambda: generate.main(configure([*argv, "--start=The film"], trains=False)),
+        "anatomy": lambda: anatomy.main([str(folder)]),
+    }
+
+
+@pytest.mark.parametrize("program", ["train", "score", "predict", "start", "anatomy"])
+def test_a_run_on_another_base_is_refused_by_every_program(place, capsys, program):
+    """Lost if it fails: a run's accuracy falls to nothing without a word, or its training goes on from elsewhere."""
+    base = shutil.copytree(place / "base", place / f"base-{program}")
+    folder = place / f"run-{program}"
+    here(flags(place, folder.name, init_from=base, rank=2, alpha=8, max_iters=2, eval_interval=2))
+    capsys.readouterr()
+    run = programs(folder)[program]
+    replace_base(place, base.name)
+    with pytest.raises(SystemExit) as stop:
+        run()
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and str(base) in err
+    GPT.from_pretrained(str(place / "base")).save_pretrained(str(base))  # the old ones again, saved anew
+    run()
+    replace_base(place, base.name)
+    path = folder / "train_config.json"  # as a run of before: it does not know its base
+    stored = json.loads(path.read_text())
+    del stored["facts"]["base"], stored["sha256"]
+    path.write_text(json.dumps(stored))
+    run()
+
+
+def test_a_run_that_trained_all_weights_knows_its_own(place, capsys):
+    """Lost if it fails: another model that lies in the run's folder is scored as the run's."""
+    folder = place / "run-full"
+    base = shutil.copytree(place / "base", place / "base-full")
+    here(flags(place, folder.name, init_from=base, rank=0, max_iters=2, eval_interval=2))
+    shutil.rmtree(base)  # it is no longer needed
+    accuracy = ModelSampler(str(folder), device="cpu").get_accuracy()
+    GPT.from_pretrained(str(folder)).save_pretrained(str(folder), dtype=torch.bfloat16)  # halved on purpose
+    assert ModelSampler(str(folder), device="cpu").get_accuracy() == pytest.approx(accuracy, abs=0.1)
+    replace_base(place, folder.name)
+    sampler = ModelSampler(str(folder), device="cpu")
+    with pytest.raises(ValueError, match=str(folder)):
+        sampler.get_accuracy()
+    assert load_run(str(folder)).run.base
+
+
+def test_full_fine_tuning_into_the_bases_folder_is_refused(place, capfd):
+    """Lost if it fails: the base is gone, and with it every adapter that was trained on it."""
+    base = shutil.copytree(place / "base", place / "base-itself")
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    os.symlink(base, place / "another-name")
+    for out_dir in ("base-itself", "another-name", "base/../base-itself"):
+        done = start("train.py", *flags(place, out_dir, init_from=base, rank=0, max_iters=2))
+        _, err = finish(done, code=2)
+        assert err.count("\n") == 1 and str(place / out_dir) in err
+        assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+
+
+def test_a_base_of_other_words_is_refused_before_training(place, capfd):
+    """Lost if it fails: training begins on token ids that mean something else, or ends in an IndexError."""
+    base = shutil.copytree(place / "base", place / "base-words")
+    (base / "vocab.txt").write_text("[PAD]\n[UNK]\nthe\n")
+    assert "vocab.txt" in one_line_of(capfd, flags(place, "words", init_from=base, rank=2, alpha=8))
+    with pytest.raises(ValueError, match=r"vocab\.txt"):
+        ModelSampler(init_from=str(base), device="cpu")
+    assert not (place / "words").exists()

@@ -13,8 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from plumbing.adapters.peft_format import ADAPTER_CONFIG, find_adapter, rank_and_alpha, read_adapter
+from plumbing.gpt2.base import check_same_weights
 from plumbing.gpt2.files import HUB_MODELS, find_checkpoint
 from plumbing.program.errors import UserError, first_line
+from plumbing.program.stored_run import RUN_CONFIG, read_run
 
 SHARE = 0.9  # of the update's square norm, held by its first directions
 
@@ -196,6 +198,13 @@ def find_base(name):
             f"the base {name} is not a directory here, and the hub did not give it ({first_line(e, 100)}); type "
             "--base=DIRECTORY"
         ) from e
+
+
+def check_run(directory, base):
+    """Raises ValueError if the adapter is that of a run, and the base no longer the one that it began with."""
+    if os.path.exists(os.path.join(directory, RUN_CONFIG)):
+        _, facts = read_run(directory)
+        check_same_weights(base, facts.get("base"), directory)
 
 
 def study(adapter: Adapter, base: Base, other: Adapter | None = None) -> Iterator[LayerAnatomy]:

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 
-from configurator import Config, find_changes
+from configurator import Config
 from lora import mark_only_lora_as_trainable
 from model import GPT, GPTConfig
 from plumbing.adapters.layers import lora_arguments
@@ -20,7 +20,7 @@ from plumbing.adapters.trainable import train_also
 from plumbing.gpt2.files import find_checkpoint, read_config
 from plumbing.program.files import ROOT
 from plumbing.program.settings import settings_of
-from plumbing.program.stored_run import RUN_CONFIG
+from plumbing.program.stored_run import RUN_CONFIG, find_changes
 from plumbing.scoring.accuracy import SCORED
 
 UNTUNED = "no tuning"
