@@ -322,7 +322,7 @@ def test_what_a_curve_shows_is_computed(tmp_path, losses, says):
         ("--seeds=1,1", "seeds=1,1"),
         ("--only=lora,ful", "'ful'"),
         ("--jobs=0", "jobs=0"),
-        ("--task=pretrain", "another --init_from or --task"),
+        ("--task=classify", "another --init_from or --task"),
         ("--rankss=1", "did you mean --ranks?"),
     ],
 )
