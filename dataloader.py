@@ -239,7 +239,7 @@ class CustomDataLoader:
 
     # --- tokens -> batch
 
-    def _inputs_and_targets(self, ex: Example) -> tuple[list[int], list[int]]:
+    def _inputs_and_targets(self, ex: Example) -> tuple[list[int], list[int]]:  # task
         """What the model reads of an example, and what it should find at each place: two lists of one length."""
         if self.classify:  # the last token alone has seen the whole text
             return ex.tokens, [IGNORE] * (len(ex.tokens) - 1) + [ex.label]

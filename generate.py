@@ -17,7 +17,6 @@ import plumbing.running.threads  # noqa: F401  (before torch, which reads these 
 
 # isort: split
 import torch
-from tqdm import tqdm
 
 from configurator import Config, configure, load_run, make_config
 from dataloader import CustomDataLoader, Prompt, make_loader, make_prompt
@@ -25,22 +24,23 @@ from plumbing.adapters.layers import lora_arguments
 from plumbing.adapters.peft_format import load_adapter
 from plumbing.data.labels import find_label, split_names
 from plumbing.data.tokenizer import end_of_text, gpt2_encoding
+from plumbing.gpt2.base import check_same_weights, check_vocabulary
 from plumbing.gpt2.files import context_size, find_checkpoint, read_config
 from plumbing.gpt2.kv_cache import KVCache
 from plumbing.program.errors import one_line_errors
-from plumbing.program.files import write_json
 from plumbing.program.terminal import forgiving_output
 from plumbing.running.checkpoint import check_same_data
 from plumbing.running.machine import keep_memory, pick_device, pick_dtype
-from plumbing.scoring.accuracy import (
-    SCORED,
-    print_errors,
-    print_improvement,
-    print_result,
-    tabulate,
-    write_answers,
+from plumbing.scoring.accuracy import SCORED, print_score, tabulate, write_score
+from plumbing.scoring.answers import (
+    classify,
+    decode,
+    in_parts,
+    order_by_length,
+    read_prompts,
+    score_labels,
+    shared_start,
 )
-from plumbing.scoring.answers import classify, order_by_length, read_prompts, score_labels, shared_start
 from plumbing.scoring.model_card import write_card
 from plumbing.scoring.new_texts import predict_file
 
@@ -84,6 +84,8 @@ class ModelSampler:
         self.config = config or make_config(out_dir=out_dir, init_from=init_from, **settings)
         self.device = pick_device(self.config.device)
         self.block_size = context_size(checkpoint_of(self.config))
+        if not self.config.run:
+            check_vocabulary(self.config.init_from)
         self.loader: CustomDataLoader | None = None  # the split that is scored
         self.prompt: Prompt | None = None  # makes prompts of new texts
         self.model: GPT | None = None
@@ -242,28 +244,15 @@ class ModelSampler:
             torch.manual_seed(config.seed)
 
 
-def in_parts(examples, size):
-    """Lists of `size` examples, under a bar on a terminal."""
-    with tqdm(total=len(examples), disable=None, unit="example") as bar:
-        for start in range(0, len(examples), size):
-            part = examples[start : start + size]
-            yield part
-            bar.update(len(part))
-
-
-def decode(tokens: list[int]) -> str:
-    """The text before end-of-text."""
-    if end_of_text() in tokens:
-        tokens = tokens[: tokens.index(end_of_text())]
-    return gpt2_encoding().decode(tokens)
-
-
 # --- the model -------------------------------------------------------------------------------------
 
 
 def load_model(config: Config, device: str, dtype: torch.dtype, n_classes: int = 0) -> GPT:
     """The model of a config, ready to generate: a base, or the best weights of the run in out_dir."""
     has_adapter = config.run is not None and config.rank > 0
+    if config.run:
+        then = config.run.base if has_adapter else config.run.model
+        check_same_weights(checkpoint_of(config), then, config.out_dir)
     lora = lora_arguments(config) if has_adapter else {}
     model = GPT.from_pretrained(checkpoint_of(config), dtype=dtype, n_classes=n_classes, **lora)
     if has_adapter:
@@ -307,19 +296,13 @@ def score_split(config: Config) -> None:
     began = time.perf_counter()
     sampler.get_accuracy()
     seconds = time.perf_counter() - began
-    examples = sampler.loader.splits[config.split]
     result = sampler.result | {key: getattr(config, key) for key in SCORED}
     result |= {"tuned": config.run is not None, "seconds": round(seconds, 2)}
-    answers = (examples, sampler.generated, sampler.found, sampler.loader.label_names)
-    write_answers(os.path.join(folder, "predictions.jsonl"), *answers)
-    write_json(os.path.join(folder, "accuracy.json"), result)
+    answers = (sampler.loader.splits[config.split], sampler.generated, sampler.found, sampler.loader.label_names)
+    write_score(folder, result, *answers)
     if config.run:
         write_card(load_run(config.out_dir), sampler.loader, result)
-    print_result(result)
-    print_errors(*answers)
-    print(f"\n{len(examples) / seconds:.1f} examples/s; written: {folder}/accuracy.json, {folder}/predictions.jsonl")
-    if config.run:
-        print_improvement(folder, result)
+    print_score(folder, result, *answers)
 
 
 def predict_texts(config: Config) -> None:

@@ -97,6 +97,17 @@ def test_a_machine_that_is_switched_off_and_on_again(place):
 
 def test_more_processes_than_examples_end_in_one_line(place, monkeypatch, capfd):
     """Otherwise processes without work hang or divide by zero on a machine that is paid by the hour."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}.items():
+        monkeypatch.setenv(name, str(value))
     assert "batch_size=1" in one_line_of(capfd, flags(place, "crowd", batch_size=1))
+
+
+def test_a_rank_in_the_environment_is_not_torchruns(place):
+    """Lost if it fails: the run of `export RANK; for RANK in 1 16; do python train.py --rank=$RANK` is lost."""
+    for rank in ("16", ""):
+        out, _ = finish(start("train.py", *flags(place, f"rank-{rank}", rank=2, alpha=8, max_iters=2), RANK=rank))
+        assert (place / f"rank-{rank}" / "adapter_model.safetensors").exists()
+        assert out.count("RANK=") == bool(rank)
+    _, err = finish(start("train.py", *flags(place, "half"), WORLD_SIZE="2"), code=2)
+    assert err.startswith("error: ") and err.count("\n") == 1 and "unset WORLD_SIZE" in err
+    assert not (place / "half").exists()

@@ -30,8 +30,10 @@ from conftest import (
 )
 
 import generate
+import train
 from configurator import configure
 from plumbing.running import machine
+from plumbing.running.checkpoint import hash_state
 
 
 def break_and_resume(place, name, stops, **settings):
@@ -296,3 +298,31 @@ def test_a_run_is_not_resumed_with_another_rank(place, capfd):
     here(flags(place, "ranked", max_iters=1))
     line = one_line_of(capfd, resume(place, "ranked", rank=8))
     assert "--rank=8" in line and "rank=16" in line
+
+
+@pytest.mark.parametrize("eval_iters, best", [(20, 0.1), (1, 0.9), (0, 0.9)])
+def test_the_best_of_other_batches_starts_anew(place, monkeypatch, capsys, eval_iters, best):
+    """Lost if it fails: after resuming with another --eval_iters no adapter is saved any more, however good."""
+    name = f"best-{eval_iters}"
+    settings = {"rank": 2, "alpha": 8, "eval_interval": 2, "batch_size": 8}
+    monkeypatch.setattr(train, "evaluate", lambda run: 0.1)
+    here(flags(place, name, max_iters=2, eval_iters=20, **settings))
+    adapter = (place / name / "adapter_model.safetensors").read_bytes()
+    capsys.readouterr()
+    monkeypatch.setattr(train, "evaluate", lambda run: 0.9)
+    here(resume(place, name, max_iters=4, eval_iters=eval_iters))
+    assert read_checkpoint(place / name)["progress"]["best"] == best
+    assert ((place / name / "adapter_model.safetensors").read_bytes() == adapter) == (best == 0.1)
+    assert capsys.readouterr().out.count("the best starts anew") == (best != 0.1)
+    monkeypatch.setattr(train, "evaluate", lambda run: 0.95)
+    here(resume(place, name, max_iters=6))  # what was typed counts from then on
+    assert read_checkpoint(place / name)["progress"]["best"] == best
+
+
+def test_a_checkpoint_of_before_opens(place):
+    """Lost if it fails: a run that an older version began cannot be gone on with."""
+    here(flags(place, "older", rank=2, alpha=8, max_iters=2, eval_interval=2))
+    state = read_checkpoint(place / "older")
+    del state["progress"]["eval_iters"], state["sha256"]
+    torch.save(state | {"sha256": hash_state(state)}, place / "older" / "checkpoint.pt")
+    assert here(resume(place, "older", max_iters=4))[-1]["iter"] == 4

@@ -4,12 +4,16 @@ python -m pytest tests/running/test_wandb_run.py
 """
 
 import os
+import pty
 import socket
+import subprocess
+import sys
+import threading
 import time
 
 import psutil
 import pytest
-from conftest import finish, flags, read_metrics, start
+from conftest import REPO, finish, flags, read_metrics, start
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,3 +76,41 @@ def test_training_goes_on_when_wandb_hangs(place, hanging):
     out, _ = finish(hanging)
     assert len([line for line in out.splitlines() if "wandb is off" in line]) == 1
     assert (place / "wandb-hangs" / "adapter_model.safetensors").exists()
+
+
+def on_a_terminal(argv, env, timeout=120):
+    """(exit code, what it wrote) of a program whose three streams are a terminal at which nobody types."""
+    leader, follower = pty.openpty()
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), follower)
+    process = subprocess.Popen([sys.executable, *argv], cwd=REPO, env=env, **streams)
+    os.close(follower)
+    said = []
+
+    def read():
+        try:
+            while data := os.read(leader, 4096):
+                said.append(data)
+        except OSError:  # the program has ended
+            pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        code = process.wait(timeout)
+    finally:
+        process.kill()
+        reader.join()
+        os.close(leader)
+    return code, b"".join(said).decode(errors="replace")
+
+
+def test_a_terminal_without_a_key_is_asked_nothing(place):
+    """Lost if it fails: a run that was left alone on a terminal stands at wandb's prompt in the morning."""
+    settings = {"rank": 2, "alpha": 8, "max_iters": 2, "wandb_log": True}
+    (place / "no-key").mkdir()
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB") and name != "NETRC"}
+    env |= {"HOME": str(place / "no-key"), "TERM": "xterm-256color", "OMP_NUM_THREADS": "1"}
+    code, said = on_a_terminal(["train.py", *flags(place, "terminal", **settings)], env)
+    assert code == 0, said
+    assert said.count("wandb is off") == 1 and "best validation loss" in said
+    assert (place / "terminal" / "adapter_model.safetensors").exists()

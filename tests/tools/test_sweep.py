@@ -25,7 +25,9 @@ from safetensors.torch import load_file
 
 from configurator import Config, configure
 from tools import sweep
-from tools.report import programs
+from tools.report import questions
+from tools.runs import run as programs
+from tools.runs.run import AGAINST, Run
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def sweep_here(argv):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(programs, "subprocess", SimpleNamespace(Popen=fork, DEVNULL=None, STDOUT=None))
-        sweep.main(configure(argv, cls=sweep.SweepConfig, fixed=()))
+        sweep.main(configure(argv, cls=sweep.SweepConfig, trains=False))
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +127,9 @@ def test_the_report_opens_with_what_it_found(whole):
     name = f"LoRA with r = {top['r']}" if top["r"] else top["method"]
     assert summary.startswith(f"Best is {name}: {top['test accuracy']} of 15 test examples (95 % interval ")
     assert f"It trains {top['trained']} of " in summary and " full fine-tuning (" in summary
-    assert sweep.compare_points(0.79964, 0.79956) == "as good as"  # both are shown as 80.0 %
-    assert sweep.compare_points(0.7904, 0.7812) == "0.9 points above"
-    assert sweep.compare_points(0.7812, 0.7904) == "0.9 points below"
+    assert questions.compare_points(0.79964, 0.79956) == "as good as"  # both are shown as 80.0 %
+    assert questions.compare_points(0.7904, 0.7812) == "0.9 points above"
+    assert questions.compare_points(0.7812, 0.7904) == "0.9 points below"
 
 
 def test_lora_and_full_are_compared_over_the_same_examples(whole):
@@ -237,8 +239,7 @@ cluster.shutdown()
 DRIVER = """
 import sys
 from tools import sweep
-from tools.report import programs
-from tools.report import ray_runs
+from tools.runs import ray_runs
 ray_runs.SEND_SECONDS = 0  # a minute is longer than this test
 sweep.main(sweep.configure(sys.argv[1:], cls=sweep.SweepConfig, trains=False))
 """
@@ -307,10 +308,8 @@ def test_what_a_curve_shows_is_computed(tmp_path, losses, says):
         (tmp_path / name).mkdir()
         lines = [json.dumps({"iter": 10 * i, "val_loss": loss + add}) for i, loss in enumerate(losses)]
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines))
-    run, other = (
-        sweep.Run(n, "LoRA", Config(rank=r, out_dir=str(tmp_path / n))) for n, r in (("one", 1), ("other", 8))
-    )
-    text = sweep.describe_curve(run, other)
+    run, other = (Run(n, "LoRA", Config(rank=r, out_dir=str(tmp_path / n))) for n, r in (("one", 1), ("other", 8)))
+    text = questions.describe_curve(run, other)
     assert says in text and f"lowest, {min(losses):.4f}, at update {10 * losses.index(min(losses))} of 40" in text
     assert "lies above r = 8's at 0 of 4 evaluations; its best loss is 0.1000 lower" in text
 
@@ -339,7 +338,7 @@ def test_a_high_rank_trains_at_a_lower_rate(place):
     """Lost if it fails: r = 196 at the rate that suits r = 16 diverges, and the report says that rank hurts."""
     argv = [*flags(place, "rates", lr=2e-3, rank=16, ranks="1,16,64"), "--sweep_dir=rates"]
     runs = sweep.plan(configure(argv, cls=sweep.SweepConfig, trains=False))
-    rates = {(run.method, run.config.rank): run.config.lr for run in runs if run.method != sweep.AGAINST}
+    rates = {(run.method, run.config.rank): run.config.lr for run in runs if run.method != AGAINST}
     assert rates["LoRA", 1] == rates["LoRA", 16] == 2e-3 and rates["LoRA", 64] == 1e-3
     tuned = [run.config for run in runs if run.config.rank == 16 and run.method != "no tuning"]
     assert [c.lr * c.alpha for c in tuned] == pytest.approx([2e-3 * 64] * 4)  # two seeds, two against each other
