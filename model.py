@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora import LoRALinear
-from plumbing.adapters.layers import draw_adapter, lora_layers, merged_weight
+from plumbing.adapters.layers import lora_layers, merged_weight
+from plumbing.adapters.own_lora import check_layers, draw_adapter
 from plumbing.gpt2.batch import find_scored
 from plumbing.gpt2.files import find_checkpoint, read_config, read_weights, write_checkpoint
 from plumbing.gpt2.kv_cache import KVCache, causal_mask, put_before
@@ -71,7 +72,8 @@ def join_heads(y):  # (B, H, T, D) -> (B T, C)
 
 
 class Attention(nn.Module):
-    def __init__(self, config, layer):  # task
+    # task
+    def __init__(self, config, layer):
         super().__init__()
         C = config.n_embd
         name = f"transformer.h.{layer}.attn"
@@ -106,7 +108,8 @@ class LayerNorm(nn.LayerNorm):
 
 
 class MLP(nn.Module):
-    def __init__(self, config, layer):  # task
+    # task
+    def __init__(self, config, layer):
         super().__init__()
         C = config.n_embd
         name = f"transformer.h.{layer}.mlp"
@@ -376,6 +379,7 @@ class GPT(nn.Module):
         config = GPTConfig(**(read_config(config_path) | overrides))
         with torch.device("meta"):  # shapes only: no time is spent on weights that are about to be replaced
             model = cls(config)
+        check_layers(model, LoRALinear, config.lora_rank)
         shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if "lora_" not in n}
         state = read_weights(files, config.n_head, shapes, dtype)
         if config.n_classes and "score.weight" not in state:  # a new head on a language model

@@ -25,13 +25,13 @@ import torch
 from torch import nn
 
 from configurator import Config, Facts, configure
-from dataloader import Batch, CustomDataLoader, make_loader
-from lora import mark_only_lora_as_trainable
-from model import GPT, LoRALinear
+from dataloader import CustomDataLoader, make_loader
 from plumbing.adapters.layers import lora_arguments
+from plumbing.adapters.own_lora import check_frozen, check_start
 from plumbing.adapters.peft_format import ADAPTER_WEIGHTS, save_adapter
 from plumbing.adapters.trainable import parameter_report, train_also
 from plumbing.gpt2.base import check_base_stays, check_same_weights, check_vocabulary, fingerprint_base
+from plumbing.gpt2.batch import Batch
 from plumbing.gpt2.files import context_size
 from plumbing.gpt2.memory import check_weights
 from plumbing.program.errors import one_line_errors
@@ -50,8 +50,12 @@ from plumbing.running.machine import Processes, compute_deterministically, keep_
 from plumbing.running.optimizers import build_optimizers
 from plumbing.running.saving import Saver, Stopwatch, open_bar, print0
 from plumbing.running.wandb_run import WandbRun
+from plumbing.scoring.loss_plot import plot_losses
 from plumbing.scoring.model_card import write_card
-from plumbing.scoring.plots import plot_losses
+
+with one_line_errors(ImportError):  # a lora.py of your own may need a package
+    from lora import mark_only_lora_as_trainable
+    from model import GPT, LoRALinear
 
 
 @dataclass
@@ -292,7 +296,8 @@ def make_run(config: Config, processes: Processes, dtype: torch.dtype, loader, m
     return Run(config, processes, dtype, loader, model, params, optimizers, scaler)
 
 
-def build_model(config: Config, device: str, dtype: torch.dtype, n_classes: int = 0) -> GPT:  # task
+# task
+def build_model(config: Config, device: str, dtype: torch.dtype, n_classes: int = 0) -> GPT:
     """The base model of a config on its device, with new adapters, the right parameters trainable. (In a resumed run
     config.init_from is that run's base: `configure` has put it in the place of "resume".)"""
     dropout = {"lora_dropout": config.dropout} if config.rank else {"dropout": config.dropout}
@@ -305,6 +310,8 @@ def build_model(config: Config, device: str, dtype: torch.dtype, n_classes: int 
     )
     if config.rank:
         mark_only_lora_as_trainable(model)
+        check_frozen(model)
+        check_start(model)
     elif config.trainable:  # without LoRA: all is frozen here, and train_also lets train what the pattern names
         model.requires_grad_(False)
     # A separate call: mark_only_lora_as_trainable of your own lora.py may have no other argument than the model.

@@ -42,7 +42,8 @@ def test_notebook_runs_and_is_stored_without_outputs(tmp_path, monkeypatch, old_
     shown = [str(o) for cell in notebook.cells for o in cell.get("outputs", [])]
     # What a program prints may come in pieces, which end anywhere.
     shown += ["".join(o.get("text", "") for o in cell.get("outputs", [])) for cell in notebook.cells]
-    for words in ("garbage", "val_loss", "image/png", "2.7 Accuracy over the rank", "adapter_model.safetensors"):
+    words_of_cells = ("garbage", "val_loss", "image/png", "2.7 Accuracy over the rank", "adapter_model.safetensors")
+    for words in (*words_of_cells, "image/svg+xml"):
         assert any(words in o for o in shown), words
     assert any("test_the_benchmark_runs" in o for o in shown), shown[-1]
     assert not [o for o in shown if "error:" in o or "Traceback" in o]
@@ -91,9 +92,13 @@ def test_first_cell_clones_the_address(first_cell):
 
 
 def test_first_cell_unpacks_an_uploaded_zip(tmp_path, first_cell):
-    """Lost if it fails: who has no address, but a copy of the repository, cannot run the notebook."""
+    """Lost if it fails: who has no address, but a copy of the repository, cannot run the notebook, or finds the files
+    of another zip among those of the repository."""
+    with zipfile.ZipFile(tmp_path / "holidays.zip", "w") as f:
+        f.writestr("beach.txt", "")
     with zipfile.ZipFile(tmp_path / "nanolora-main.zip", "w") as f:
         f.writestr("nanolora-main/lora.py", "")
         f.writestr("nanolora-main/requirements.txt", "torch>=2.6\nnumpy>=1.26\n")
     assert first_cell() == [INSTALL]
     assert os.path.exists("lora.py")
+    assert not list(tmp_path.rglob("beach.txt"))

@@ -32,7 +32,7 @@ from plumbing.data.tokenizer import end_of_text, gpt2_encoding
 from plumbing.gpt2.base import check_base_stays, check_same_weights
 from plumbing.gpt2.batch import Batch
 from plumbing.program.errors import one_line_errors
-from plumbing.program.settings import MODEL, RUN, setting
+from plumbing.program.settings import CALL, MODEL, RUN, setting
 from plumbing.running.checkpoint import check_same_data, locked_folder
 from plumbing.running.endings import explain_failure
 from plumbing.running.optimizers import build_optimizers
@@ -45,7 +45,7 @@ class PretrainConfig(Config):
 
     # --- pre-training
     init_from: str = "scratch"  # scratch, resume, or a model to go on with
-    out_dir: str = "out-pretrain"  # where everything is written
+    out_dir: str = setting("out-pretrain", kept=CALL)  # where everything is written
     dataset: str = setting("rt_reviews", kept=RUN)  # a file or directory of text (txt, csv, jsonl, parquet)
     label_names: str | None = None  # not used
     rank: int = setting(0, least=0, most=0, kept=MODEL)  # every weight is trained

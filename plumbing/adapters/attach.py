@@ -31,8 +31,6 @@ def attach_lora(
         examples = names if len(names) <= 5 else [*names[:4], names[-1]]
         listed = ", ".join(examples) or "none"
         raise ValueError(f"targets={targets}: matches no linear layer's name; there are {len(names)}: {listed}")
-    for alternative in adapter.useless_alternatives(targets, linear):
-        print(f"note: targets={targets}: {alternative} finds no linear layer")
     for name, layer in chosen.items():
         check_layer(layer, name, targets)
         n_out, n_in = adapter.sizes(layer)

@@ -3,6 +3,7 @@
 import os
 
 from plumbing.program.errors import first_line
+from plumbing.program.settings import settings_of
 
 
 class WandbRun:
@@ -24,7 +25,8 @@ class WandbRun:
     def _start(self, config):
         import wandb
 
-        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "120")  # seconds
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "120")
         # On a terminal, without a key, wandb would wait for one for ever. It asks a dumb terminal nothing.
         terminal = os.environ.get("TERM", "")
         os.environ["TERM"] = "dumb"
@@ -33,8 +35,7 @@ class WandbRun:
                 project=config.wandb_project,
                 name=config.wandb_run_name or os.path.basename(os.path.normpath(config.out_dir)),
                 dir=config.out_dir,
-                config=vars(config),
-                settings=wandb.Settings(init_timeout=30),
+                config=settings_of(config),
             )
         finally:
             os.environ["TERM"] = terminal

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, start
 
 MODEL = "openai-community/gpt2-medium"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -88,18 +88,14 @@ def etag(body):
     return hashlib.sha1(body).hexdigest()
 
 
-def start(address, home, out):
-    """A user's fresh process that loads gpt2-medium and saves its logits. The hub's client reads its settings
-    from the environment as it is imported; a proxy would take the requests away from 127.0.0.1."""
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.upper().startswith(("HF_", "HUGGING")) and not name.upper().endswith("_PROXY")
-    }
-    env |= {"HF_ENDPOINT": address, "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", USER, str(out)], cwd=REPO, env=env, capture_output=True, text=True, timeout=120
-    )
+def load(address, home, out):
+    """A user's process that loads gpt2-medium and saves its logits. The hub's client reads its settings from the
+    environment as it is imported; a proxy would take the requests away from 127.0.0.1."""
+    env = {name: None for name in os.environ if name.upper().startswith(("HF_", "HUGGING"))}
+    env |= {name: None for name in os.environ if name.upper().endswith("_PROXY")}
+    process = start("-c", USER, out, **env | {"HF_ENDPOINT": address, "HF_HOME": home})
+    _, err = process.communicate(timeout=120)
+    return process.returncode, err
 
 
 def repository(checkpoint):
@@ -108,18 +104,20 @@ def repository(checkpoint):
     return files | {"pytorch_model.bin": b"a pickle", "README.md": b"# gpt2-medium", "vocab.json": b"{}"}
 
 
-def assert_loaded(run, out, hf):
-    assert run.returncode == 0, run.stderr
+def assert_loaded(ended, out, hf):
+    code, err = ended
+    assert code == 0, err
     with torch.no_grad():
         reference = hf(torch.arange(20)[None]).logits[:, -1:]
     torch.testing.assert_close(torch.load(out), reference, rtol=0, atol=1e-4)
 
 
-def assert_told(run):
+def assert_told(ended):
     """The error's last line says what was not reached, and which command needs no hub."""
-    assert run.returncode == 1
-    last = run.stderr.strip().splitlines()[-1]
-    assert last.startswith("FileNotFoundError: init_from=gpt2-medium: cannot reach the hub"), run.stderr
+    code, err = ended
+    assert code == 1
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("FileNotFoundError: init_from=gpt2-medium: cannot reach the hub"), err
     assert "python train.py configs/finetune_mini_config.py" in last
     assert (REPO / "configs" / "finetune_mini_config.py").exists()
 
@@ -128,29 +126,29 @@ def test_download_cache_and_second_start_without_a_hub(hf, checkpoint, tmp_path)
     """Otherwise the models of the task cannot be had, are fetched anew at each start, or come as a pickle."""
     home = tmp_path / "home"
     with hub(repository(checkpoint)) as (address, asked):
-        assert_loaded(start(address, home, tmp_path / "first.pt"), tmp_path / "first.pt", hf)
+        assert_loaded(load(address, home, tmp_path / "first.pt"), tmp_path / "first.pt", hf)
         fetched = {path.rpartition("/")[2] for verb, path in asked if "/resolve/" in path}
         assert fetched == {"config.json", "model.safetensors"}  # the pickle stays where it is
         asked.clear()
-        assert_loaded(start(address, home, tmp_path / "second.pt"), tmp_path / "second.pt", hf)
+        assert_loaded(load(address, home, tmp_path / "second.pt"), tmp_path / "second.pt", hf)
         assert asked == []
-    assert_loaded(start(address, home, tmp_path / "third.pt"), tmp_path / "third.pt", hf)  # the hub is gone
+    assert_loaded(load(address, home, tmp_path / "third.pt"), tmp_path / "third.pt", hf)  # the hub is gone
 
 
 def test_no_hub_and_no_cache_names_what_works_offline(tmp_path):
     """Otherwise a user without network gets the client's traceback and does not know what to do."""
     with hub({}) as (address, _):
         pass  # its port, now closed
-    assert_told(start(address, tmp_path / "home", tmp_path / "out.pt"))
+    assert_told(load(address, tmp_path / "home", tmp_path / "out.pt"))
 
 
 def test_a_broken_download_is_told_and_the_next_start_mends_it(hf, checkpoint, tmp_path):
     """Otherwise one lost connection ends in the client's traceback, or leaves a cache that never works again."""
     home, files = tmp_path / "home", repository(checkpoint)
     with hub(files, cut=True) as (address, _):
-        assert_told(start(address, home, tmp_path / "out.pt"))
+        assert_told(load(address, home, tmp_path / "out.pt"))
     with hub(files) as (address, _):
-        assert_loaded(start(address, home, tmp_path / "out.pt"), tmp_path / "out.pt", hf)
+        assert_loaded(load(address, home, tmp_path / "out.pt"), tmp_path / "out.pt", hf)
 
 
 # --- a hub that does not do its part -------------------------------------------------------------
@@ -173,7 +171,7 @@ def run_python(code, home, address, **more):
 
 
 FIND = 'from plumbing.gpt2.files import find_checkpoint; print(find_checkpoint("gpt2-medium")[0])'
-LOAD = "from plumbing.data.sources import open_hub; print(open_hub({!r}).digest)"
+LOAD = "from plumbing.data.sources import find_source; print(find_source({!r}).digest)"
 ASKS = {
     "model": (FIND, MODEL),
     "dataset": (LOAD.format("rotten_tomatoes"), "cornell-movie-review-data/rotten_tomatoes"),

@@ -94,7 +94,7 @@ def test_a_full_run_that_was_terminated_and_killed_equals_an_unbroken_one(place,
 def test_killed_again_and_again():
     """Lost if it fails: a run that a machine took down is another run than the one that was started."""
     soak = ["tests/running/soak.py", "20"]
-    out, _ = finish(start(*soak))
+    out, _ = finish(start(*soak, fresh=True))
     assert "20 kills, every run ended in the unbroken run's bits" in out
 
 

@@ -12,7 +12,20 @@ import threading
 import time
 
 import psutil
+import pytest
 from conftest import REPO, finish, flags, read_metrics, start
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hanging(place):
+    """A run beside the other tests, for wandb waits a while: its server takes the connection and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:  # the kernel accepts, nobody answers
+        settings = {"rank": 2, "alpha": 8, "max_iters": 2, "wandb_log": True}
+        env = {"WANDB_MODE": "online", "WANDB_BASE_URL": f"http://127.0.0.1:{server.getsockname()[1]}"}
+        env |= {"WANDB_API_KEY": "0" * 40, "HOME": str(place)}
+        # Seconds to wait: for the run, for an answer; and no telemetry of wandb's own, which waits for 20 more.
+        env |= {"WANDB_INIT_TIMEOUT": "1", "WANDB_HTTP_TIMEOUT": "1", "WANDB_ERROR_REPORTING": "false"}
+        yield start("train.py", *flags(place, "wandb-hangs", **settings), **env)
 
 
 def test_wandb_offline_writes_a_run(place):
@@ -40,20 +53,9 @@ def test_training_goes_on_without_wandb(place):
     assert (place / "no-wandb" / "adapter_model.safetensors").exists()
 
 
-def test_training_goes_on_when_wandb_hangs(place):
-    """Otherwise a server that takes the connection and never answers holds a GPU for nothing."""
-    with socket.create_server(("127.0.0.1", 0)) as server:  # the kernel accepts, nobody answers
-        settings = {"rank": 2, "alpha": 8, "max_iters": 2, "wandb_log": True}
-        env = {"WANDB_MODE": "online", "WANDB_BASE_URL": f"http://127.0.0.1:{server.getsockname()[1]}"}
-        env |= {"WANDB_API_KEY": "0" * 40, "HOME": str(place)}
-        out, _ = finish(start("train.py", *flags(place, "wandb-hangs", **settings), **env))
-    assert len([line for line in out.splitlines() if "wandb is off" in line]) == 1
-    assert (place / "wandb-hangs" / "adapter_model.safetensors").exists()
-
-
 def test_training_goes_on_when_wandb_dies(place):
     """Otherwise a run of hours ends where wandb's own process is killed, as it is when memory is short."""
-    settings = {"rank": 2, "alpha": 8, "max_iters": 150, "eval_interval": 5, "wandb_log": True}
+    settings = {"rank": 2, "alpha": 8, "max_iters": 60, "eval_interval": 5, "wandb_log": True}
     run = start(
         "train.py", *flags(place, "wandb-dies", **settings), WANDB_MODE="offline", HOME=str(place), TMPDIR=str(place)
     )
@@ -66,7 +68,14 @@ def test_training_goes_on_when_wandb_dies(place):
         process.kill()
     out, _ = finish(run)
     assert len([line for line in out.splitlines() if "wandb is off" in line]) == 1
-    assert read_metrics(place / "wandb-dies")[-1]["iter"] == 150
+    assert read_metrics(place / "wandb-dies")[-1]["iter"] == 60
+
+
+def test_training_goes_on_when_wandb_hangs(place, hanging):
+    """Otherwise a server that takes the connection and never answers holds a GPU for nothing."""
+    out, _ = finish(hanging)
+    assert len([line for line in out.splitlines() if "wandb is off" in line]) == 1
+    assert (place / "wandb-hangs" / "adapter_model.safetensors").exists()
 
 
 def on_a_terminal(argv, env, timeout=120):
