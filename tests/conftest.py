@@ -30,6 +30,7 @@ if os.path.exists(os.path.join(token_cache.CACHE, "rt_reviews")):
     shutil.copytree(os.path.join(token_cache.CACHE, "rt_reviews"), os.path.join(OWN.name, "rt_reviews"))
 os.environ["NANOLORA_CACHE"] = token_cache.CACHE = OWN.name
 
+torch.set_num_threads(1)  # as in the processes that `start` starts: what is computed here and there has the same bits
 REPO = Path(__file__).resolve().parents[1]
 MEDIUM = "configs/finetune_params_config.py"
 CUES = {"positive": "wonderful", "negative": "dreadful"}  # the word that gives a made-up review's label away
