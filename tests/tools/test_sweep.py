@@ -325,6 +325,7 @@ def test_what_a_curve_shows_is_computed(tmp_path, losses, says):
         ("--only=lora,ful", "'ful'"),
         ("--jobs=0", "jobs=0"),
         ("--task=pretrain", "task=pretrain"),
+        ("--task=classify", "another --init_from or --task"),
         ("--rankss=1", "did you mean --ranks?"),
     ],
 )
