@@ -181,8 +181,7 @@ def report(bench):
 
 def make_table(rows):
     table = [["case", "system", "median (lowest .. highest)", "peak memory", "beside the case's first line"]]
-    for last, row in zip([{}, *rows], rows):
-        case = "" if last.get("case") == row["case"] else row["case"]
+    for row in rows:
         middle, low, high = (f"{row[k]:,.{0 if row[k] >= 100 else 2}f}" for k in ("median", "low", "high"))
         memory = f"{row['memory'] / 1e9:.2f} GB" if row["memory"] else ""
         beside = ""
@@ -190,7 +189,7 @@ def make_table(rows):
             beside = f"{ratio['median']:.2f} x the time ({ratio['low']:.2f} .. {ratio['high']:.2f})"
         if row.get("memory_ratio"):
             beside += f", {row['memory_ratio']:.2f} x the memory"
-        table.append([case, row["system"], f"{middle} {row['unit']} ({low} .. {high})", memory, beside])
+        table.append([row["case"], row["system"], f"{middle} {row['unit']} ({low} .. {high})", memory, beside])
     return table
 
 

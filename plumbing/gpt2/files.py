@@ -6,7 +6,6 @@ import re
 
 import torch
 
-from plumbing.program.errors import first_line
 from plumbing.program.files import (
     ASSETS,
     check_finite,
@@ -15,6 +14,7 @@ from plumbing.program.files import (
     write_json,
     write_tensors,
 )
+from plumbing.program.hub import fetch_model
 
 HUB_MODELS = {  # what a user types: the repository on the hub
     "gpt2": "openai-community/gpt2",
@@ -30,21 +30,8 @@ def find_checkpoint(name):
     """(config.json, [safetensors files]) of a model's name or directory; from the hub's cache if it is there."""
     name = find_copy(name)
     if name in HUB_MODELS:
-        from huggingface_hub import snapshot_download
-
-        wanted = {"repo_id": HUB_MODELS[name], "allow_patterns": ["config.json", "model.safetensors"]}
-        try:
-            directory = snapshot_download(local_files_only=True, **wanted)
-            cached = os.path.exists(os.path.join(directory, "model.safetensors"))
-        except OSError:  # not in the cache
-            cached = False
-        try:
-            directory = directory if cached else snapshot_download(**wanted)
-        except Exception as e:  # the client's own, and those of the HTTP library that its version uses
-            raise FileNotFoundError(
-                f"init_from={name}: cannot reach the hub for {HUB_MODELS[name]} ({first_line(e, 120)}). Offline, "
-                "the same runs on the shipped model: python train.py configs/finetune_mini_config.py"
-            ) from e
+        # transformers fills the cache under the short name, if that was typed there.
+        directory = fetch_model(f"init_from={name}", (HUB_MODELS[name], name), ["config.json", "model.safetensors"])
     elif name == "gpt2-mini":
         directory = MINI
     elif os.path.isdir(name):

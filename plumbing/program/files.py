@@ -1,6 +1,7 @@
 """Files are whole or the old one, and a damaged one is found out: writing, reading, checksums."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,31 @@ from plumbing.program.errors import first_line
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # of the repository
 ASSETS = os.path.join(ROOT, "assets")
+
+
+def find_cache() -> str:
+    """The folder of what is kept from run to run: NANOLORA_CACHE or, in XDG_CACHE_HOME or ~/.cache, nanolora. It
+    begins with ~ where there is no home."""
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    shared = shared if os.path.isabs(shared) else os.path.join("~", ".cache")  # a relative one does not count there
+    path = os.path.expanduser(os.environ.get("NANOLORA_CACHE") or os.path.join(shared, "nanolora"))
+    return path if path.startswith("~") else os.path.abspath(path)
+
+
+UNWRITABLE = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@contextlib.contextmanager
+def explain_unwritable(folder, variable):
+    """Around what writes into a cache: a full disk or a folder that cannot be written is one line, which names the
+    variable that moves the cache."""
+    try:
+        yield
+    except OSError as e:
+        place = str(e.filename or folder)
+        if e.errno not in UNWRITABLE or not (place.startswith(folder) or folder.startswith(place)):
+            raise  # not the cache's
+        raise OSError(f"{folder} cannot be written ({e.strerror}); {variable}=DIRECTORY moves it") from e
 
 
 def find_copy(name, default=None):

@@ -7,12 +7,17 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import socket
 import struct
+import subprocess
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import REPO, start
 
@@ -144,3 +149,127 @@ def test_a_broken_download_is_told_and_the_next_start_mends_it(hf, checkpoint, t
         assert_told(load(address, home, tmp_path / "out.pt"))
     with hub(files) as (address, _):
         assert_loaded(load(address, home, tmp_path / "out.pt"), tmp_path / "out.pt", hf)
+
+
+# --- a hub that does not do its part -------------------------------------------------------------
+
+
+def run_python(code, home, address, **more):
+    """(exit code, stdout, stderr, seconds) of a fresh process, as a user's program ends."""
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.upper().startswith(("HF_", "HUGGING")) and not name.upper().endswith("_PROXY")
+    }
+    env |= {"HF_ENDPOINT": address, "HF_HOME": str(home), "OMP_NUM_THREADS": "1"} | more
+    began = time.monotonic()
+    code = f"from plumbing.program.errors import one_line_errors\nwith one_line_errors():\n    {code}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, env=env, capture_output=True, text=True, timeout=120
+    )
+    return done.returncode, done.stdout, done.stderr, time.monotonic() - began
+
+
+FIND = 'from plumbing.gpt2.files import find_checkpoint; print(find_checkpoint("gpt2-medium")[0])'
+LOAD = "from plumbing.data.sources import find_source; print(find_source({!r}).digest)"
+ASKS = {
+    "model": (FIND, MODEL),
+    "dataset": (LOAD.format("rotten_tomatoes"), "cornell-movie-review-data/rotten_tomatoes"),
+}
+
+
+@contextlib.contextmanager
+def deaf_hub():
+    """The address of a hub that takes each connection and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@contextlib.contextmanager
+def hub_that_says(status):
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.do_GET()
+
+        def do_GET(self):
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.mark.parametrize("kind", ASKS)
+def test_a_hub_that_never_answers_is_named_and_given_up(tmp_path, kind):
+    """Lost if it fails: the program stands still for minutes, and nobody knows what it waits for."""
+    code, repo = ASKS[kind]
+    with deaf_hub() as address:
+        exit_code, out, err, seconds = run_python(code, tmp_path, address)
+    assert exit_code == 2 and seconds < 60
+    assert address in out and repo in out
+    assert err.startswith("error: ") and err.count("\n") == 1 and repo in err and "finetune_mini_config.py" in err
+
+
+@pytest.mark.parametrize("kind", ASKS)
+@pytest.mark.parametrize("token, says", [("hf_wrong", "token"), (None, "hf auth login")])
+def test_a_refusal_is_not_a_hub_out_of_reach(tmp_path, kind, token, says):
+    """Lost if it fails: a user whose token has run out looks for a fault in the network."""
+    code, _ = ASKS[kind]
+    with hub_that_says(401) as address:
+        more = {"HF_TOKEN": token} if token else {}
+        exit_code, _, err, _ = run_python(code, tmp_path, address, **more)
+    assert exit_code == 2 and err.count("\n") == 1
+    assert "401" in err and says in err and "cannot reach" not in err
+
+
+@pytest.mark.parametrize("name", [MODEL, "gpt2-medium"])
+def test_what_transformers_has_cached_is_found(checkpoint, tmp_path, name):
+    """Lost if it fails: who has the model on the disk, under the name that transformers was given, cannot train
+    offline."""
+    folder = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(COMMIT)
+    shutil.copytree(checkpoint, folder / "snapshots" / COMMIT)
+    with deaf_hub() as address:
+        exit_code, out, err, _ = run_python(FIND, tmp_path, address)
+    assert exit_code == 0, err
+    assert out.strip() == str(folder / "snapshots" / COMMIT / "config.json")
+
+
+@pytest.mark.parametrize(
+    "name, hub_is", [("cornell-movie-review-data/rotten_tomatoes", "gone"), ("rotten_tomatoes", "deaf")]
+)
+def test_a_data_set_that_is_cached_is_found(tmp_path, monkeypatch, name, hub_is):
+    """Lost if it fails: who has the reviews on the disk, under either name, cannot train offline."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    rows = "\n".join(json.dumps({"text": f"a film {i}", "label": i % 2}) for i in range(4))
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(rows)
+    files = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "validation", "test")}
+    made = f'import datasets; datasets.load_dataset("json", data_files={files})'
+    with deaf_hub() as address:
+        code, _, err, _ = run_python(made, tmp_path, address, HF_HUB_OFFLINE="1")
+        assert code == 0, err
+        (info,) = (tmp_path / "datasets").glob("json/*/*/*/dataset_info.json")
+        short = name.rpartition("/")[2]
+        folder = tmp_path / "datasets" / name.replace("/", "___") / "default" / "0.0.0" / "abc"
+        shutil.copytree(info.parent, folder)
+        for file in folder.glob("json-*.arrow"):
+            file.rename(folder / file.name.replace("json-", f"{short}-"))
+        text = json.loads(info.read_text()) | {"config_name": "default", "dataset_name": short}
+        (folder / "dataset_info.json").write_text(json.dumps(text))
+        where = address if hub_is == "deaf" else "http://127.0.0.1:9"
+        code, out, err, seconds = run_python(LOAD.format("rotten_tomatoes"), tmp_path, where)
+    assert code == 0, err
+    assert "train " in out and seconds < 60

@@ -16,6 +16,7 @@ from plumbing.adapters.peft_format import ADAPTER_CONFIG, find_adapter, rank_and
 from plumbing.gpt2.base import check_same_weights
 from plumbing.gpt2.files import HUB_MODELS, find_checkpoint
 from plumbing.program.errors import UserError, first_line
+from plumbing.program.hub import fetch_model
 from plumbing.program.stored_run import RUN_CONFIG, read_run
 
 SHARE = 0.9  # of the update's square norm, held by its first directions
@@ -189,15 +190,7 @@ def find_base(name):
         return name
     if name in HUB_MODELS or name == "gpt2-mini":
         return os.path.dirname(find_checkpoint(name)[0])
-    from huggingface_hub import snapshot_download
-
-    try:
-        return snapshot_download(name, allow_patterns=["*.safetensors"])
-    except Exception as e:  # the client's own, and those of the HTTP library that its version uses
-        raise UserError(
-            f"the base {name} is not a directory here, and the hub did not give it ({first_line(e, 100)}); type "
-            "--base=DIRECTORY"
-        ) from e
+    return fetch_model(f"base={name} is not a directory here", (name,), ["*.safetensors"])
 
 
 def check_run(directory, base):
