@@ -52,7 +52,7 @@ def values(key):
 KEYS = st.sampled_from(list(FIELDS))
 
 
-@settings(**COMMON, max_examples=300)
+@settings(**COMMON, max_examples=150)
 @given(st.dictionaries(KEYS, st.none()).flatmap(lambda d: st.fixed_dictionaries({k: values(k) for k in d})))
 def test_any_settings_come_through_flags_and_files(tmp_path_factory, chosen):
     """Lost if it fails: a run is another than the one that was asked for."""
@@ -64,7 +64,7 @@ def test_any_settings_come_through_flags_and_files(tmp_path_factory, chosen):
         assert {key: getattr(config, key) for key in chosen} == chosen
 
 
-@settings(**COMMON, max_examples=300)
+@settings(**COMMON, max_examples=150)
 @given(st.text(max_size=200))
 def test_any_config_file_is_read_or_refused_in_one_line(tmp_path_factory, content):
     """Lost if it fails: a file with a slip in it ends in a traceback."""

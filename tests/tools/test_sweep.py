@@ -15,18 +15,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
-from conftest import REPO, Forked, base_folder, finish, start
+from conftest import base_folder, finish, start, sweep_here
 from safetensors.torch import load_file
 
 from configurator import Config, configure
 from tools import sweep
 from tools.report import questions
-from tools.runs import run as programs
 from tools.runs.run import AGAINST, Run
 
 
@@ -52,18 +50,6 @@ def flags(place, out, **settings):
     values |= {"dtype": "float32", "ranks": "1,2", "rank": 2, "alpha": 8, "seeds": "1,2", "max_iters": 6, "lr": 0.01}
     values |= {"batch_size": 8, "eval_interval": 2, "warmup_iters": 0, "label_names": None, "dropout": 0.0} | settings
     return [f"--{key}={value}" for key, value in values.items()]
-
-
-def sweep_here(argv):
-    """A sweep in this process, whose trainings and scorings are forks: to start them would take longer."""
-
-    def fork(command, env, stdin, stdout, stderr):
-        (begin,) = (i for i, word in enumerate(command) if word.endswith(("train.py", "generate.py")))
-        return Forked(command[begin:], REPO, env, None, log=stdout.name)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(programs, "subprocess", SimpleNamespace(Popen=fork, DEVNULL=None, STDOUT=None))
-        sweep.main(configure(argv, cls=sweep.SweepConfig, trains=False))
 
 
 @pytest.fixture(scope="module")
