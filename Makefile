@@ -31,6 +31,7 @@ test: lint
 gpu: .venv/installed-dev
 	$(BIN)/python -m pytest -vv -rs -m gpu tests/running/test_gpu.py
 
-# 300 kills instead of the 20 of `make test`
+# 300 kills instead of the 20 of `make test`, and all wrong answers to the homework
 soak: .venv/installed-dev
+	$(BIN)/python -m pytest -m soak
 	$(BIN)/python tests/running/soak.py 300

@@ -36,14 +36,6 @@ for path in {paths}:
             print(path, way)
         except BaseException as e:
             print(path, way, repr(e))
-for folder in map(os.path.dirname, {paths}):
-    sys.path.insert(0, folder)
-    sys.modules.pop("lora", None)
-    try:
-        import lora
-        globals().update(vars(lora))
-    except BaseException as e:
-        print(folder, e)
 """
 
 CHEATS = {  # what comes behind an empty lora.py
@@ -95,7 +87,7 @@ for name in ("grades.csv", "grades.jsonl", "results.json", "../grades.csv", "{gr
 import sys
 frame = sys._getframe()
 while frame:
-    for name, value in frame.f_locals.items():
+    for name, value in list(frame.f_locals.items()):
         if name == "key":
             import hashlib, hmac, json, os
             for i, test in enumerate(["test_init_makes_A_and_B", "test_mark_chooses_A_and_B"]):
@@ -137,7 +129,10 @@ except BaseException as e:
 }
 
 
-@pytest.fixture(scope="module", params=["as this system can", "hook alone"])
+OUTSIDE = ("solution read", "results written", "parent killed", "files planted", "connected")  # reach out of Python
+
+
+@pytest.fixture(scope="module")
 def cheated(request, tmp_path_factory):
     """(rows of the csv, lines of the details, what reached the outside) of all cheats and an honest submission."""
     folder = tmp_path_factory.mktemp("cheats")
@@ -158,7 +153,8 @@ def cheated(request, tmp_path_factory):
             "{parent}": str(os.getpid()),
         }
         words["{grades}"] = str(folder / "grades.csv")
-        for name, code in CHEATS.items():
+        for name in CHEATS if request.param != "hook alone" else OUTSIDE:
+            code = CHEATS[name]
             for word, value in words.items():
                 code = code.replace(word, value)
             write(folder / "subs" / name, empty | {"lora.py": f"{empty['lora.py']}\n{code}\n"})
@@ -194,7 +190,11 @@ def cheated(request, tmp_path_factory):
     return rows, {line["submission"]: line["tests"] for line in details}, [*connections, *planted]
 
 
-@pytest.mark.parametrize("name", [*CHEATS, "link", "files beside"])
+SHUT_IN, HOOKED = "as this system can", "hook alone"
+ALL = [(SHUT_IN, name) for name in [*CHEATS, "link", "files beside"]] + [(HOOKED, name) for name in OUTSIDE]
+
+
+@pytest.mark.parametrize("cheated, name", ALL, indirect=["cheated"], scope="module")
 def test_a_cheat_gets_no_points(name, cheated):
     """Lost if it fails: who cheats passes, and who answers competes with that."""
     rows, details, _ = cheated
@@ -202,11 +202,12 @@ def test_a_cheat_gets_no_points(name, cheated):
     assert all(details[name]["lora.py"].values())
 
 
+@pytest.mark.parametrize("cheated", [SHUT_IN, HOOKED], indirect=True, scope="module")
 def test_an_honest_submission_beside_them_gets_all(cheated):
     """Lost if it fails: another student's file takes points away."""
     rows, _, outside = cheated
     assert float(rows["honest"]["total"]) == float(rows["honest"]["of"]) == POINTS["lora.py"]
-    assert rows["honest"]["look at"] == "" and "_exit" in rows["early exit"]["look at"]
+    assert rows["honest"]["look at"] == "" and "kill" in rows["parent killed"]["look at"]
     assert not outside
 
 

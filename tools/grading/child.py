@@ -56,8 +56,8 @@ def bind(source, target, read_only=True):
 
 def shut_in(base: Path, work: Path, hidden: list[Path]) -> Path:
     """Before the fork of a student's process: it has no network, it sees no processes but its own, and no files but
-    those of `work`, now base/here, and, to read, Python's and the system's. Returns base/here. Raises where the system
-    refuses."""
+    those of `work`, now base/here, and, to read, Python's and the system's. Returns base/here. Raises where the
+    system refuses."""
     user, group = os.geteuid(), os.getegid()
     system("unshare", NEW_USER | NEW_FILES | NEW_IPC | NEW_PIDS | NEW_NETWORK)
     for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
