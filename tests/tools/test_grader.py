@@ -5,6 +5,7 @@ python -m pytest tests/tools/test_grader.py
 
 import contextlib
 import csv
+import functools
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from answers import STUDENT, handout, run, solved, write
+from answers import FOLDER, STUDENT, handout, run, solved, write
 
 from tools.grading.submissions import FILES, POINTS
 
@@ -129,13 +130,14 @@ except BaseException as e:
 }
 
 
+SHUT_IN, HOOKED = "as this system can", "hook alone"
 OUTSIDE = ("solution read", "results written", "parent killed", "files planted", "connected")  # reach out of Python
 
 
-@pytest.fixture(scope="module")
-def cheated(request, tmp_path_factory):
+@functools.cache
+def cheated(way):
     """(rows of the csv, lines of the details, what reached the outside) of all cheats and an honest submission."""
-    folder = tmp_path_factory.mktemp("cheats")
+    folder = Path(FOLDER.name, way)
     installed = folder / "installed"
     (installed / "plumbing").mkdir(parents=True)
     shutil.copy(STUDENT, installed / "lora.py")
@@ -145,7 +147,7 @@ def cheated(request, tmp_path_factory):
         server.settimeout(0.1)
         paths = [str(installed / "lora.py"), str(STUDENT), str(honest / "lora.py")]
         # torch reads a file without telling Python, and only namespaces hold against that.
-        ways = ["python", "import"] if request.param == "hook alone" else ["python", "import", "torch"]
+        ways = ["python", "import"] if way == HOOKED else ["python", "import", "torch"]
         words = {
             "{paths}": str(paths),
             "{ways}": str(ways),
@@ -153,7 +155,7 @@ def cheated(request, tmp_path_factory):
             "{parent}": str(os.getpid()),
         }
         words["{grades}"] = str(folder / "grades.csv")
-        for name in CHEATS if request.param != "hook alone" else OUTSIDE:
+        for name in CHEATS if way == SHUT_IN else OUTSIDE:
             code = CHEATS[name]
             for word, value in words.items():
                 code = code.replace(word, value)
@@ -168,7 +170,7 @@ def cheated(request, tmp_path_factory):
         (beside / "pytest.ini").write_text("[pytest]\naddopts = --collect-only\n")
         (beside / "configurator.py").write_text("raise SystemExit(0)\n")
         program = "import sys; from tools import homework; from tools.grading import submissions\n"
-        if request.param == "hook alone":
+        if way == HOOKED:
             program += "submissions.way_to_shut_in = lambda *arguments: ''\n"
         subs = sorted((folder / "subs").iterdir())
         flags = [f"--out={folder / 'grades.csv'}", "--parts=1"]
@@ -190,22 +192,21 @@ def cheated(request, tmp_path_factory):
     return rows, {line["submission"]: line["tests"] for line in details}, [*connections, *planted]
 
 
-SHUT_IN, HOOKED = "as this system can", "hook alone"
 ALL = [(SHUT_IN, name) for name in [*CHEATS, "link", "files beside"]] + [(HOOKED, name) for name in OUTSIDE]
 
 
-@pytest.mark.parametrize("cheated, name", ALL, indirect=["cheated"], scope="module")
-def test_a_cheat_gets_no_points(name, cheated):
+@pytest.mark.parametrize("way, name", ALL)
+def test_a_cheat_gets_no_points(way, name):
     """Lost if it fails: who cheats passes, and who answers competes with that."""
-    rows, details, _ = cheated
+    rows, details, _ = cheated(way)
     assert float(rows[name]["total"]) == 0, details[name]
     assert all(details[name]["lora.py"].values())
 
 
-@pytest.mark.parametrize("cheated", [SHUT_IN, HOOKED], indirect=True, scope="module")
-def test_an_honest_submission_beside_them_gets_all(cheated):
+@pytest.mark.parametrize("way", [SHUT_IN, HOOKED])
+def test_an_honest_submission_beside_them_gets_all(way):
     """Lost if it fails: another student's file takes points away."""
-    rows, _, outside = cheated
+    rows, _, outside = cheated(way)
     assert float(rows["honest"]["total"]) == float(rows["honest"]["of"]) == POINTS["lora.py"]
     assert rows["honest"]["look at"] == "" and "kill" in rows["parent killed"]["look at"]
     assert not outside
