@@ -229,7 +229,8 @@ class CustomDataLoader:
         if classify and balance_classes and "train" in wanted:
             self.class_weights = self._weigh_classes()
 
-    def _add_instruction_finetuning(self, rec: dict) -> dict:  # task
+    # task
+    def _add_instruction_finetuning(self, rec: dict) -> dict:
         """Adds rec["instr_tuned_text"]: the template, filled with the record's text and its label's word."""
         before, after = self.template.removesuffix("{label}").split("{text}")
         word = self.label_names[rec["label"]]

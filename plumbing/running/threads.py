@@ -1,4 +1,4 @@
-"""A good neighbour: OpenMP's threads, which share each product, soon sleep while they wait for one another.
+"""OpenMP's threads, which share each product, soon sleep while they wait for one another.
 
 By default they spin through 300,000 tests first. Where another program keeps one core busy, all of them then wait for
 the one that is not running, and training is many times slower. Imported before torch, which reads the settings once.

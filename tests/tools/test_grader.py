@@ -5,7 +5,6 @@ python -m pytest tests/tools/test_grader.py
 
 import contextlib
 import csv
-import functools
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from answers import FOLDER, STUDENT, handout, run, solved, write
+from answers import STUDENT, handout, run, solved, write
 
 from tools.grading.submissions import FILES, POINTS
 
@@ -134,10 +133,8 @@ SHUT_IN, HOOKED = "as this system can", "hook alone"
 OUTSIDE = ("solution read", "results written", "parent killed", "files planted", "connected")  # reach out of Python
 
 
-@functools.cache
-def cheated(way):
+def grade_cheats(way, folder):
     """(rows of the csv, lines of the details, what reached the outside) of all cheats and an honest submission."""
-    folder = Path(FOLDER.name, way)
     installed = folder / "installed"
     (installed / "plumbing").mkdir(parents=True)
     shutil.copy(STUDENT, installed / "lora.py")
@@ -192,23 +189,16 @@ def cheated(way):
     return rows, {line["submission"]: line["tests"] for line in details}, [*connections, *planted]
 
 
-ALL = [(SHUT_IN, name) for name in [*CHEATS, "link", "files beside"]] + [(HOOKED, name) for name in OUTSIDE]
-
-
-@pytest.mark.parametrize("way, name", ALL)
-def test_a_cheat_gets_no_points(way, name):
-    """Lost if it fails: who cheats passes, and who answers competes with that."""
-    rows, details, _ = cheated(way)
-    assert float(rows[name]["total"]) == 0, details[name]
-    assert all(details[name]["lora.py"].values())
-
-
 @pytest.mark.parametrize("way", [SHUT_IN, HOOKED])
-def test_an_honest_submission_beside_them_gets_all(way):
-    """Lost if it fails: another student's file takes points away."""
-    rows, _, outside = cheated(way)
-    assert float(rows["honest"]["total"]) == float(rows["honest"]["of"]) == POINTS["lora.py"]
-    assert rows["honest"]["look at"] == "" and "kill" in rows["parent killed"]["look at"]
+def test_cheats_get_no_points(way, tmp_path):
+    """Lost if it fails: who cheats passes, or takes points from another, or reaches what is the teacher's."""
+    rows, details, outside = grade_cheats(way, tmp_path)
+    honest = rows.pop("honest")
+    assert float(honest["total"]) == float(honest["of"]) == POINTS["lora.py"]
+    assert honest["look at"] == "" and "kill" in rows["parent killed"]["look at"]
+    for name, row in rows.items():
+        assert float(row["total"]) == 0 and all(details[name]["lora.py"].values()), (name, details[name])
+    assert len(rows) == (len(CHEATS) if way == SHUT_IN else len(OUTSIDE)) + 2
     assert not outside
 
 
