@@ -32,7 +32,7 @@ test: lint
 gpu: .venv/installed-dev
 	$(BIN)/python -m pytest -vv -rs -m gpu tests/running/test_gpu.py
 
-# What takes long and seldom tells: more seeds, more machines
+# What takes long and seldom tells: more seeds, more machines, more wrong answers to the homework
 slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow
 
