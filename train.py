@@ -345,7 +345,8 @@ def open_folder(run: Run) -> Progress:
 
 def find_facts(run: Run) -> Facts:
     dtype = str(run.dtype).removeprefix("torch.")
-    return Facts(data=run.loader.digest, dtype=dtype, label_names=run.loader.label_names)
+    loader = run.loader
+    return Facts(data=loader.digest, dtype=dtype, label_names=loader.label_names, word_of=loader.word_of)
 
 
 def record(run: Run, progress: Progress, val_loss: float, updates_per_s: float) -> dict:
