@@ -195,7 +195,7 @@ def name_numbers(labels, places, asked):
     wanted = set(map(str, values))
     readings = [reading for reading in (from_0, from_1) if wanted <= reading.keys()]
     if len(readings) == 2:
-        ways = [",".join(f"{value}={reading[str(value)]}" for value in values) for reading in readings]
+        ways = [",".join(map("=".join, reading.items())) for reading in readings]
         raise ValueError(
             f"label_names={','.join(words)}: {asked.dataset} has the labels {found}, so the first word may be "
             f"that of 0 or of 1: type --label_names={ways[0]} or --label_names={ways[1]}"
