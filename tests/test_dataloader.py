@@ -28,7 +28,7 @@ import tiktoken_ext.openai_public
 import tokenizers
 
 from configurator import Config
-from dataloader import CustomDataLoader, make_loader
+from dataloader import CustomDataLoader, Prompt, make_loader
 from plumbing.data import sources, token_cache
 from plumbing.data.tokenizer import gpt2_encoding
 from plumbing.program.files import ASSETS
@@ -233,6 +233,14 @@ def test_a_typed_backslash_n_is_a_line_break(tmp_path):
     loader = make_loader(Config(dataset=path, label_names=None, template="Review: {text}\\nSentiment: {label}"), 64)
     ex = loader.splits["train"][0]
     assert gpt2_encoding().decode(ex.tokens[: ex.n_prompt]) == f"Review: {ex.text}\nSentiment:"
+
+
+def test_an_answer_has_room_for_its_label_behind_the_template():
+    """Lost if it fails: a label that has one token more after a line break than after a space is never written whole."""
+    word = "lacklustre and dull"
+    for template, n in (("{text}\nVerdict:\n{label}", 6), ("{text}\nVerdict: {label}", 5)):
+        prompt = Prompt(template, [word, "good"], 64, is_answered=True)
+        assert len(prompt.answers()[0]) == n + 1 and prompt.answer_tokens == n
 
 
 # --- order and padding ---------------------------------------------------------------------------

@@ -9,7 +9,9 @@ examples, of like length within a batch. Each has a process of its own, so its p
 setting of one helps another; they take turns step by step (A B A B), so the machine's moods hit all alike.
 """
 
+import ast
 import contextlib
+import csv
 import importlib.metadata
 import importlib.util
 import itertools
@@ -37,6 +39,7 @@ from dataloader import CustomDataLoader, make_loader
 from generate import ModelSampler
 from lora import mark_only_lora_as_trainable
 from model import GPT, GPTConfig
+from plumbing.data import token_cache
 from plumbing.data.tokenizer import end_of_text, gpt2_encoding
 from plumbing.program.errors import one_line_errors
 from plumbing.program.files import ROOT, write_json
@@ -62,7 +65,8 @@ class BenchConfig:
     """Measures this repository beside transformers + peft, and beside the machine's own limit."""
 
     # --- bench
-    only: str = PARTS  # the parts to run, with commas
+    only: str = PARTS  # the parts to run, with commas; data: a first start on many rows
+    rows: int = 200_000  # of the part data
     quick: bool = False  # fewer cases, within 3 minutes on 2 cores, 4 on a GPU
     steps: int = 0  # measured steps of a case; 0: 11, or 2 with --quick
     layers: int = 0  # > 0: cuts the models to this depth, for a smoke run
@@ -499,6 +503,46 @@ def neighbour_part(bench):
                     other.wait()
 
 
+def data_part(bench):
+    """A first start on many rows, from the file to batches, beside tiktoken's own call for the same filled prompts.
+    Each takes a process of its own, by turns."""
+    path = os.path.join(bench.folder, "many.csv")
+    texts = [(ex.text, bench.loader.label_names[ex.label]) for ex in bench.loader.splits["train"]]
+    with open(path, "w", encoding="utf-8", newline="") as f:
+        rows = csv.writer(f)
+        rows.writerow(["text", "label"])
+        rows.writerows(
+            (f"{i} {text}", label) for i, (text, label) in zip(range(bench.config.rows), itertools.cycle(texts))
+        )
+    answers = {"tiktoken's encode_ordinary_batch": [None], "CustomDataLoader, the first time": [None]}
+    for _ in range(bench.steps if bench.config.steps else 3):
+        for name, function in zip(answers, ("tokenise_alone", "load_first")):
+            command = [sys.executable, "-c", f"from tools import bench; print(bench.{function}({path!r}))"]
+            out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+            answers[name].append(ast.literal_eval(out.splitlines()[-1]))
+    add_rows(bench, f"{bench.config.rows:,} rows of csv to tokens", "s", answers)
+
+
+def load_first(path):
+    with tempfile.TemporaryDirectory() as token_cache.CACHE:
+        began = time.perf_counter()
+        CustomDataLoader(path, Config.template)
+        return time.perf_counter() - began, None, peak_memory("cpu")
+
+
+def tokenise_alone(path):
+    before, after = Config.template.removesuffix("{label}").split("{text}")
+    seconds = 0.0
+    with open(path, encoding="utf-8", newline="") as f:
+        rows = csv.reader(f)
+        next(rows)
+        while prompts := [before + text + after + label for text, label in itertools.islice(rows, 50_000)]:
+            began = time.perf_counter()
+            gpt2_encoding().encode_ordinary_batch(prompts, num_threads=os.cpu_count())
+            seconds += time.perf_counter() - began
+    return seconds, None, peak_memory("cpu")
+
+
 # --- preparation and report ------------------------------------------------------------------------
 
 
@@ -506,8 +550,8 @@ def prepare(config, folder):
     """All that the parts share: what is to be measured, random weights, real texts as a file for every system."""
     bench = SimpleNamespace(config=config, folder=folder, began=time.monotonic(), parts=config.only.split(","))
     bench.rows, bench.shares, bench.losses, bench.left_out = [], [], [], []
-    if unknown := set(bench.parts) - set(PARTS.split(",")):
-        raise ValueError(f"only={config.only}: no part {min(unknown)!r}; type some of {PARTS}")
+    if unknown := set(bench.parts) - {*PARTS.split(","), "data"}:
+        raise ValueError(f"only={config.only}: no part {min(unknown)!r}; type some of {PARTS},data")
     if min(config.steps, config.layers) < 0:
         raise ValueError(f"steps={config.steps}, layers={config.layers}: type at least 0")
     if not os.path.isdir(os.path.dirname(os.path.abspath(config.out))):
@@ -585,7 +629,7 @@ def main(config):
         os.environ |= {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}  # for the children
         os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
         parts = {"train": train_part, "start": start_part, "score": score_part, "latency": latency_part}
-        parts["neighbour"] = neighbour_part
+        parts |= {"neighbour": neighbour_part, "data": data_part}
         for name, part in (parts | {"peak": peak_part}).items():
             if name in bench.parts:
                 part(bench)
