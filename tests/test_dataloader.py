@@ -236,7 +236,7 @@ def test_a_typed_backslash_n_is_a_line_break(tmp_path):
 
 
 def test_an_answer_has_room_for_its_label_behind_the_template():
-    """Lost if it fails: a label that has one token more after a line break than after a space is never written whole."""
+    """Lost if it fails: a label of one token more after a line break than after a space is never written whole."""
     word = "lacklustre and dull"
     for template, n in (("{text}\nVerdict:\n{label}", 6), ("{text}\nVerdict: {label}", 5)):
         prompt = Prompt(template, [word, "good"], 64, is_answered=True)
@@ -675,7 +675,7 @@ def test_a_label_glued_to_the_text_is_refused(tmp_path, template):
 def test_rt_reviews_has_all_rows_and_no_film_in_two_splits():
     """Lost if it fails: reviews are missing, or the test score is earned by knowing the film."""
     (part,) = sources.find_source("rt_reviews", ("film", "label")).parts
-    assert part.class_names == {"label": ["negative", "positive"]}
+    assert part.class_names() == {"label": ["negative", "positive"]}
     splits = {"train": [], "validation": [], "test": []}
     rows = [row for columns in part.read() for row in zip(*(column.to_pylist() for column in columns))]
     for film, _, split in rows:

@@ -39,44 +39,43 @@ class DataSet:
         survey = read_meta(folder)
         if survey is None:
             survey = survey_rows(self.source)
+            survey["class_names"] = [part.class_names().get(fields[1]) for part in self.source.parts]
             with whole_folder(folder) as new:
                 write_meta(new, **survey)
         self.survey = survey
         self.tally = survey["tally"]
         if not self.tally:
             raise UserError(f"dataset={self.dataset}: no row in it, it is empty")
-        parts = self.source.parts
-        class_names = [part.class_names.get(fields[1]) for part in parts]
-        self.labels = name_labels(self.tally, class_names, lambda part, row: parts[part].place(row), asked)
-        self.label_names = self.labels.names
-        self.word_of = self.labels.word_of
+        named = name_labels(self.tally, survey["class_names"], self._place, asked)
+        self.label_names, self.word_of, self.class_of, unused, notes = named
         self.drawn = splits_to_draw({split for _, split, *_ in self.tally})
-        self._print_notes()
+        self._print_notes(unused, notes)
 
-    def _print_notes(self):
+    def _place(self, part, row):
+        return self.source.parts[part].place(row)
+
+    def _print_notes(self, unused, label_notes):
         """What a user should know of rows and labels, at every start."""
-        used = collections.defaultdict(
-            collections.Counter
-        )  # how often each class occurs in the splits that are named
+        used = collections.defaultdict(collections.Counter)  # {split, as the data names it: {class: rows}}
         n_rows = sum(n for *_, n, _ in self.tally)
         for part, split, label, n, _ in self.tally:
-            if (part, label) in self.labels.class_of:
-                used[split][self.labels.class_of[part, label]] += n
+            if (part, label) in self.class_of:
+                used[split][self.class_of[part, label]] += n
         self.n_used = sum(map(sum, (counts.values() for counts in used.values())))
         notes = []
-        if self.labels.unused:
-            reasons = ", ".join(f"{reason}: {n}" for reason, n in sorted(self.labels.unused.items()))
+        if unused:
+            reasons = ", ".join(f"{reason}: {n}" for reason, n in sorted(unused.items()))
             notes.append(f"{self.n_used:,} of {n_rows:,} rows are used ({reasons})")
         if not self.n_used:
             raise UserError(f"dataset={self.dataset}: no labelled row in it; {notes[0]}")
         for split, n in self.survey["repeated"].items():
             if n:
                 notes.append(f"the texts of {n:,} of {sum(used[split].values()):,} {split} rows stand in train too")
-        for split in used.keys() - {"train"} if "train" in used else ():
+        for split in used if "train" in used else ():
             if alone := [i for i in sorted(used[split]) if i not in used["train"]]:
                 found = ", ".join(f"{self.label_names[i]} ({used[split][i]:,} rows)" for i in alone)
                 notes.append(f"{split} has labels that no row of train has: {found}")
-        for note in notes + self.labels.notes:
+        for note in notes + label_notes:
             print(f"note: {note}")
 
     def load_examples(self, wanted, seed, prompt, fill, key, shares_prefix):
@@ -85,7 +84,7 @@ class DataSet:
         prompt: a `Prompt`. fill: records -> the texts to tokenise. key: all that decides what the tokens are, beside
         data and seed. shares_prefix: whether the tokens that all prompts begin with may be run once.
         """
-        classes = sorted(self.labels.class_of.items())
+        classes = sorted(self.class_of.items())
         key = [CACHE_VERSION, self.source.digest, self.fields, classes, seed, *key]
         folder = cache_folder("examples", json.dumps(key))
         metas = {split: read_meta(os.path.join(folder, split)) for split in wanted}
@@ -130,7 +129,7 @@ class DataSet:
     def _parts(self, seed, counts, wanted):
         """(split, records of that split), PART of them at once. counts: how many rows each split has, at the end."""
         parts = collections.defaultdict(list)
-        for split, rec in read_records(self.source, self.labels, self.drawn, seed):
+        for split, rec in read_records(self.source, self.class_of, self.drawn, seed):
             counts[split] += 1
             if split in wanted:
                 parts[split].append(rec)

@@ -7,7 +7,7 @@ import collections
 import functools
 import re
 import unicodedata
-from dataclasses import dataclass
+from typing import NamedTuple
 
 ANSWER_CHARS = 40  # a label counts within these first characters of a text; more where the labels are longer
 NO_LABEL = ("", "nan", "na", "n/a", "#n/a", "<na>", "null")  # how tables write that a label is missing
@@ -50,44 +50,29 @@ def read_pairs(label_names):
 # --- from the labels of a data set to the classes ------------------------------------------------
 
 
-@dataclass
-class Labels:
-    """names: the words of the classes. class_of: the class of each label, {(part, as it stands there): class}.
-    word_of: the word of each label, a fact of the run. unused: how many rows have no label or text, by reason. notes:
-    what the user should know."""
-
-    names: list[str]
-    class_of: dict
-    word_of: dict[str, str]
-    unused: collections.Counter
-    notes: list[str]
-
-
-@dataclass
-class Asked:
-    """What is known of the words before the data is seen.
-
-    label_names: those typed or configured, or None. learned: the words of a run's classes in its order, or None;
-    word_of: what that run's data called them. classify: whether numbers may be words.
-    """
+class Asked(NamedTuple):
+    """What is known of the words before the data is seen."""
 
     dataset: str
-    label_names: str | None
-    learned: list[str] | None
-    word_of: dict[str, str] | None
-    classify: bool
+    label_names: str | None  # words that were typed or configured
+    learned: list[str] | None  # the words of a run's classes, in its order
+    word_of: dict[str, str] | None  # the word of each label, as that run's data writes it
+    classify: bool  # numbers may be words
 
     @property
     def words(self):
         return split_names(self.label_names) if self.label_names else self.learned
 
 
-def name_labels(tally, class_names, place, asked: Asked) -> Labels:
+def name_labels(tally, class_names, place, asked: Asked) -> tuple:
     """How the labels of a data set become classes.
 
     tally: (part, split, label or None for a row without a text, number of rows, its first row). class_names: for each
-    part the words of the labels 0, 1, ..., where it brings them, or None. place(part, row): for messages. Raises
-    ValueError for labels that cannot be used.
+    part the words of the labels 0, 1, ..., where it brings them, or None. place(part, row): for messages.
+
+    Returns the words of the classes; the word of each label, as the data writes it; the class of each (part, label);
+    how many rows have no label or text, by reason; notes, what the user should know. Raises ValueError for labels
+    that cannot be used.
     """
     if asked.learned:
         refuse_unlearned(asked.label_names, asked.learned)
@@ -99,15 +84,16 @@ def name_labels(tally, class_names, place, asked: Asked) -> Labels:
     own_words = set()
     for part, _, label, n, row in tally:
         names = class_names[part] or class_names[0]  # a part without words counts as the train file does
-        spelling = None if label is None else plain_number(label)
+        spelling = plain_number(label or "")
+        reason = None
         if label is None:
-            unused["no text"] += n
-            continue
-        if names and spelling == "-1":
-            unused["unlabelled (-1)"] += n
-            continue
-        if spelling in NO_LABEL and spelling not in spelled:
-            unused[f"no label ({label.strip()})" if spelling else "no label"] += n
+            reason = "no text"
+        elif names and spelling == "-1":
+            reason = "unlabelled (-1)"
+        elif spelling in NO_LABEL and spelling not in spelled:
+            reason = f"no label ({label.strip()})" if spelling else "no label"
+        if reason:
+            unused[reason] += n
             continue
         word = label
         if names and is_whole(spelling):
@@ -134,7 +120,7 @@ def name_labels(tally, class_names, place, asked: Asked) -> Labels:
         pairs = ", ".join(f"{label} is written as {word}" for label, word in sorted(written.items()))
         notes = [*notes, f"label_names are other words than the data's own: {pairs}"]
     class_of = {key: classes[plain_number(final[label])] for key, label in meant.items()}
-    return Labels(names, class_of, word_of, unused, notes)
+    return names, word_of, class_of, unused, notes
 
 
 def choose_words(counts, own_words, places, class_names, asked):
@@ -149,8 +135,9 @@ def choose_words(counts, own_words, places, class_names, asked):
         if new and all(is_number) and asked.label_names and not any(map(is_whole, asked.word_of)):
             _, counted, _ = name_numbers(new, places, asked)
         return asked.learned, asked.word_of | counted, []
-    if pairs:
-        return split_names(asked.label_names), pairs, []
+    if pairs:  # of the data's words or, where it has such, of their numbers
+        named = {plain_number(name): pairs[str(i)] for i, name in enumerate(class_names or ()) if str(i) in pairs}
+        return split_names(asked.label_names), named | pairs, []
     if class_names:
         return rename_classes(class_names, counts, asked)
     known = {plain_number(name) for name in asked.words or []}

