@@ -8,13 +8,13 @@ never executed. Flags win over the file, the file over the defaults below. `--he
 
 import dataclasses
 import os
-import re
 from dataclasses import dataclass
 
-from plumbing.program.config_file import read_assignments
-from plumbing.program.errors import UserError, one_line_errors
+from plumbing.program.config_file import find_config_file, read_config_file
+from plumbing.program.errors import one_line_errors
 from plumbing.program.flags import parse_flags
 from plumbing.program.settings import (
+    CALL,
     MODEL,
     RUN,
     check_value,
@@ -25,7 +25,7 @@ from plumbing.program.settings import (
     setting,
     settings_of,
 )
-from plumbing.program.stored_run import RUN_CONFIG, read_run
+from plumbing.program.stored_run import RUN_CONFIG, read_run, refuse_another_run, refuse_changes
 
 TEMPLATE = """Classify the sentiment of the following movie review as positive or negative.
 
@@ -38,6 +38,8 @@ Sentiment: {label}"""
 class Facts:
     """What a run has found out. It stands in train_config.json beside the settings."""
 
+    base: dict[str, str] | None = None  # of its base's weights: fingerprint_base
+    model: dict[str, str] | None = None  # of its own, where it has trained them all and is done
     data: str | None = None  # a digest of its data set's content; None where this config names another data set
     dtype: str | None = None  # of its arithmetic
     label_names: list[str] | None = None  # the words of its labels
@@ -69,7 +71,7 @@ class Config:
     train_examples: int = setting(0, least=0, kept=RUN)  # training examples, chosen by the seed; 0: all
     balance_classes: bool = setting(False, kept=RUN)  # classify: rare classes weigh as much in the loss
     # --- training
-    out_dir: str = "out"  # where everything is written
+    out_dir: str = setting("out", kept=CALL)  # where everything is written
     auto_resume: bool = False  # go on with out_dir's run of the same settings if there is one, or begin
     batch_size: int = setting(32, least=1, kept=RUN)  # examples in a forward pass, over all processes
     gradient_accumulation_steps: int = setting(1, least=1, kept=RUN)  # forward passes in an update
@@ -96,8 +98,8 @@ class Config:
     wandb_project: str = "nanolora"  # project there
     wandb_run_name: str | None = None  # name there; None: out_dir's
     # --- generation (generate.py)
-    start: str | None = None  # write on from this text instead of scoring
-    predict: str | None = None  # label the texts of this file (csv, tsv, jsonl, parquet, txt); -: standard input
+    start: str | None = setting(None, kept=CALL)  # write on from this text instead of scoring
+    predict: str | None = setting(None, kept=CALL)  # label the texts of this file; -: standard input
     split: str = setting("test", one_of=("test", "validation", "train"))  # what is scored
     max_new_tokens: int | None = setting(None, least=1)  # None: 5 in scoring (or the longest label), 200 with --start
     temperature: float = setting(0.0, least=0)  # 0: the likeliest token; higher is more random
@@ -105,9 +107,6 @@ class Config:
 
     # Of the run in out_dir, where init_from=resume: no setting. Then init_from is that run's own base.
     run: Facts | None = dataclasses.field(default=None, metadata={"is_fact": True})
-
-
-NOT_KEPT = ("out_dir", "start", "predict")  # of a stored run: its folder may have been moved
 
 
 def configure(argv: list[str], cls: type = Config, trains: bool = True):
@@ -156,8 +155,8 @@ def combine(typed, from_file, cls, trains):
         stored, facts = read_run(out_dir)
         kinds = (MODEL, RUN) if trains else (MODEL,)
         refuse_changes(typed, stored, kept_keys(cls, *kinds), out_dir)
-        kept = {key: value for key, value in stored.items() if key in fields and key not in NOT_KEPT}
-        values = from_file | kept | typed
+        ours = fields.keys() - kept_keys(cls, CALL)
+        values = from_file | {key: value for key, value in stored.items() if key in ours} | typed
     elif names_another_dataset(values, fields):
         values.setdefault("label_names", None)
     for key, value in values.items():
@@ -197,61 +196,3 @@ def note_scale(flags, from_file, fields):
         f"note: rank={rank} with alpha={alpha:g} scales the adapter by {alpha / rank:g}; "
         f"--alpha={kept * rank:g} keeps the config's {kept:g}"
     )
-
-
-# --- a run that is there ---------------------------------------------------------------------------
-
-
-def refuse_changes(typed, stored, fixed, out_dir):
-    """UserError for a typed setting that would make another run of the stored one."""
-    for key in fixed:
-        if key in typed and typed[key] != stored.get(key, typed[key]):
-            raise UserError(
-                f"--{key}={typed[key]}: the run in {out_dir} has {key}={stored[key]}; drop the flag, or start "
-                "another run with another --out_dir"
-            )
-
-
-def find_changes(settings: dict, stored: dict) -> list[str]:
-    """The keys in which a run's settings differ from stored ones. Its folder may have been moved."""
-    keys = [key for key in settings if key in stored and key not in ("out_dir", "auto_resume")]
-    return [key for key in keys if settings[key] != stored[key]]
-
-
-def refuse_another_run(settings, stored, out_dir):
-    """UserError where auto_resume would go on with a run of other settings."""
-    changes = [f"{key}={settings[key]} ({stored[key]} there)" for key in find_changes(settings, stored)]
-    if changes:
-        raise UserError(
-            f"auto_resume: the run in {out_dir} has other settings: {', '.join(changes)}; type those, or another "
-            "--out_dir for another run"
-        )
-
-
-# --- config files ----------------------------------------------------------------------------------
-
-
-def find_config_file(path):
-    """The file that was typed. Where there is none: for config/NAME.py, as the assignment's handout spells it, the
-    configs/NAME.py next to that folder or, typed in another directory, the one that ships."""
-    if os.path.isfile(path):
-        return path
-    if re.match(r"\w+=", path):
-        raise UserError(f"{path}: settings are typed with two dashes, --{path}")
-    folder, name = os.path.split(path)
-    parent, last = os.path.split(folder)
-    places = [parent] if parent else ["", os.path.dirname(os.path.abspath(__file__))]
-    for place in places if last in ("config", "configs") else ():
-        other = os.path.join(place, "configs", name)
-        if os.path.isfile(other):
-            return other
-    raise UserError(f"{path}: no such config file; those that ship are in configs/")
-
-
-def read_config_file(path: str, fields: dict) -> dict:
-    """{key: value} of a config file; UserError for a line that is no assignment to one of the fields."""
-    values = {}
-    for where, name, value in read_assignments(path):
-        key = find_key(name, fields, where)
-        values[key] = fit_type(key, value, fields[key].type, where)
-    return values

@@ -214,7 +214,8 @@ class CustomDataLoader:
         if classify and balance_classes and "train" in wanted:
             self.class_weights = self._weigh_classes()
 
-    def _add_instruction_finetuning(self, rec: dict) -> dict:  # task
+    # task
+    def _add_instruction_finetuning(self, rec: dict) -> dict:
         """Adds rec["instr_tuned_text"]: the template, filled with the record's text and its label's word."""
         before, after = self.template.removesuffix("{label}").split("{text}")
         word = self.label_names[rec["label"]]
@@ -223,7 +224,7 @@ class CustomDataLoader:
 
     # --- tokens -> batch
 
-    def _inputs_and_targets(self, ex: Example) -> tuple[list[int], list[int]]:
+    def _inputs_and_targets(self, ex: Example) -> tuple[list[int], list[int]]:  # task
         """What the model reads of an example, and what it should find at each place: two lists of one length."""
         if self.classify:  # the last token alone has seen the whole text
             return ex.tokens, [IGNORE] * (len(ex.tokens) - 1) + [ex.label]

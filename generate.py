@@ -17,33 +17,35 @@ import plumbing.running.threads  # noqa: F401  (before torch, which reads these 
 
 # isort: split
 import torch
-from tqdm import tqdm
 
 from configurator import Config, configure, load_run, make_config
 from dataloader import CustomDataLoader, Prompt, make_loader, make_prompt
-from model import GPT, LoRALinear
 from plumbing.adapters.layers import lora_arguments
 from plumbing.adapters.peft_format import load_adapter
 from plumbing.data.labels import find_label, refuse_unlearned, split_names
 from plumbing.data.tokenizer import end_of_text, gpt2_encoding
+from plumbing.gpt2.base import check_same_weights, check_vocabulary
 from plumbing.gpt2.files import context_size, find_checkpoint, read_config
 from plumbing.gpt2.kv_cache import KVCache
 from plumbing.program.errors import one_line_errors
-from plumbing.program.files import write_json
 from plumbing.program.terminal import forgiving_output
 from plumbing.running.checkpoint import check_same_data
 from plumbing.running.machine import keep_memory, pick_device, pick_dtype
-from plumbing.scoring.accuracy import (
-    SCORED,
-    print_errors,
-    print_improvement,
-    print_result,
-    tabulate,
-    write_answers,
+from plumbing.scoring.accuracy import SCORED, print_score, tabulate, write_score
+from plumbing.scoring.answers import (
+    classify,
+    decode,
+    in_parts,
+    order_by_length,
+    read_prompts,
+    score_labels,
+    shared_start,
 )
-from plumbing.scoring.answers import classify, order_by_length, read_prompts, score_labels, shared_start
 from plumbing.scoring.model_card import write_card
 from plumbing.scoring.new_texts import predict_file
+
+with one_line_errors(ImportError):  # a lora.py of your own may need a package
+    from model import GPT, LoRALinear
 
 PART = 50  # batches of prompts that are sorted by length together
 
@@ -82,14 +84,15 @@ class ModelSampler:
         self.config = config or make_config(out_dir=out_dir, init_from=init_from, **settings)
         self.device = pick_device(self.config.device)
         self.block_size = context_size(checkpoint_of(self.config))
+        if not self.config.run:
+            check_vocabulary(self.config.init_from)
         self.loader: CustomDataLoader | None = None  # the split that is scored
         self.prompt: Prompt | None = None  # makes prompts of new texts
         self.model: GPT | None = None
         self.n_cut = 0  # new texts that were too long and were cut
-        if self.config.task == "classify":
-            check_classes(self.config)
 
-    def get_accuracy(self) -> float:  # task
+    # task
+    def get_accuracy(self) -> float:
         """The share of the split's prompts that the model answers with the right label: 0 to 1.
 
         An answer without a label is garbage and counts as wrong. After the call `result` is the whole table (n,
@@ -216,6 +219,8 @@ class ModelSampler:
     def load_prompt(self) -> None:
         """Sets `prompt`. No data set is read, if the labels are known."""
         if self.prompt is None:
+            if self.config.task == "classify":
+                check_classes(self.config)
             self.prompt = make_prompt(self.config, self.block_size, self.find_label_names())
 
     def find_label_names(self) -> list[str]:
@@ -236,24 +241,9 @@ class ModelSampler:
             # Ours have A and B in float32 next to a bfloat16 weight. A student's lora.py may know one dtype only.
             dtype = pick_dtype(self.device, config.dtype, mixed=getattr(LoRALinear, "mixes_dtypes", False))
             n_classes = len(self.find_label_names()) if config.task == "classify" else 0
+            torch.manual_seed(config.seed)  # an untuned classifier's head is drawn as train.py draws it
             self.model = load_model(config, self.device, dtype, n_classes)
             torch.manual_seed(config.seed)
-
-
-def in_parts(examples, size):
-    """Lists of `size` examples, under a bar on a terminal."""
-    with tqdm(total=len(examples), disable=None, unit="example") as bar:
-        for start in range(0, len(examples), size):
-            part = examples[start : start + size]
-            yield part
-            bar.update(len(part))
-
-
-def decode(tokens: list[int]) -> str:
-    """The text before end-of-text."""
-    if end_of_text() in tokens:
-        tokens = tokens[: tokens.index(end_of_text())]
-    return gpt2_encoding().decode(tokens)
 
 
 # --- the model -------------------------------------------------------------------------------------
@@ -262,6 +252,9 @@ def decode(tokens: list[int]) -> str:
 def load_model(config: Config, device: str, dtype: torch.dtype, n_classes: int = 0) -> GPT:
     """The model of a config, ready to generate: a base, or the best weights of the run in out_dir."""
     has_adapter = config.run is not None and config.rank > 0
+    if config.run:
+        then = config.run.base if has_adapter else config.run.model
+        check_same_weights(checkpoint_of(config), then, config.out_dir)
     lora = lora_arguments(config) if has_adapter else {}
     model = GPT.from_pretrained(checkpoint_of(config), dtype=dtype, n_classes=n_classes, **lora)
     if has_adapter:
@@ -276,6 +269,7 @@ def checkpoint_of(config):
 
 
 def check_classes(config):
+    """Raises ValueError for a base whose classes nobody has trained. Only its accuracy tells something."""
     if not config.run and not read_config(find_checkpoint(config.init_from)[0]).get("n_classes"):
         raise ValueError(f"init_from={config.init_from}: a language model has no classes; train.py adds them")
 
@@ -304,19 +298,13 @@ def score_split(config: Config) -> None:
     began = time.perf_counter()
     sampler.get_accuracy()
     seconds = time.perf_counter() - began
-    examples = sampler.loader.splits[config.split]
     result = sampler.result | {key: getattr(config, key) for key in SCORED}
     result |= {"tuned": config.run is not None, "seconds": round(seconds, 2)}
-    answers = (examples, sampler.generated, sampler.found, sampler.loader.label_names)
-    write_answers(os.path.join(folder, "predictions.jsonl"), *answers)
-    write_json(os.path.join(folder, "accuracy.json"), result)
+    answers = (sampler.loader.splits[config.split], sampler.generated, sampler.found, sampler.loader.label_names)
+    write_score(folder, result, *answers)
     if config.run:
         write_card(load_run(config.out_dir), sampler.loader, result)
-    print_result(result)
-    print_errors(*answers)
-    print(f"\n{len(examples) / seconds:.1f} examples/s; written: {folder}/accuracy.json, {folder}/predictions.jsonl")
-    if config.run:
-        print_improvement(folder, result)
+    print_score(folder, result, *answers)
 
 
 def predict_texts(config: Config) -> None:

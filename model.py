@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora import LoRALinear
-from plumbing.adapters.layers import draw_adapter, lora_layers, merged_weight
+from plumbing.adapters.layers import lora_layers, merged_weight
+from plumbing.adapters.own_lora import check_layers, draw_adapter
 from plumbing.gpt2.batch import find_scored
 from plumbing.gpt2.files import find_checkpoint, read_config, read_weights, write_checkpoint
 from plumbing.gpt2.kv_cache import KVCache, causal_mask, put_before
@@ -53,7 +54,9 @@ def attend(q, k, v, mask=None, dropout=0.0):  # (B, H, T, D), k and v (B, H, K, 
     """Scaled dot-product attention ("Attention Is All You Need", Vaswani et al. 2017, section 3.2.1):
     softmax(q k^T / sqrt(D) + mask) v. mask: 0 where a token may look and minus infinity elsewhere, of a shape that
     broadcasts to (B, H, T, K). None: T = K tokens, and each looks at itself and at those before it."""
-    if q.is_cuda or k.size(2) > LONG:  # torch's fused kernel, which never holds all the weights
+    # torch's fused kernel never holds all the weights. On Apple's mps it has been wrong without an error (pytorch
+    # issues 163597, 181133, 184180, 195910).
+    if q.is_cuda or (q.is_cpu and k.size(2) > LONG):
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
     if mask is None:
         mask = causal_mask(q.size(2), k.size(2), q)
@@ -71,7 +74,8 @@ def join_heads(y):  # (B, H, T, D) -> (B T, C)
 
 
 class Attention(nn.Module):
-    def __init__(self, config, layer):  # task
+    # task
+    def __init__(self, config, layer):
         super().__init__()
         C = config.n_embd
         name = f"transformer.h.{layer}.attn"
@@ -106,7 +110,8 @@ class LayerNorm(nn.LayerNorm):
 
 
 class MLP(nn.Module):
-    def __init__(self, config, layer):  # task
+    # task
+    def __init__(self, config, layer):
         super().__init__()
         C = config.n_embd
         name = f"transformer.h.{layer}.mlp"
@@ -376,6 +381,7 @@ class GPT(nn.Module):
         config = GPTConfig(**(read_config(config_path) | overrides))
         with torch.device("meta"):  # shapes only: no time is spent on weights that are about to be replaced
             model = cls(config)
+        check_layers(model, LoRALinear, config.lora_rank)
         shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if "lora_" not in n}
         state = read_weights(files, config.n_head, shapes, dtype)
         if config.n_classes and "score.weight" not in state:  # a new head on a language model

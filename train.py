@@ -15,7 +15,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import plumbing.running.threads  # noqa: F401  (before torch, which reads these settings once)
 
@@ -25,12 +25,13 @@ import torch
 from torch import nn
 
 from configurator import Config, Facts, configure
-from dataloader import Batch, CustomDataLoader, make_loader
-from lora import mark_only_lora_as_trainable
-from model import GPT, LoRALinear
+from dataloader import CustomDataLoader, make_loader
 from plumbing.adapters.layers import lora_arguments
+from plumbing.adapters.own_lora import check_frozen, check_start
 from plumbing.adapters.peft_format import ADAPTER_WEIGHTS, save_adapter
 from plumbing.adapters.trainable import parameter_report, train_also
+from plumbing.gpt2.base import check_base_stays, check_same_weights, check_vocabulary, fingerprint_base
+from plumbing.gpt2.batch import Batch
 from plumbing.gpt2.files import context_size
 from plumbing.gpt2.memory import check_weights
 from plumbing.program.errors import one_line_errors
@@ -45,12 +46,16 @@ from plumbing.running.checkpoint import (
     write_metrics,
 )
 from plumbing.running.endings import exit_diverged, explain_failure
-from plumbing.running.machine import Processes, compute_deterministically, keep_memory, pick_dtype
+from plumbing.running.machine import Processes, compute_deterministically, keep_memory, pick_dtype, read_torchrun
 from plumbing.running.optimizers import build_optimizers
 from plumbing.running.saving import Saver, Stopwatch, open_bar, print0
 from plumbing.running.wandb_run import WandbRun
+from plumbing.scoring.loss_plot import plot_losses
 from plumbing.scoring.model_card import write_card
-from plumbing.scoring.plots import plot_losses
+
+with one_line_errors(ImportError):  # a lora.py of your own may need a package
+    from lora import mark_only_lora_as_trainable
+    from model import GPT, LoRALinear
 
 
 @dataclass
@@ -253,6 +258,11 @@ def set_up(config: Config) -> Run:
         raise ValueError(f"--predict={config.predict} is for generate.py --init_from=resume, after the training")
     processes, dtype = set_up_machine(config)
     torch.manual_seed(config.seed)
+    if config.run:
+        check_same_weights(config.init_from, config.run.base, config.out_dir)
+    else:
+        check_vocabulary(config.init_from)
+        check_base_stays(config)
     loader = make_loader(config, context_size(config.init_from))
     check_same_data(config, loader)
     n_classes = len(loader.label_names) if config.task == "classify" else 0
@@ -286,7 +296,8 @@ def make_run(config: Config, processes: Processes, dtype: torch.dtype, loader, m
     return Run(config, processes, dtype, loader, model, params, optimizers, scaler)
 
 
-def build_model(config: Config, device: str, dtype: torch.dtype, n_classes: int = 0) -> GPT:  # task
+# task
+def build_model(config: Config, device: str, dtype: torch.dtype, n_classes: int = 0) -> GPT:
     """The base model of a config on its device, with new adapters, the right parameters trainable. (In a resumed run
     config.init_from is that run's base: `configure` has put it in the place of "resume".)"""
     dropout = {"lora_dropout": config.dropout} if config.rank else {"dropout": config.dropout}
@@ -299,6 +310,8 @@ def build_model(config: Config, device: str, dtype: torch.dtype, n_classes: int 
     )
     if config.rank:
         mark_only_lora_as_trainable(model)
+        check_frozen(model)
+        check_start(model)
     elif config.trainable:  # without LoRA: all is frozen here, and train_also lets train what the pattern names
         model.requires_grad_(False)
     # A separate call: mark_only_lora_as_trainable of your own lora.py may have no other argument than the model.
@@ -333,6 +346,10 @@ def open_folder(run: Run) -> Progress:
             f"max_iters={config.max_iters}: the run in {config.out_dir} has made {progress.iter} updates already; "
             "type at least that many, or start another run with another --out_dir"
         )
+    if progress.eval_iters not in (None, config.eval_iters):
+        print0(run, f"note: with eval_iters={config.eval_iters} losses are of other batches: the best starts anew")
+        progress.best = math.inf
+    progress.eval_iters = config.eval_iters
     if is_first:
         os.makedirs(config.out_dir, exist_ok=True)
         if config.run is None:
@@ -344,9 +361,11 @@ def open_folder(run: Run) -> Progress:
 
 
 def find_facts(run: Run) -> Facts:
+    base = fingerprint_base(run.config.init_from)
     dtype = str(run.dtype).removeprefix("torch.")
     loader = run.loader
-    return Facts(data=loader.digest, dtype=dtype, label_names=loader.label_names, word_of=loader.word_of)
+    words = {"label_names": loader.label_names, "word_of": loader.word_of}
+    return Facts(base=base, data=loader.digest, dtype=dtype, **words)
 
 
 def record(run: Run, progress: Progress, val_loss: float, updates_per_s: float) -> dict:
@@ -398,6 +417,9 @@ def print_end(run: Run, progress: Progress) -> None:
     if not run.processes.is_first:
         return
     folder = run.config.out_dir
+    if run.config.rank == 0:
+        facts = replace(find_facts(run), model=fingerprint_base(folder))
+        write_run(folder, settings_of(run.config), asdict(facts))
     plot_losses(progress.metrics, os.path.join(folder, "loss.png"))
     path = os.path.join(folder, ADAPTER_WEIGHTS if run.config.rank else "model.safetensors")
     print0(run, f"best validation loss {progress.best:.4f}, plotted in {folder}/loss.png")
@@ -406,7 +428,9 @@ def print_end(run: Run, progress: Progress) -> None:
 
 def main(argv: list[str]) -> None:
     config = configure(argv)
-    is_first = int(os.environ.get("RANK", 0)) == 0  # torchrun's number of this process, not LoRA's rank
+    with one_line_errors():
+        check_base_stays(config)  # before anything is written there
+        is_first = read_torchrun()[0] == 0
     with locked_folder(config.out_dir) if is_first else contextlib.nullcontext(), explain_failure(config):
         train(config)
 

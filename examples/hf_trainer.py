@@ -2,13 +2,15 @@
 
     pip install transformers accelerate
     python examples/hf_trainer.py --model=roberta-base --dataset=rotten_tomatoes --targets='query|output' --rank=4
+    python examples/hf_trainer.py --dataset=sst2 --text_field=sentence --also_full=True --ray=auto
 
-The data set is anything that train.py reads: a name, a file or a directory. All of Trainer's flags work too.
+The data set is anything that train.py reads: a name, a file or a directory. All of Trainer's flags work too. With
+--also_full the whole model is trained as well, and with --ray each training is a task of Ray's.
 """
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import (
     AutoModelForSequenceClassification,
@@ -22,10 +24,10 @@ from transformers import (
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from dataloader import CustomDataLoader
-from lora import attach_lora, mark_only_lora_as_trainable
-from plumbing.adapters.peft_format import save_adapter
+from lora import attach_lora, mark_only_lora_as_trainable, save_adapter
 from plumbing.adapters.trainable import parameter_report
 from plumbing.program.errors import one_line_errors
+from plumbing.program.files import ROOT
 
 
 @dataclass
@@ -36,45 +38,87 @@ class Args:
     words: str | None = None  # for the labels 0, 1, ... (train.py's --label_names)
     targets: str = "query|output"  # regular expression: the layers that get an adapter
     trainable: str = "classifier|score"  # regular expression: parameters trained beside it
-    rank: int = 4
+    rank: int = 4  # 0: every weight is trained
     alpha: float = 16.0
     max_length: int = 128  # tokens of a text
+    also_full: bool = False  # a second training, of every weight
+    full_lr: float = 2e-5  # its learning rate
+    ray: str | None = None  # auto: Ray's cluster, or a new one; HOST:PORT: that one
 
 
-parser = HfArgumentParser((Args, TrainingArguments))
-parser.set_defaults(output_dir="out-hf", learning_rate=1e-3, per_device_train_batch_size=32, report_to="none")
-parser.set_defaults(eval_strategy="epoch", save_strategy="no", logging_steps=50)
-args, training = parser.parse_args_into_dataclasses()
-set_seed(training.seed)
-with one_line_errors():
-    splits = ("train", "validation", "test")
-    data = CustomDataLoader(
-        args.dataset, text_field=args.text_field, label_names=args.words, wanted=splits, classify=True
-    )
+def load_data(args):
+    """The loader with its splits. Where the test split has no labels, as sst2's, the validation split is scored."""
+    options = {"text_field": args.text_field, "label_names": args.words, "classify": True}
+    data = CustomDataLoader(args.dataset, wanted=("train", "validation"), **options)
+    try:
+        data.splits |= CustomDataLoader(args.dataset, wanted=("test",), **options).splits
+    except ValueError as e:
+        print(f"note: the validation split is scored at the end ({e})")
+    return data
+
+
+def train(args, training) -> dict:
+    """One training. Returns a row of the table."""
+    set_seed(training.seed)
+    data = load_data(args)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GPT-2 has none
     model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(data.label_names))
     model.config.pad_token_id = tokenizer.pad_token_id
-    attach_lora(model, args.targets, args.rank, args.alpha)
-    mark_only_lora_as_trainable(model, also=args.trainable)
-print(parameter_report(model))
+    if args.rank:
+        attach_lora(model, args.targets, args.rank, args.alpha)
+        mark_only_lora_as_trainable(model, also=args.trainable)
+    print(parameter_report(model))
+
+    def rows(split):
+        texts = [ex.text for ex in data.splits[split]]
+        tokens = tokenizer(texts, truncation=True, max_length=args.max_length)["input_ids"]
+        return [{"input_ids": ids, "labels": ex.label} for ids, ex in zip(tokens, data.splits[split])]
+
+    trainer = Trainer(
+        model,
+        training,
+        train_dataset=rows("train"),
+        eval_dataset=rows("validation"),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+    )
+    trainer.train()
+    scored = "test" if "test" in data.splits else "validation"
+    metrics = trainer.evaluate(rows(scored), metric_key_prefix="test")
+    if args.rank:
+        save_adapter(model, training.output_dir, base_model=args.model, also=args.trainable)
+    else:
+        trainer.save_model()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    method = f"LoRA, r = {args.rank}" if args.rank else "every weight"
+    return {"method": method, "trained": trained, "split": scored, "accuracy": metrics["test_accuracy"]}
 
 
-def rows(split):
-    texts = [ex.text for ex in data.splits[split]]
-    tokens = tokenizer(texts, truncation=True, max_length=args.max_length)["input_ids"]
-    return [{"input_ids": ids, "labels": ex.label} for ids, ex in zip(tokens, data.splits[split])]
+def main():
+    parser = HfArgumentParser((Args, TrainingArguments))
+    parser.set_defaults(output_dir="out-hf", learning_rate=1e-3, per_device_train_batch_size=32, report_to="none")
+    parser.set_defaults(eval_strategy="epoch", save_strategy="no", logging_steps=50)
+    args, training = parser.parse_args_into_dataclasses()
+    jobs = [(args, training)]
+    if args.also_full:
+        full = replace(training, output_dir=f"{training.output_dir}-full", learning_rate=args.full_lr)
+        jobs.append((replace(args, rank=0), full))
+    with one_line_errors():
+        if args.ray:
+            import ray
+
+            # Each machine has this repository at the same place.
+            address = None if args.ray == "auto" else args.ray
+            ray.init(address, runtime_env={"env_vars": {"PYTHONPATH": ROOT}})
+            table = ray.get([ray.remote(train).remote(*job) for job in jobs])
+        else:
+            table = [train(*job) for job in jobs]
+    print("\n| trained | parameters | split | accuracy |\n| --- | --- | --- | --- |")
+    for row in table:
+        print(f"| {row['method']} | {row['trained']:,} | {row['split']} | {100 * row['accuracy']:.2f} % |")
+    print(f"saved: {', '.join(job[1].output_dir for job in jobs)}")
 
 
-trainer = Trainer(
-    model,
-    training,
-    train_dataset=rows("train"),
-    eval_dataset=rows("validation"),
-    data_collator=DataCollatorWithPadding(tokenizer),
-    compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
-)
-trainer.train()
-print(trainer.evaluate(rows("test"), metric_key_prefix="test"))
-save_adapter(model, training.output_dir, base_model=args.model, also=args.trainable)
-print(f"saved: {training.output_dir}/adapter_model.safetensors")
+if __name__ == "__main__":
+    main()

@@ -7,12 +7,12 @@ import itertools
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,7 @@ if os.path.exists(os.path.join(token_cache.CACHE, "rt_reviews")):
     shutil.copytree(os.path.join(token_cache.CACHE, "rt_reviews"), os.path.join(OWN.name, "rt_reviews"))
 os.environ["NANOLORA_CACHE"] = token_cache.CACHE = OWN.name
 
+torch.set_num_threads(1)  # as in the processes that `start` starts: what is computed here and there has the same bits
 REPO = Path(__file__).resolve().parents[1]
 MEDIUM = "configs/finetune_params_config.py"
 CUES = {"positive": "wonderful", "negative": "dreadful"}  # the word that gives a made-up review's label away
@@ -131,14 +132,64 @@ def resume(place, out, **settings):
     return ["--init_from=resume", f"--out_dir={place / out}", *(f"--{k}={v}" for k, v in settings.items())]
 
 
-def start(*args, cwd=REPO, limit=None, **env):
-    """A process of its own, as a user starts one; one thread, for machines that do more than these tests. No file may
-    grow beyond `limit` bytes."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | env
+class Forked:
+    """A program that tests/fork_server.py started; like subprocess.Popen's."""
+
+    server = None
+
+    def __init__(self, args, cwd, env, limit, log=None):
+        if Forked.server is None:
+            command = [sys.executable, REPO / "tests" / "fork_server.py"]
+            # One thread, for machines that do more than these tests.
+            one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+            Forked.server = subprocess.Popen(command, stdin=subprocess.PIPE, env=one_thread, text=True)
+        self.folder, self.returncode = Path(tempfile.mkdtemp(dir=OWN.name)), None
+        job = {"args": args, "cwd": str(cwd), "env": env, "limit": limit, "folder": str(self.folder)}
+        job |= {"out": str(log or self.folder / "out"), "err": str(log or self.folder / "err")}
+        print(json.dumps(job), file=Forked.server.stdin, flush=True)
+        self.pid = int(self._wait_for("pid", 60))
+
+    def _wait_for(self, name, seconds):
+        until = time.monotonic() + seconds
+        while not (self.folder / name).exists():
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired("fork", seconds)
+            time.sleep(0.005)
+        return (self.folder / name).read_text()
+
+    def poll(self):
+        if (self.folder / "code").exists():
+            self.returncode = int((self.folder / "code").read_text())
+        return self.returncode
+
+    def wait(self, timeout=300):
+        self._wait_for("code", timeout)
+        return self.poll()
+
+    def communicate(self, timeout=300):
+        self.wait(timeout)
+        return (self.folder / "out").read_text(), (self.folder / "err").read_text()
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+def start(*args, cwd=REPO, limit=None, fresh=False, **env):
+    """A process of its own, as a user starts one: `python *args`. No file may grow beyond `limit` bytes. `fresh`:
+    nothing is imported in it yet, not even torch. `env`: variables that are set, or, with None, not."""
+    args, env = [str(arg) for arg in args], os.environ | {"OMP_NUM_THREADS": "1"} | env
+    env = {name: str(value) for name, value in env.items() if value is not None}
+    if not fresh:
+        return Forked(args, cwd, env, limit)
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    cap = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
-    command = [sys.executable, *map(str, args)]
-    return subprocess.Popen(command, cwd=cwd, env=env, text=True, preexec_fn=cap, **pipes)
+    return subprocess.Popen([sys.executable, *args], cwd=cwd, env=env, text=True, **pipes)
 
 
 def here(argv):

@@ -10,7 +10,6 @@ import string
 import typing
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 
 import numpy as np
 import pyarrow as pa
@@ -19,24 +18,28 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-import dataloader
-from configurator import AT_LEAST, AT_MOST, ONE_OF, Config, configure
+from configurator import Config, configure
 from dataloader import CustomDataLoader
 from plumbing.data.tokenizer import end_of_text, find_shared_head, gpt2_encoding, start_encoding
+from plumbing.gpt2.batch import IGNORE
+from plumbing.program.settings import fields_of
 
 # The same examples each time, so that a red test is of the change that made it; other ones without derandomize.
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)  # half an emoji has tests of its own
 WORD = st.text(string.ascii_letters + "éß中 -", min_size=1, max_size=12).map(str.strip).filter(bool)
 HINTS = typing.get_type_hints(Config)
+FIELDS = fields_of(Config)
 
 
 def values(key):
     """A strategy of the values that a key may have, as a user types them."""
     kinds = typing.get_args(HINTS[key]) or (HINTS[key],)
-    low, high = AT_LEAST.get(key, -1e12), AT_MOST.get(key, 1e12)
-    if key in ONE_OF:
-        return st.sampled_from(ONE_OF[key])
+    rules = FIELDS[key].metadata
+    low = -1e12 if rules.get("least") is None else rules["least"]
+    high = 1e12 if rules.get("most") is None else rules["most"]
+    if rules.get("one_of"):
+        return st.sampled_from(rules["one_of"])
     if bool in kinds:
         return st.booleans()
     if int in kinds:
@@ -46,7 +49,7 @@ def values(key):
     return TEXT.filter(lambda text: text not in ("None", "none", "resume", "") and text[0] not in "\"'")
 
 
-KEYS = st.sampled_from([f.name for f in fields(Config) if f.name != "resume"])
+KEYS = st.sampled_from(list(FIELDS))
 
 
 @settings(**COMMON, max_examples=300)
@@ -128,9 +131,9 @@ def test_any_records_and_template(tmp_path_factory, texts, words, head, tail, ga
             n, first = len(examples[i].tokens) - 1, examples[i].n_prompt - 1
             whole = [*batch.prefix[0].tolist(), *row.tolist()][:n]
             assert whole == examples[i].tokens[:-1]
-            at = (target != dataloader.IGNORE).nonzero().flatten() + batch.prefix.size(1)
+            at = (target != IGNORE).nonzero().flatten() + batch.prefix.size(1)
             assert at.tolist() == list(range(first, n))
-            assert target[target != dataloader.IGNORE].tolist() == examples[i].tokens[first + 1 :]
+            assert target[target != IGNORE].tolist() == examples[i].tokens[first + 1 :]
     again = CustomDataLoader(str(folder), **options, block_size=512)  # from the cache, as a resumed run
     stop = data.draw(st.integers(0, len(order)))
     resumed = [*order[:stop], *again.order("train", size, epoch)[stop:]]

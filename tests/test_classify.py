@@ -185,8 +185,19 @@ def test_numbers_for_classes_and_texts_without_a_token(tmp_path):
     assert ((batch.targets >= 0).sum(1) == 1).all()  # one place a text, the empty ones too
 
 
-def test_a_language_model_has_no_classes(place, capsys):
-    """Lost if it fails: a random head is scored as if it were a model."""
+def test_a_language_model_has_no_classes_for_new_texts(place, capsys):
+    """Lost if it fails: a random head labels a user's texts as if it were a model."""
     with pytest.raises(SystemExit) as stop:
-        generate.main(configure(flags(place, "none"), trains=False))
+        generate.main(configure([*flags(place, "none"), "--start=a call"], trains=False))
     assert stop.value.code == 2 and "has no classes" in capsys.readouterr().err
+
+
+def test_the_untuned_classifier_has_an_accuracy(place):
+    """Lost if it fails: nobody can say what tuning a classifier has changed."""
+    config = configure(flags(place, "untrained", split="validation"), trains=False)
+    sampler = ModelSampler(config=config)
+    sampler.get_accuracy()
+    run = set_up(configure(flags(place, "untrained")))  # with the head that training begins with
+    batch = run.loader.batch("validation", range(len(run.loader.splits["validation"])))
+    logits, _ = run.model.eval()(batch.idx, batch.targets)
+    assert logits.argmax(-1).tolist() == sampler.found

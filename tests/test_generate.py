@@ -14,7 +14,7 @@ import sys
 
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, finish, start
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import generate
@@ -230,12 +230,6 @@ def test_generated_labels_equal_plain_generation(tiny, films, template):
 # --- the command lines ---------------------------------------------------------------------------
 
 
-def run_generate(*flags, **variables):
-    command = [sys.executable, "generate.py", *flags, "--device=cpu", "--dtype=float32"]
-    environment = os.environ | {"PYTHONUTF8": "1"} | variables
-    return subprocess.run(command, capture_output=True, cwd=REPO, env=environment, timeout=300)
-
-
 def check_files(folder, rows_of_file, n):
     """accuracy.json and predictions.jsonl agree with each other and with the data; returns the first."""
     with open(os.path.join(folder, "accuracy.json"), encoding="utf-8") as f:
@@ -253,10 +247,8 @@ def check_files(folder, rows_of_file, n):
 def test_scoring_from_the_command_line(tiny, films, tmp_path):
     """Lost if it fails: `python generate.py` does not score the whole test split, or does not keep the answers."""
     flags = [f"--init_from={tiny[1]}", f"--dataset={films[0]}", f"--out_dir={tmp_path}"]
-    done = run_generate(*flags, f"--template={TEMPLATE}")
-    assert done.returncode == 0, done.stderr.decode()
+    out, _ = finish(start("generate.py", *flags, f"--template={TEMPLATE}", "--device=cpu", "--dtype=float32"))
     result = check_files(tmp_path / "untuned", films[1], 6)
-    out = done.stdout.decode()
     low, high = result["interval"]
     assert f"accuracy {100 * result['accuracy']:.2f} %" in out and f"{100 * low:.1f} to {100 * high:.1f}" in out
     assert "garbage" in out and "bad" in out and "good" in out
@@ -264,11 +256,11 @@ def test_scoring_from_the_command_line(tiny, films, tmp_path):
 
 def test_free_text_from_the_command_line(tiny):
     """Lost if it fails: --start prints other text than the model's, or swallows the user's line break."""
-    done = run_generate(f"--init_from={tiny[1]}", "--start=Review: film 3\\nSentiment:", "--max_new_tokens=9")
-    assert done.returncode == 0, done.stderr.decode()
-    start = "Review: film 3\nSentiment:"
-    new = [t for t in plain_greedy(tiny[0], start, 9) if t != END]
-    assert done.stdout.decode() == start + gpt2_encoding().decode(new) + os.linesep
+    flags = [f"--init_from={tiny[1]}", "--start=Review: film 3\\nSentiment:", "--max_new_tokens=9"]
+    out, _ = finish(start("generate.py", *flags, "--device=cpu", "--dtype=float32"))
+    given = "Review: film 3\nSentiment:"
+    new = [t for t in plain_greedy(tiny[0], given, 9) if t != END]
+    assert out == given + gpt2_encoding().decode(new) + "\n"
 
 
 def test_a_terminal_without_some_letters_shows_what_it_can(tiny, tmp_path):
@@ -276,7 +268,9 @@ def test_a_terminal_without_some_letters_shows_what_it_can(tiny, tmp_path):
     rows = [(f"film {i} \U0001f600 ж", ("gut", "übel")[i % 2]) for i in range(40)]
     path = write_csv(tmp_path / "rows.csv", rows)
     flags = [f"--init_from={tiny[1]}", f"--dataset={path}", f"--out_dir={tmp_path}", f"--template={TEMPLATE}"]
-    done = run_generate(*flags, PYTHONUTF8="0", PYTHONIOENCODING="cp1252")
+    command = [sys.executable, "generate.py", *flags, "--device=cpu", "--dtype=float32"]
+    env = os.environ | {"PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(command, capture_output=True, cwd=REPO, env=env, timeout=300)
     assert done.returncode == 0, done.stderr.decode()
     out = done.stdout.decode("cp1252")
     assert "übel" in out and "\\U0001f600 \\u0436" in out

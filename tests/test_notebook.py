@@ -4,6 +4,7 @@ python -m pytest tests/test_notebook.py
 """
 
 import os
+import shutil
 import subprocess
 import zipfile
 
@@ -31,8 +32,14 @@ def test_notebook_runs_and_is_stored_without_outputs(tmp_path, monkeypatch, old_
     notebook = nbformat.read(PATH, 4)
     assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in notebook.cells)
     for name in os.listdir(REPO):  # a folder of its own: outputs stay out of the repository
-        if not name.startswith(".") and not name.startswith("out"):
+        if not name.startswith(".") and not name.startswith("out") and name != "configs":
             os.symlink(os.path.join(REPO, name), tmp_path / name)
+    shutil.copytree(REPO / "configs", tmp_path / "configs")
+    config = tmp_path / "configs" / "finetune_mini_config.py"
+    config.write_text(config.read_text().replace('"rt_reviews"', '"few.csv"'))  # its test set is scored five times
+    words = ("a dull film", "a fine film")
+    rows = [f"{words[i % 2]} number {i},{i % 2},{('train', 'validation', 'test')[i // 2 % 3]}" for i in range(90)]
+    (tmp_path / "few.csv").write_text("\n".join(["text,label,split", *rows]))
     monkeypatch.setenv("NANOLORA_STEPS", "2")
     monkeypatch.setenv("PYTHONPATH", str(old_torchao))
     monkeypatch.setenv("PYTEST_ADDOPTS", "--collect-only")  # the last cell's tests would take minutes on a GPU
@@ -42,7 +49,8 @@ def test_notebook_runs_and_is_stored_without_outputs(tmp_path, monkeypatch, old_
     shown = [str(o) for cell in notebook.cells for o in cell.get("outputs", [])]
     # What a program prints may come in pieces, which end anywhere.
     shown += ["".join(o.get("text", "") for o in cell.get("outputs", [])) for cell in notebook.cells]
-    for words in ("garbage", "val_loss", "image/png", "2.7 Accuracy over the rank", "adapter_model.safetensors"):
+    words_of_cells = ("garbage", "val_loss", "image/png", "2.7 Accuracy over the rank", "adapter_model.safetensors")
+    for words in (*words_of_cells, "image/svg+xml"):
         assert any(words in o for o in shown), words
     assert any("test_the_benchmark_runs" in o for o in shown), shown[-1]
     assert not [o for o in shown if "error:" in o or "Traceback" in o]
@@ -91,9 +99,13 @@ def test_first_cell_clones_the_address(first_cell):
 
 
 def test_first_cell_unpacks_an_uploaded_zip(tmp_path, first_cell):
-    """Lost if it fails: who has no address, but a copy of the repository, cannot run the notebook."""
+    """Lost if it fails: who has no address, but a copy of the repository, cannot run the notebook, or finds the files
+    of another zip among those of the repository."""
+    with zipfile.ZipFile(tmp_path / "holidays.zip", "w") as f:
+        f.writestr("beach.txt", "")
     with zipfile.ZipFile(tmp_path / "nanolora-main.zip", "w") as f:
         f.writestr("nanolora-main/lora.py", "")
         f.writestr("nanolora-main/requirements.txt", "torch>=2.6\nnumpy>=1.26\n")
     assert first_cell() == [INSTALL]
     assert os.path.exists("lora.py")
+    assert not list(tmp_path.rglob("beach.txt"))

@@ -1,6 +1,8 @@
 """The handout, made from the solution: a copy of the repository with its exercises empty, and their grader.
 
     python -m tools.homework DIRECTORY
+    python -m tools.homework grade SUBMISSION... --out=grades.csv
+    python -m tools.homework gradescope OUT.zip
 
 A function with the comment `# task` at its def, or above it, is an exercise. Its signature and docstring stay; its
 body becomes an error that says what homework_tests/README.md asks for. For the teacher: docs/teaching.md.
@@ -8,32 +10,29 @@ body becomes an error that says what homework_tests/README.md asks for. For the 
 
 import ast
 import json
+import os
 import re
 import shutil
 import sys
 import tempfile
 import textwrap
+import zipfile
 from pathlib import Path
 
 from plumbing.program.errors import UserError, one_line_errors
+from tools.grading.gradescope import write_autograder
 
 HERE = Path(__file__).resolve().parents[1]
 # The other programs, the tests and the README answer what is asked: they are not copied.
 COPIED = ["lora.py", "model.py", "dataloader.py", "train.py", "generate.py", "configurator.py", "constraints.txt"]
-COPIED += [
-    "requirements.txt",
-    "LICENSE",
-    "assets",
-    "configs",
-    "docs",
-    "notebooks",
-    "plumbing",
-    "tools/homework_tests",
-]
+COPIED += ["requirements.txt", "LICENSE", "assets", "configs", "docs/data.md", "docs/data_kinds.md", "notebooks"]
+COPIED += ["plumbing", "tools/homework_tests"]
 # What would give an exercise away. A function becomes an error, since other files import it; the rest is cut.
 SPOILERS = {
     "lora.py": ["LoRALinear.delta_weight"],
+    "plumbing/adapters/attach.py": ["add_adapter"],
     "plumbing/adapters/layers.py": ["new_matrices", "add_low_rank", "merged_weight"],
+    "plumbing/adapters/trainable.py": ["trainable_names"],
     "plumbing/data/labels.py": ["find_label"],
 }
 CALLED = {"LoRALinear", "mark_only_lora_as_trainable"}  # where an exercise calls these, only the calls are cut
@@ -46,12 +45,14 @@ def make_homework(directory: str) -> None:
     with tempfile.TemporaryDirectory(dir=Path(directory).absolute().parent) as new:
         copy = Path(new) / "copy"
         copy.mkdir()
+        ignored = shutil.ignore_patterns("__pycache__", "mergeable.py", "wandb_sweep.yaml")
         for name in COPIED:
+            to = copy / name.replace("tools/homework_tests", "homework_tests")
+            to.parent.mkdir(exist_ok=True)
             if (HERE / name).is_dir():
-                ignored = shutil.ignore_patterns("__pycache__", "mergeable.py", "teaching.md")
-                shutil.copytree(HERE / name, copy / Path(name).name, ignore=ignored)
+                shutil.copytree(HERE / name, to, ignore=ignored)
             else:
-                shutil.copy(HERE / name, copy / name)
+                shutil.copy(HERE / name, to)
         readme = (copy / "homework_tests" / "README.md").rename(copy / "README.md")
         items = re.findall(r"^- `([\w.]+)`: (.*(?:\n  .*)*)", readme.read_text("utf-8"), re.MULTILINE)
         asked = {name: " ".join(text.split()) for name, text in items}  # {exercise: what is asked}
@@ -63,6 +64,11 @@ def make_homework(directory: str) -> None:
             others = re.compile("sweep|bench|tests/")
             notebook["cells"] = [cell for cell in notebook["cells"] if not others.search("".join(cell["source"]))]
             path.write_text(json.dumps(notebook, indent=1) + "\n", "utf-8")
+        for path in (copy / "docs").glob("*.md"):  # where a link's page is not copied, its words stay
+            link = re.compile(r"\[([^]]*)\]\(((?!https?:)[^)#]+)[^)]*\)")
+            text = path.read_text("utf-8")
+            text = link.sub(lambda m, at=path.parent: m[0] if (at / m[2]).exists() else m[1], text)
+            path.write_text(text, "utf-8")
         if asked:
             raise UserError(f"no function with `# task` for {', '.join(asked)} of homework_tests/README.md")
         copy.rename(directory)
@@ -105,7 +111,7 @@ def cut_body(lines: list[str], node: ast.FunctionDef, problem: str) -> tuple[int
     calls = [s for s in statements if CALLED & {n.id for n in ast.walk(s) if isinstance(n, ast.Name)}]
     n_kept = (ast.get_docstring(node) is not None) + (node.name == "__init__")
     cut = calls or node.body[n_kept:]
-    text = [f'    "{part}"' for part in textwrap.wrap(problem, 90, drop_whitespace=False)]
+    text = [f"    {part!r}" for part in textwrap.wrap(problem, 90, drop_whitespace=False)]
     error = [" " * cut[0].col_offset + line for line in ("raise NotImplementedError(", *text, ")")]
     return with_comments(lines, cut[0]), cut[-1].end_lineno, error
 
@@ -118,9 +124,48 @@ def with_comments(lines: list[str], node: ast.stmt) -> int:
     return first
 
 
+def grade(submissions: list[str], out: str = "", parts: str = "1,2,3,4,5,6", jobs: str = "", limit: str = "120"):
+    """Grades folders or zip files, each named after its student: a line of `out` for each."""
+    from tools.grading.submissions import write_grades
+
+    paths = {Path(text).stem: Path(text) for text in submissions}
+    wrong = [text for text in submissions if not (Path(text).is_dir() or zipfile.is_zipfile(text))]
+    if not paths or wrong:
+        raise UserError(f"{', '.join(wrong) or 'no submission'}: type folders or zip files, one for each student")
+    if len(paths) < len(submissions):
+        raise UserError("two submissions have one name: name each folder or zip file after its student")
+    if not out or Path(out).exists():
+        raise UserError(f"--out={out}: type the name of a new file, such as --out=grades.csv")
+    try:
+        numbers = [int(part) for part in parts.split(",")], int(jobs or os.cpu_count()), float(limit)
+    except ValueError:
+        numbers = [7], 0, 0
+    chosen, jobs, limit = numbers
+    if not {1, 2, 3, 4, 5, 6}.issuperset(chosen) or jobs < 1 or limit <= 0:
+        raise UserError("type --parts=1,2,3 (of 1 to 6), --jobs=4 (processes) and --limit=120 (seconds a part)")
+    with tempfile.TemporaryDirectory() as new:
+        make_homework(f"{new}/copy")
+        write_grades(out, paths, Path(new, "copy"), sorted(set(chosen)), jobs, limit)
+
+
+def main(arguments: list[str]) -> None:
+    flags = dict(text[2:].partition("=")[::2] for text in arguments if text.startswith("--"))
+    words = [text for text in arguments if not text.startswith("-")]
+    if words[:1] == ["grade"] and flags.keys() <= {"out", "parts", "jobs", "limit"}:
+        grade(words[1:], **flags)
+    elif words[:1] == ["gradescope"] and len(words) == 2 and not flags:
+        if Path(words[1]).exists():
+            raise UserError(f"{words[1]} is there already: type the name of a new file")
+        with tempfile.TemporaryDirectory() as new:
+            make_homework(f"{new}/copy")
+            write_autograder(words[1], Path(new, "copy"))
+    elif len(words) == 1 and len(arguments) == 1:
+        make_homework(words[0])
+        print(f"{words[0]}: its README.md says what is asked; docs/teaching.md is for the teacher")
+    else:
+        raise UserError("type python -m tools.homework DIRECTORY (a new one), grade or gradescope: docs/teaching.md")
+
+
 if __name__ == "__main__":
     with one_line_errors():
-        if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-            raise UserError("type python -m tools.homework DIRECTORY, a new one")
-        make_homework(sys.argv[1])
-    print(f"{sys.argv[1]}: its README.md says what is asked; docs/teaching.md is for the teacher")
+        main(sys.argv[1:])

@@ -28,9 +28,10 @@ from model import GPT, GPTConfig
 from plumbing.data.readers import read_columns
 from plumbing.data.token_cache import cache_folder, hash_files, read_meta, whole_folder, write_meta
 from plumbing.data.tokenizer import end_of_text, gpt2_encoding
+from plumbing.gpt2.base import check_base_stays, check_same_weights
 from plumbing.gpt2.batch import Batch
 from plumbing.program.errors import one_line_errors
-from plumbing.program.settings import MODEL, RUN, setting
+from plumbing.program.settings import CALL, MODEL, RUN, setting
 from plumbing.running.checkpoint import check_same_data, locked_folder
 from plumbing.running.endings import explain_failure
 from plumbing.running.optimizers import build_optimizers
@@ -43,7 +44,7 @@ class PretrainConfig(Config):
 
     # --- pre-training
     init_from: str = "scratch"  # scratch, resume, or a model to go on with
-    out_dir: str = "out-pretrain"  # where everything is written
+    out_dir: str = setting("out-pretrain", kept=CALL)  # where everything is written
     dataset: str = setting("rt_reviews", kept=RUN)  # a file or directory of text (txt, csv, jsonl, parquet)
     label_names: str | None = None  # not used
     rank: int = setting(0, least=0, most=0, kept=MODEL)  # every weight is trained
@@ -257,12 +258,16 @@ def set_up(config: PretrainConfig) -> Run:
         seed=config.seed,
     )
     check_same_data(config, loader)
+    if config.run:
+        check_same_weights(config.init_from, config.run.base, config.out_dir)
     run = make_run(config, processes, dtype, loader, model)
     run.optimizers = add_muon(config, model)
     return run
 
 
 def main(config: PretrainConfig) -> None:
+    with one_line_errors():
+        check_base_stays(config)
     with locked_folder(config.out_dir), explain_failure(config):
         with one_line_errors():
             run = set_up(config)

@@ -1,5 +1,7 @@
 """The same adapter on a model that others wrote: attached by forward hooks, taken off, folded in."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -29,8 +31,6 @@ def attach_lora(
         examples = names if len(names) <= 5 else [*names[:4], names[-1]]
         listed = ", ".join(examples) or "none"
         raise ValueError(f"targets={targets}: matches no linear layer's name; there are {len(names)}: {listed}")
-    for alternative in adapter.useless_alternatives(targets, linear):
-        print(f"note: targets={targets}: {alternative} finds no linear layer")
     for name, layer in chosen.items():
         check_layer(layer, name, targets)
         n_out, n_in = adapter.sizes(layer)
@@ -112,27 +112,47 @@ def drop_adapter(layer: nn.Module) -> None:
     layer.train(training)
 
 
+def put_aside(model: nn.Module, names: Iterable[str]) -> None:
+    """Keeps the base's biases and whole modules of these names, which an adapter's file is about to replace. What is
+    aside already is the base's. No parameter, no buffer, in no state dict."""
+    state = model.state_dict()
+    for name in names:
+        module, _, leaf = name.rpartition(".")
+        aside = model.get_submodule(module).__dict__.setdefault("_put_aside", {})
+        if leaf not in aside:
+            aside[leaf] = state[name].clone()
+
+
+def put_back(model: nn.Module) -> None:
+    """The base's own biases and modules, in the place of an adapter's."""
+    for module in model.modules():
+        aside = module.__dict__.pop("_put_aside", None)
+        if aside:
+            module.load_state_dict(aside, strict=False)
+
+
 def detach_lora(model: nn.Module) -> None:
-    """Takes every adapter off: the model computes what it did before, bit for bit."""
+    """Takes every adapter off, with the biases and modules that its file brought: the model computes what it did
+    before, bit for bit."""
     for layer in adapter.lora_layers(model).values():
         drop_adapter(layer)
+    put_back(model)
 
 
 def merge_lora(model: nn.Module) -> None:
     """Folds every adapter into its layer's weight, once and for all, and takes it off. Raises ValueError, before
     anything is changed, for a weight that another layer shares."""
     layers = adapter.lora_layers(model)
-    users = {}  # {a parameter's id: names of the modules that use it}
-    for module_name, module in model.named_modules():
-        for param in module._parameters.values():
-            users.setdefault(id(param), []).append(module_name)
-    for name, layer in layers.items():
-        sharing = users[id(layer.weight)]
-        if len(sharing) > 1:
-            raise ValueError(
-                f"{' and '.join(sharing)} share a weight: merging {name}'s adapter would change them all"
-            )
+    for names in adapter.shared_parameters(model):
+        modules = [name.removesuffix(".weight") for name in names]
+        for module in modules:
+            if module in layers:
+                raise ValueError(
+                    f"{' and '.join(modules)} share a weight: merging {module}'s adapter would change them all"
+                )
     for layer in layers.values():
         merged = adapter.merged_weight(layer)
         drop_adapter(layer)
         layer.weight.data = merged
+    for module in model.modules():
+        module.__dict__.pop("_put_aside", None)  # an adapter's biases and modules are the model's own now

@@ -4,7 +4,6 @@ Here and in the files about formats nothing more of a layer is used, so a lora.p
 """
 
 import math
-import re
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,16 @@ from torch import nn
 def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     """{qualified name: layer} of the layers that carry an adapter, in the model's order."""
     return {name: module for name, module in model.named_modules() if "lora_A" in module._parameters}
+
+
+def shared_parameters(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter that several modules hold, such as a head that is the word embedding too."""
+    users = {}
+    for module_name, module in model.named_modules():  # a module under several names comes once
+        for leaf, param in module._parameters.items():
+            users.setdefault(id(param), []).append(f"{module_name}.{leaf}")
+    users.pop(id(None), None)
+    return [names for names in users.values() if len(names) > 1]
 
 
 def merges_itself(layer) -> bool:
@@ -29,24 +38,6 @@ def is_conv1d(layer) -> bool:
 def sizes(layer) -> tuple[int, int]:
     """(out, in) of a linear layer."""
     return tuple(layer.weight.shape[::-1] if is_conv1d(layer) else layer.weight.shape)
-
-
-def useless_alternatives(pattern: str, names) -> list[str]:
-    """The alternatives of a regular expression, such as `gate` of `up|gate` or of `mlp.(up|gate)$`, with which alone
-    it finds none of the names. Looks at the outermost ones and at groups without another group in them."""
-    groups = [match.span(1) for match in re.finditer(r"(?<!\\)\((?:\?:)?([^()]*)\)", pattern)]
-    if "(" not in pattern:
-        groups.append((0, len(pattern)))
-    useless = []
-    for start, end in groups:
-        group = pattern[start:end]
-        if "|" not in group or group.startswith("?") or "[" in group or r"\|" in group:
-            continue
-        for alternative in group.split("|"):
-            alone = re.compile(pattern[:start] + alternative + pattern[end:])
-            if not any(alone.search(name) for name in names):
-                useless.append(alternative)
-    return useless
 
 
 def check_rank(rank: int, n_in: int, n_out: int, name: str = "a layer") -> None:
@@ -69,16 +60,6 @@ def new_matrices(layer, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
     A = torch.empty(rank, n_in, **like)
     nn.init.kaiming_uniform_(A, a=math.sqrt(5))
     return nn.Parameter(A), nn.Parameter(torch.zeros(n_out, rank, **like))
-
-
-def draw_adapter(layer, dtype) -> None:
-    """Real A and B for a layer that was made on the meta device, drawn by its own reset_parameters. The layer's
-    weight is still on that device, where nothing is drawn; `dtype` is the one that it will have."""
-    for name in ("lora_A", "lora_B"):
-        old = getattr(layer, name)
-        new = torch.empty(old.shape, dtype=torch.promote_types(dtype, torch.float32))
-        setattr(layer, name, nn.Parameter(new, requires_grad=old.requires_grad))
-    layer.reset_parameters()
 
 
 def add_low_rank(out, x, layer):  # (..., out), (..., in) -> (..., out)

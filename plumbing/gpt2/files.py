@@ -4,8 +4,17 @@ import json
 import os
 import re
 
-from plumbing.program.errors import first_line
-from plumbing.program.files import ASSETS, find_copy, read_tensors, write_json, write_tensors
+import torch
+
+from plumbing.program.files import (
+    ASSETS,
+    check_finite,
+    find_copy,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from plumbing.program.hub import fetch_model
 
 HUB_MODELS = {  # what a user types: the repository on the hub
     "gpt2": "openai-community/gpt2",
@@ -21,21 +30,8 @@ def find_checkpoint(name):
     """(config.json, [safetensors files]) of a model's name or directory; from the hub's cache if it is there."""
     name = find_copy(name)
     if name in HUB_MODELS:
-        from huggingface_hub import snapshot_download
-
-        wanted = {"repo_id": HUB_MODELS[name], "allow_patterns": ["config.json", "model.safetensors"]}
-        try:
-            directory = snapshot_download(local_files_only=True, **wanted)
-            cached = os.path.exists(os.path.join(directory, "model.safetensors"))
-        except OSError:  # not in the cache
-            cached = False
-        try:
-            directory = directory if cached else snapshot_download(**wanted)
-        except Exception as e:  # the client's own, and those of the HTTP library that its version uses
-            raise FileNotFoundError(
-                f"init_from={name}: cannot reach the hub for {HUB_MODELS[name]} ({first_line(e, 120)}). Offline, "
-                "the same runs on the shipped model: python train.py configs/finetune_mini_config.py"
-            ) from e
+        # transformers fills the cache under the short name, if that was typed there.
+        directory = fetch_model(f"init_from={name}", (HUB_MODELS[name], name), ["config.json", "model.safetensors"])
     elif name == "gpt2-mini":
         directory = MINI
     elif os.path.isdir(name):
@@ -107,13 +103,14 @@ def read_weights(files: list, n_head: int, expected: dict, dtype) -> dict:
     """{parameter: tensor} of a checkpoint's files in `dtype`, each (out, in). expected: {parameter: shape}. Raises
     FileNotFoundError, or ValueError naming the file and what is wrong with it."""
     state = {}
+    tied = {}  # the head and the word embedding, as stored
     for path in files:
         for key, tensor in read_tensors(path, f"n_head={n_head}"):
-            key = key if key.startswith(("transformer.", "score.")) else f"transformer.{key}"
-            if key == "transformer.lm_head.weight" or re.search(r"\.attn\.(masked_)?bias$", key):
-                continue  # tied, and the causal mask of old checkpoints
-            if key == "score.weight" and key not in expected:
-                continue  # a classifier's, of which only the body is asked for
+            key = full_name(key)
+            if key in ("lm_head.weight", "transformer.wte.weight"):
+                tied[key] = tensor
+            if key not in expected and (key in HEADS or MASK.search(key)):
+                continue  # what is tied or not asked for, and the causal mask of old checkpoints
             tensor = tensor.t() if CONV1D.search(key) and tensor.dim() == 2 else tensor
             if tuple(tensor.shape) != expected.get(key):
                 raise ValueError(
@@ -121,10 +118,33 @@ def read_weights(files: list, n_head: int, expected: dict, dtype) -> dict:
                     f"expected {expected.get(key, 'nothing')}"
                 )
             state[key] = tensor.to(dtype).contiguous()
+            check_finite(state[key], key, path)
+    directory = os.path.dirname(files[0])
     missing = sorted(expected.keys() - state.keys() - {"score.weight"})
     if missing:
-        raise ValueError(f"{os.path.dirname(files[0])} is not whole: {missing[0]} is missing")
+        raise ValueError(f"{directory} is not whole: {missing[0]} is missing")
+    if len(tied) == 2 and "score.weight" not in expected:  # a classifier has no use for the head
+        check_tied(*tied.values(), directory)
     return state
+
+
+HEADS = ("lm_head.weight", "score.weight")  # the vocabulary's, a classifier's
+MASK = re.compile(r"\.attn\.(masked_)?bias$")
+
+
+def full_name(key):
+    """A tensor's name with "transformer.", which some files leave out."""
+    return key if key.startswith(("transformer.", *HEADS)) else f"transformer.{key}"
+
+
+def check_tied(a, b, directory):
+    """Raises ValueError for an output head of its own. One that was stored in another dtype is the same."""
+    dtype = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    if a.shape != b.shape or not torch.equal(a.to(dtype), b.to(dtype)):
+        raise ValueError(
+            f"{directory} has a head of its own: lm_head.weight differs from wte.weight, but GPT-2's head is its "
+            "word embedding; type another --init_from"
+        )
 
 
 def write_checkpoint(directory: str, config, tensors: dict, dtype=None) -> None:

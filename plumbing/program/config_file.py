@@ -1,12 +1,42 @@
-"""A file of plain assignments (`rank = 4 * 8  # comment`), read and never executed."""
+"""A config file: plain assignments (`rank = 4 * 8  # comment`), found, read and never executed."""
 
 import ast
 import operator
+import os
+import re
 from collections.abc import Iterator
 
 from plumbing.program.errors import UserError
+from plumbing.program.files import ROOT
+from plumbing.program.settings import find_key, fit_type
 
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
+def find_config_file(path):
+    """The file that was typed. Where there is none: for config/NAME.py, as the assignment's handout spells it, the
+    configs/NAME.py next to that folder or, typed in another directory, the one that ships."""
+    if os.path.isfile(path):
+        return path
+    if re.match(r"\w+=", path):
+        raise UserError(f"{path}: settings are typed with two dashes, --{path}")
+    folder, name = os.path.split(path)
+    parent, last = os.path.split(folder)
+    places = [parent] if parent else ["", ROOT]
+    for place in places if last in ("config", "configs") else ():
+        other = os.path.join(place, "configs", name)
+        if os.path.isfile(other):
+            return other
+    raise UserError(f"{path}: no such config file; those that ship are in configs/")
+
+
+def read_config_file(path: str, fields: dict) -> dict:
+    """{key: value} of a config file; UserError for a line that is no assignment to one of the fields."""
+    values = {}
+    for where, name, value in read_assignments(path):
+        key = find_key(name, fields, where)
+        values[key] = fit_type(key, value, fields[key].type, where)
+    return values
 
 
 def read_assignments(path: str) -> Iterator[tuple[str, str, object]]:

@@ -1,8 +1,10 @@
 """A mistake is one line that says what to type instead; these few functions make that line."""
 
 import contextlib
+import os
 import re
 import sys
+import traceback
 
 
 class UserError(ValueError):
@@ -15,7 +17,12 @@ def one_line_errors(kinds=(ValueError, OSError)):
     try:
         yield
     except kinds as e:
-        text = str(e) if isinstance(e, ValueError) or not e.filename else f"{e.filename}: {e.strerror}"
+        text = str(e)
+        if isinstance(e, OSError) and e.filename:
+            text = f"{e.filename}: {e.strerror}"
+        elif isinstance(e, ModuleNotFoundError):
+            file = traceback.extract_tb(e.__traceback__)[-1].filename
+            text = f"{os.path.basename(file)} imports {e.name}, which is not installed: pip install {e.name}"
         print(f"error: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
 

@@ -1,6 +1,7 @@
 """Files are whole or the old one, and a damaged one is found out: writing, reading, checksums."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,31 @@ from plumbing.program.errors import first_line
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # of the repository
 ASSETS = os.path.join(ROOT, "assets")
+
+
+def find_cache() -> str:
+    """The folder of what is kept from run to run: NANOLORA_CACHE or, in XDG_CACHE_HOME or ~/.cache, nanolora. It
+    begins with ~ where there is no home."""
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    shared = shared if os.path.isabs(shared) else os.path.join("~", ".cache")  # a relative one does not count there
+    path = os.path.expanduser(os.environ.get("NANOLORA_CACHE") or os.path.join(shared, "nanolora"))
+    return path if path.startswith("~") else os.path.abspath(path)
+
+
+UNWRITABLE = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@contextlib.contextmanager
+def explain_unwritable(folder, variable):
+    """Around what writes into a cache: a full disk or a folder that cannot be written is one line, which names the
+    variable that moves the cache."""
+    try:
+        yield
+    except OSError as e:
+        place = str(e.filename or folder)
+        if e.errno not in UNWRITABLE or not (place.startswith(folder) or folder.startswith(place)):
+            raise  # not the cache's
+        raise OSError(f"{folder} cannot be written ({e.strerror}); {variable}=DIRECTORY moves it") from e
 
 
 def find_copy(name, default=None):
@@ -77,29 +103,42 @@ def write_tensors(path, tensors, note):
         f.write(data[n:])
 
 
-def read_tensors(path, note):
-    """(name, tensor) pairs of a safetensors file. Raises ValueError, naming the file, if it is damaged, or if its own
-    note differs. Whether its bytes are those that were written shows at the end."""
-    check = hashlib.sha256()
+@contextlib.contextmanager
+def open_tensors(path):
+    """A safetensors file, to read from. Raises FileNotFoundError, or ValueError naming the file if it is damaged."""
     try:
         with safe_open(path, framework="pt") as f:
-            names = sorted(f.keys())
-            metadata = f.metadata() or {}
-        expected = metadata.get("sha256")
-        if metadata.get("config", note) != note:
-            raise ValueError(f"{path} was written with {metadata['config']}, the config next to it says {note}")
-        for name in names:
-            with safe_open(path, framework="pt") as f:  # opened again: so the pages of copied tensors are freed
-                tensor = f.get_tensor(name)
-            if expected:
-                add_to_check(check, name, tensor)
-            yield name, tensor
+            yield f
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{path} is damaged or cut short: {e}") from e
+
+
+def read_tensors(path, note):
+    """(name, tensor) pairs of a safetensors file. Raises ValueError, naming the file, if it is damaged, or if its own
+    note differs. Whether its bytes are those that were written shows at the end."""
+    check = hashlib.sha256()
+    with open_tensors(path) as f:
+        names = sorted(f.keys())
+        metadata = f.metadata() or {}
+    expected = metadata.get("sha256")
+    if metadata.get("config", note) != note:
+        raise ValueError(f"{path} was written with {metadata['config']}, the config next to it says {note}")
+    for name in names:
+        with open_tensors(path) as f:  # opened again: so the pages of copied tensors are freed
+            tensor = f.get_tensor(name)
+        if expected:
+            add_to_check(check, name, tensor)
+        yield name, tensor
     if expected and check.hexdigest() != expected:
         raise ValueError(f"{path} is damaged: its tensors are not those that were written (SHA-256 differs)")
+
+
+def check_finite(tensor, name, path):
+    """Raises ValueError for a tensor with NaN or infinity in it."""
+    if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):  # one pass, NaN shows in both
+        raise ValueError(f"{path} is spoiled: {name} has NaN or infinity in it; take a whole copy, or train it anew")
 
 
 def add_to_check(check, name, tensor):

@@ -20,7 +20,7 @@ def parse_flags(argv: list[str], cls: type, about: str) -> tuple[str | None, dic
     fields = fields_of(cls)
     kinds = typing.get_type_hints(cls)
     parser = argparse.ArgumentParser(
-        prog=f"python {os.path.basename(sys.argv[0])}",
+        prog=program_name(),
         usage="%(prog)s [configs/FILE.py] [--key=value ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=make_help(cls, about),
@@ -39,6 +39,12 @@ def parse_flags(argv: list[str], cls: type, about: str) -> tuple[str | None, dic
     texts = vars(parser.parse_args(argv))
     path = texts.pop("config_file")
     return path, {key: convert(key, text, kinds[key], f"--{key}={text}") for key, text in texts.items()}
+
+
+def program_name():
+    """As it was typed: python train.py, or python -m tools.sweep."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # of a module that was started with -m
+    return f"python -m {spec.name}" if spec else f"python {os.path.basename(sys.argv[0])}"
 
 
 def refuse(message, fields):

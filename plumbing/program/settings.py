@@ -9,6 +9,7 @@ from plumbing.program.errors import UserError
 
 MODEL = "model"  # of the model: a resumed run keeps it, in training and in scoring
 RUN = "run"  # of the training: a resumed run keeps it in training
+CALL = "call"  # of one call alone: a resumed run does not bring it along
 ALIASES = {  # other spellings, in flags, files and programs
     "lora_rank": "rank",
     "lora_alpha": "alpha",
@@ -33,7 +34,7 @@ HINTS = {  # nanoGPT's other keys and the handout's other names: what does their
 
 def setting(default, least=None, most=None, one_of=None, kept=None):
     """A field with its default, the smallest and the largest value allowed, or all that are, and whether a resumed
-    run keeps it: MODEL, RUN or, with None, never."""
+    run keeps it: MODEL, RUN, CALL or, with None, until another value is typed."""
     rules = {"least": least, "most": most, "one_of": one_of, "kept": kept}
     return dataclasses.field(default=default, metadata=rules)
 

@@ -48,3 +48,32 @@ def find_runs(folder: str) -> list[str]:
 def fingerprint(values: dict) -> str:
     """SHA-256 of settings."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+# --- what is typed on resuming ----------------------------------------------------------------------
+
+
+def refuse_changes(typed, stored, fixed, out_dir):
+    """UserError for a typed setting that would make another run of the stored one."""
+    for key in fixed:
+        if key in typed and typed[key] != stored.get(key, typed[key]):
+            raise UserError(
+                f"--{key}={typed[key]}: the run in {out_dir} has {key}={stored[key]}; drop the flag, or start "
+                "another run with another --out_dir"
+            )
+
+
+def find_changes(settings: dict, stored: dict) -> list[str]:
+    """The keys in which a run's settings differ from stored ones. Its folder may have been moved."""
+    keys = [key for key in settings if key in stored and key not in ("out_dir", "auto_resume")]
+    return [key for key in keys if settings[key] != stored[key]]
+
+
+def refuse_another_run(settings, stored, out_dir):
+    """UserError where auto_resume would go on with a run of other settings."""
+    changes = [f"{key}={settings[key]} ({stored[key]} there)" for key in find_changes(settings, stored)]
+    if changes:
+        raise UserError(
+            f"auto_resume: the run in {out_dir} has other settings: {', '.join(changes)}; type those, or another "
+            "--out_dir for another run"
+        )

@@ -23,6 +23,7 @@ class Progress:
 
     iter: int = 0  # updates done
     best: float = math.inf  # the lowest validation loss
+    eval_iters: int | None = None  # the setting that `best` was found with: another one gives losses of other batches
     losses: list[float] = field(default_factory=list)  # of the updates since the last evaluation
     metrics: list[dict] = field(default_factory=list)  # one for each evaluation: the lines of metrics.jsonl
     skipped: int = 0  # updates that float16's scaler left out, for infinite gradients
@@ -107,7 +108,7 @@ def read_checkpoint(path, file):
     except Exception as e:  # zip, pickle and torch each raise their own
         raise ValueError(f"{path} is damaged ({first_line(e, 120)}); start again with another --out_dir") from e
     known = {f.name for f in fields(Progress)}
-    if state.keys() != KEYS or state["progress"].keys() != known:
+    if state.keys() != KEYS or state["progress"].keys() | {"eval_iters"} != known:  # an older run has no eval_iters
         raise ValueError(f"{path} was written by another version; start again with another --out_dir")
     state["progress"] = Progress(**state["progress"])
     return state

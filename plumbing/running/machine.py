@@ -151,13 +151,33 @@ def read_cpu_info() -> str:
     return platform.processor()
 
 
+TORCHRUN = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets next to WORLD_SIZE, and more
+
+
+def read_torchrun() -> tuple[int, int]:
+    """(the number of this process, how many there are); (0, 1) without torchrun. Its variables count together: RANK
+    may well be somebody's own, LoRA's rank in a loop of a shell. Raises ValueError for a WORLD_SIZE that the others
+    are missing for."""
+    size = os.environ.get("WORLD_SIZE") or "1"
+    if size == "1":
+        return 0, 1
+    rank, *place = (os.environ.get(name, "") for name in TORCHRUN)
+    if not (all(place) and rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise ValueError(
+            f"WORLD_SIZE={size} is in the environment, but torchrun's {', '.join(TORCHRUN)} do not go with it: type "
+            "unset WORLD_SIZE, or torchrun --standalone --nproc_per_node=2 train.py ..."
+        )
+    return int(rank), int(size)
+
+
 class Processes:
     """This process among those that torchrun started; alone without torchrun."""
 
     def __init__(self, config):
-        self.world_rank = int(os.environ.get("RANK", 0))
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.world_rank, self.world_size = read_torchrun()
         self.is_first = self.world_rank == 0
+        if os.environ.get("RANK") and not os.environ.get("WORLD_SIZE"):
+            print(f"note: RANK={os.environ['RANK']} in the environment is ignored, torchrun has not set it")
         self.device = config.device
         if self.world_size > 1:
             self._join(config)
@@ -171,7 +191,7 @@ class Processes:
             )
         on_cuda = config.device in ("auto", "cuda") and torch.cuda.is_available()
         if on_cuda:
-            local_rank = int(os.environ["LOCAL_RANK"])
+            local_rank = int(os.environ.get("LOCAL_RANK") or self.world_rank)
             n_gpus = torch.cuda.device_count()
             if local_rank >= n_gpus:
                 raise ValueError(f"more processes than GPUs on this machine: type --nproc_per_node={n_gpus}")

@@ -3,6 +3,7 @@
 import os
 
 from plumbing.program.errors import first_line
+from plumbing.program.settings import settings_of
 
 
 class WandbRun:
@@ -24,18 +25,24 @@ class WandbRun:
     def _start(self, config):
         import wandb
 
-        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "120")  # seconds
-        return wandb.init(
-            project=config.wandb_project,
-            name=config.wandb_run_name or os.path.basename(os.path.normpath(config.out_dir)),
-            dir=config.out_dir,
-            config=vars(config),
-            settings=wandb.Settings(init_timeout=30),
-        )
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "120")
+        # On a terminal, without a key, wandb would wait for one for ever. It asks a dumb terminal nothing.
+        terminal = os.environ.get("TERM", "")
+        os.environ["TERM"] = "dumb"
+        try:
+            return wandb.init(
+                project=config.wandb_project,
+                name=config.wandb_run_name or os.path.basename(os.path.normpath(config.out_dir)),
+                dir=config.out_dir,
+                config=settings_of(config),
+            )
+        finally:
+            os.environ["TERM"] = terminal
 
     def _try(self, function, *args, **options):
         try:
             return function(*args, **options)
         except Exception as e:  # no key, no network, its service gone
-            print(f"note: wandb is off ({first_line(e)}); WANDB_MODE=offline needs no account")
+            print(f"note: wandb is off ({first_line(e)}); wandb login stores a key, WANDB_MODE=offline needs none")
             self.run = None

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 
 from plumbing.adapters.peft_format import ADAPTER_WEIGHTS
-from plumbing.program.files import whole_file
+from plumbing.program.files import whole_file, write_json
 
 SCORED = ("init_from", "dataset", "split", "template")  # of the config: what makes two scores comparable
 
@@ -49,13 +49,24 @@ def wilson(p: float, n: int) -> list[float]:
     return [max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))]
 
 
-def write_answers(path: str, examples, generated: list[str], found: list, names: list[str]) -> None:
-    """predictions.jsonl: each text with its label, what was written and the label found in it."""
-    with whole_file(path) as f:
+def write_score(folder: str, result: dict, examples, generated: list[str], found: list, names: list[str]) -> None:
+    """accuracy.json, and predictions.jsonl: each text with its label, what was written and the label found in it."""
+    with whole_file(os.path.join(folder, "predictions.jsonl")) as f:
         for example, text, i in zip(examples, generated, found):
             row = {"text": example.text, "label": names[example.label], "generated": text}
             row["predicted"] = None if i is None else names[i]
             f.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+    write_json(os.path.join(folder, "accuracy.json"), result)
+
+
+def print_score(folder: str, result: dict, examples, generated: list[str], found: list, names: list[str]) -> None:
+    """The table, some errors, the speed, and what tuning has changed."""
+    print_result(result)
+    print_errors(examples, generated, found, names)
+    speed = f"{result['n'] / max(result['seconds'], 0.01):.1f} examples/s"
+    print(f"\n{speed}; written: {folder}/accuracy.json, {folder}/predictions.jsonl")
+    if result["tuned"]:
+        print_improvement(folder, result)
 
 
 def print_result(result: dict) -> None:

@@ -4,8 +4,9 @@ import itertools
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from plumbing.data.tokenizer import end_of_text
+from plumbing.data.tokenizer import end_of_text, gpt2_encoding
 from plumbing.gpt2.batch import IGNORE, pad
 from plumbing.gpt2.kv_cache import KVCache
 
@@ -77,3 +78,19 @@ def classify(model, prompts: list[list[int]], batch_size: int) -> list[list[floa
         for i, row in zip(indices, logits.float().softmax(-1).tolist()):
             shares[i] = row
     return shares
+
+
+def in_parts(examples, size):
+    """Lists of `size` examples, under a bar on a terminal."""
+    with tqdm(total=len(examples), disable=None, unit="example") as bar:
+        for start in range(0, len(examples), size):
+            part = examples[start : start + size]
+            yield part
+            bar.update(len(part))
+
+
+def decode(tokens: list[int]) -> str:
+    """The text before end-of-text."""
+    if end_of_text() in tokens:
+        tokens = tokens[: tokens.index(end_of_text())]
+    return gpt2_encoding().decode(tokens)

@@ -159,7 +159,7 @@ RUNS = [
     ("generate", ["--init_from=gpt3"], ["gpt3"]),
     ("generate", ["--dataset=no_such.csv"], ["no_such.csv"]),
     ("generate", ["--max_new_tokens=40"], ["max_new_tokens=40", "32"]),
-    ("generate", ["--task=classify"], ["no classes"]),
+    ("generate", ["--task=classify", "--start=A film"], ["no classes"]),
     ("generate", ["--device=cuda:99"], ["device=cuda:99"]),
     ("sweep", ["--ranks=a"], ["ranks=a"]),
     ("sweep", ["--ranks="], ["ranks="]),
@@ -167,7 +167,6 @@ RUNS = [
     ("sweep", ["--seeds=1,1"], ["seeds=1,1"]),
     ("sweep", ["--only=everything"], ["everything"]),
     ("sweep", ["--jobs=0"], ["jobs=0"]),
-    ("sweep", ["--init_from=scratch"], ["init_from=scratch", "gpt2-mini"]),
 ]
 
 

@@ -30,7 +30,7 @@ from plumbing.gpt2.batch import Batch
 from plumbing.program.files import write_json
 from plumbing.running.machine import Processes, pick_dtype
 from plumbing.running.optimizers import build_optimizers
-from tools.bench import peak_memory
+from tools.runs.measure import peak_memory
 
 MINI = os.path.join(REPO, "configs", "finetune_mini_config.py")
 REPORT = "gpu.json"

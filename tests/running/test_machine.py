@@ -78,6 +78,17 @@ def test_layers_of_one_dtype_get_float32(capsys):
     assert "float32 instead of bfloat16" in capsys.readouterr().out
 
 
+TORCHRUN = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def set_environment(monkeypatch, **values):
+    """torchrun's variables are these, and no others."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+
+
 class FewGPUs:
     """torch.cuda of a machine with two GPUs."""
 
@@ -89,15 +100,58 @@ class FewGPUs:
 def test_more_processes_than_gpus_is_one_line(monkeypatch, device):
     """Otherwise a wrong --nproc_per_node ends in as many tracebacks as there are processes."""
     monkeypatch.setattr(torch, "cuda", FewGPUs)
-    for name, value in {"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "3"}.items():
-        monkeypatch.setenv(name, value)
+    set_environment(monkeypatch, RANK=2, LOCAL_RANK=2, WORLD_SIZE=3, **TORCHRUN)
     with pytest.raises(ValueError, match="--nproc_per_node=2"):
         machine.Processes(SimpleNamespace(device=device, batch_size=8))
 
 
+@pytest.mark.parametrize(
+    "values, note",
+    [
+        ({}, ""),
+        ({"RANK": 16}, "RANK=16"),
+        ({"RANK": 0}, "RANK=0"),
+        ({"RANK": 16, **TORCHRUN}, "RANK=16"),
+        ({"RANK": "many"}, "RANK=many"),
+        ({"RANK": ""}, ""),
+        ({"RANK": "", "WORLD_SIZE": ""}, ""),
+        ({"WORLD_SIZE": 1}, ""),
+        ({"WORLD_SIZE": 1, "RANK": 0}, ""),
+        (TORCHRUN, ""),
+    ],
+)
+def test_an_environment_without_torchrun(monkeypatch, capsys, values, note):
+    """Lost if it fails: `export RANK` in a loop over LoRA's ranks trains to the end and writes nothing."""
+    set_environment(monkeypatch, **values)
+    processes = machine.Processes(SimpleNamespace(device="cpu", batch_size=8))
+    assert (processes.world_rank, processes.world_size, processes.is_first) == (0, 1, True)
+    out = capsys.readouterr().out
+    assert out.count("\n") == bool(note) and note in out
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"WORLD_SIZE": 2},
+        {"WORLD_SIZE": 2, "RANK": 0},
+        {"WORLD_SIZE": 2, "RANK": "", **TORCHRUN},
+        {"WORLD_SIZE": 2, "RANK": 2, **TORCHRUN},
+        {"WORLD_SIZE": 2, "RANK": -1, **TORCHRUN},
+        {"WORLD_SIZE": "two", "RANK": 0, **TORCHRUN},
+        {"WORLD_SIZE": 0, "RANK": 0, **TORCHRUN},
+    ],
+)
+def test_half_of_torchruns_environment_is_one_line(monkeypatch, values):
+    """Lost if it fails: a WORLD_SIZE that was left over waits for a process that never comes, or is a traceback."""
+    set_environment(monkeypatch, **values)
+    with pytest.raises(ValueError, match=r"unset .*torchrun") as caught:
+        machine.Processes(SimpleNamespace(device="cpu", batch_size=8))
+    assert "\n" not in str(caught.value) and f"WORLD_SIZE={values['WORLD_SIZE']}" in str(caught.value)
+
+
 def test_several_processes_do_not_share_one_accelerator(monkeypatch):
     """Otherwise torchrun on a Mac ends in a traceback from inside gloo."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    set_environment(monkeypatch, RANK=0, WORLD_SIZE=2, **TORCHRUN)
     with pytest.raises(ValueError, match=r"device=mps: .*--device=cpu"):
         machine.Processes(SimpleNamespace(device="mps", batch_size=8))
 

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2Model, RobertaConfig, RobertaForSequenceClassification
 
 from tools import anatomy
+from tools.report import directions
 
 N_OUT, N_IN, R = 30, 40, 6
 
@@ -39,7 +40,7 @@ def test_measures_are_those_of_the_full_matrices(shape):
     U, s, Vt = torch.linalg.svd(D, full_matrices=False)
     k = min(shape)
     U, s, V = U[:, :k], s[:k], Vt[:k].t()
-    layer = anatomy.study_layer("layer", W0, A, B, 1.7)
+    layer = directions.study_layer("layer", W0, A, B, 1.7)
     close(layer.singular_values, s, atol=1e-9)
     close(layer.norm, D.norm(), atol=1e-9)
     close(layer.w0_norm, W0.norm(), atol=1e-9)
@@ -54,14 +55,14 @@ def test_amplification_of_planted_directions():
     """Lost if it fails: an update that repeats W0's own directions passes for a new one, or the other way."""
     U, V = basis(N_OUT, 12, 1), basis(N_IN, 12, 2)
     W0 = 5 * U[:, :4] @ V[:, :4].t() + 0.1 * U[:, 4:] @ V[:, 4:].t()
-    same = anatomy.study_layer("same", W0, V[:, :4].t(), U[:, :4], 2.0)
+    same = directions.study_layer("same", W0, V[:, :4].t(), U[:, :4], 2.0)
     close(same.stressed, torch.tensor(10.0, dtype=torch.float64), atol=1e-9)  # four directions of 5: sqrt(4 * 25)
     close(same.own, torch.tensor(10.0, dtype=torch.float64), atol=1e-9)
     close(same.amplification, torch.tensor(0.4, dtype=torch.float64), atol=1e-9)
-    new = anatomy.study_layer("new", W0, V[:, 4:8].t(), U[:, 4:8], 2.0)
+    new = directions.study_layer("new", W0, V[:, 4:8].t(), U[:, 4:8], 2.0)
     close(new.stressed, torch.tensor(0.2, dtype=torch.float64), atol=1e-9)
     close(new.amplification, torch.tensor(20.0, dtype=torch.float64), atol=1e-9)
-    untrained = anatomy.study_layer("untrained", W0, V[:, :4].t(), torch.zeros(N_OUT, 4), 2.0)
+    untrained = directions.study_layer("untrained", W0, V[:, :4].t(), torch.zeros(N_OUT, 4), 2.0)
     assert (untrained.norm, untrained.n_directions, untrained.amplification) == (0, 0, 0)
 
 
@@ -71,8 +72,8 @@ def test_similarity_of_planted_subspaces():
     turn = torch.linalg.qr(draw(3, 3, seed=4))[0]
     A = torch.cat([9 * turn @ shared.t(), rest[:, :2].t()])  # its three strongest directions span `shared`
     other = torch.cat([7 * shared.t(), rest[:, 2:].t()])
-    V, O = anatomy.input_directions(A), anatomy.input_directions(other)
-    phi = anatomy.measure_similarity(V, O)
+    V, O = directions.input_directions(A), directions.input_directions(other)
+    phi = directions.measure_similarity(V, O)
     assert phi.shape == (5, 10)
     close(phi[2, 2], torch.tensor(1.0, dtype=torch.float64), atol=1e-9)  # the same three
     close(phi[4, 2], torch.tensor(1.0, dtype=torch.float64), atol=1e-9)  # three within five
@@ -90,10 +91,10 @@ def test_the_random_baselines_are_those_of_random_subspaces():
     similarity = torch.zeros(4, 9, dtype=torch.float64)
     square = 0.0
     for seed in range(n_draws):
-        similarity += anatomy.measure_similarity(basis(N_IN, 4, seed), basis(N_IN, 9, seed + n_draws)) / n_draws
+        similarity += directions.measure_similarity(basis(N_IN, 4, seed), basis(N_IN, 9, seed + n_draws)) / n_draws
         square += (basis(N_OUT, R, seed).t() @ W0 @ basis(N_IN, R, seed + n_draws)).square().sum() / n_draws
-    close(anatomy.random_similarity(4, 9, N_IN).double(), similarity, atol=0.03)
-    layer = anatomy.study_layer("layer", W0, draw(R, N_IN), draw(N_OUT, R), 1.0)
+    close(directions.random_similarity(4, 9, N_IN).double(), similarity, atol=0.03)
+    layer = directions.study_layer("layer", W0, draw(R, N_IN), draw(N_OUT, R), 1.0)
     assert layer.random == pytest.approx(math.sqrt(square), rel=0.05)
 
 
@@ -153,8 +154,8 @@ def test_a_conv1d_whose_base_was_saved_without_its_prefix(tmp_path):
     torch.manual_seed(0)
     GPT2Model(GPT2Config(**SIZES)).save_pretrained(tmp_path / "base")  # h.0.attn ..., not transformer.h.0.attn ...
     peft = save_trained(GPT2Model.from_pretrained(tmp_path / "base"), tmp_path / "one", 1, target_modules=["c_proj"])
-    adapter = anatomy.Adapter(str(tmp_path / "one"))
-    layers = list(anatomy.study(adapter, anatomy.Base(str(tmp_path / "base"))))
+    adapter = directions.Adapter(str(tmp_path / "one"))
+    layers = list(directions.study(adapter, directions.Base(str(tmp_path / "base"))))
     assert len(layers) == 6
     for x in layers:
         layer = peft.base_model.model.get_submodule(x.name)

@@ -1,4 +1,4 @@
-"""bench.py: what is measured is what was asked for.
+"""The benchmark: what is measured is what was asked for.
 
 python -m pytest tests/tools/test_bench.py
 """
@@ -8,9 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import finish, start
 
 from configurator import configure
 from tools import bench
+from tools.runs import measure
 
 
 def test_its_own_flags_are_read():
@@ -26,11 +28,11 @@ def test_a_named_gpu_is_the_one_that_is_measured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device="cuda:0": events.append(device))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device="cuda:0": memory[device])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device="cuda:0": f"the name of {device}")
-    seconds, result = bench.timed("cuda:1", lambda x: events.append("work") or x, 5)
+    seconds, result = measure.timed("cuda:1", lambda x: events.append("work") or x, 5)
     assert events == ["cuda:1", "work", "cuda:1"] and seconds >= 0 and result == 5
-    assert bench.peak_memory("cuda:1") == 20
-    assert bench.machine("cuda:1")["gpu"] == "the name of cuda:1"
-    assert bench.machine("cpu")["gpu"] == "none"
+    assert measure.peak_memory("cuda:1") == 20
+    assert measure.describe_machine("cuda:1")["gpu"] == "the name of cuda:1"
+    assert measure.describe_machine("cpu")["gpu"] == "none"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -39,23 +41,28 @@ def test_the_peer_is_measured_at_every_batch_size(dtype, monkeypatch):
     seen = {}
 
     @contextlib.contextmanager
-    def running(bench, systems):
+    def running(systems, device):
         yield {name: SimpleNamespace(close=lambda: None) for name in systems}
 
-    def alternate(bench, case, pipes, jobs):
+    def measure(case, unit, pipes, jobs, amount):
         seen[case] = set(pipes)
         return {name: [(1.0, 5.0 if "batch 8" in case else len(name), None)] for name in pipes}
 
     monkeypatch.setattr(bench, "running", running)
-    monkeypatch.setattr(bench, "alternate", alternate)
-    for name in ("add_share", "add_rows"):
-        monkeypatch.setattr(bench, name, lambda *a: None)
-    monkeypatch.setattr(bench, "settings", lambda *a: bench.Config())
-    monkeypatch.setattr(bench, "batches", lambda *a: [])
-    whole = SimpleNamespace(config=bench.BenchConfig(), device="cpu", dtypes=[dtype], parts=["train"])
-    bench.train_part(whole)
+    whole = SimpleNamespace(config=bench.BenchConfig(only="train"), dtypes=[dtype], measure=measure)
+    whole.device, whole.on_gpu = "cpu", False
+    whole.settings = lambda shape, rank, size, dtype: bench.Config(dtype=dtype)
+    whole.batches = lambda *a: []
+    bench.measure_training(whole)
     assert whole.losses == [5.0, 5.0]  # of the first step
     assert len(seen) == 8
     for case, systems in seen.items():
-        assert {f"ours, {dtype}", f"{bench.PEER}, {dtype}"} <= systems, case
-        assert (f"{bench.PEER}, float32" in systems) == (dtype == "float32" or "batch 8" in case), case
+        assert {f"{who}, {kind}" for who in ("ours", bench.PEER) for kind in (dtype, "float32")} <= systems, case
+
+
+def test_help_says_how_the_program_is_started():
+    """Lost if it fails: who copies the usage line, python bench.py, gets no such file."""
+    out, _ = finish(start("-m", "tools.bench", "--help"))
+    assert out.startswith("usage: python -m tools.bench [configs/FILE.py] [--key=value ...]\n")
+    out, _ = finish(start("train.py", "--help"))
+    assert out.startswith("usage: python train.py [configs/FILE.py] [--key=value ...]\n")

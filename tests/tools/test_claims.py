@@ -6,6 +6,7 @@ python -m pytest tests/tools/test_claims.py
 import math
 import os
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,10 +20,11 @@ from dataloader import make_loader
 from generate import ModelSampler
 from model import GPT
 from tools import sweep
-from tools.anatomy import LayerAnatomy
 from tools.report import claims
 from tools.report.claims import BATCHES, FULL, LORA, PLACES, PLUS, RANKS, STABLE, TRADES, Setting
-from tools.report.page import draw, make_html, make_markdown
+from tools.report.directions import LayerAnatomy
+from tools.report.page import make_html, make_markdown
+from tools.report.paint import draw
 from tools.report.verdicts import (
     FAILS,
     HOLDS,
@@ -37,6 +39,7 @@ from tools.report.verdicts import (
     ratio,
     seed_deviation,
 )
+from tools.runs.run import count_parameters
 
 N = 400  # validation examples
 
@@ -231,7 +234,7 @@ def test_trainings_are_what_the_claims_speak_of():
     # At r = 16 both scales are the same, so the configuration's own run stands for it.
     assert {made[s].alpha for r, s in STABLE.items() if r != 16} == {own.alpha / math.sqrt(16)}
     assert {made[s].lora_plus for s in PLUS} == {16}
-    counts = {place: sweep.count_parameters(made[s])[0] for place, s in PLACES.items()}
+    counts = {place: count_parameters(made[s])[0] for place, s in PLACES.items()}
     assert max(counts.values()) <= 1.05 * min(counts.values()), counts
     assert counts["all"] == 6 * 96 * 256
     assert {made[s].batch_size * made[s].gradient_accumulation_steps for s in BATCHES[4][0]} == {128}
@@ -327,12 +330,8 @@ def test_every_claim_has_its_picture(tmp_path, monkeypatch):
     }
     results = make_results(folders, speeds={"merged": 1.0, "unmerged": 0.7})
 
-    def plot(name, alt, paint, **options):
-        draw(str(tmp_path / f"{name}.svg"), paint, **options)
-        return "plot", (f"{name}.svg", alt)
-
     judged = claims.judge_all(results)
-    parts = [("h1", "Claims"), *claims.write_chapter(judged, results, plot)]
+    parts = [("h1", "Claims"), *claims.write_chapter(judged, results, partial(draw, str(tmp_path)))]
     page = make_html(parts, str(tmp_path))
     assert page.count("<picture>") == 13 and len(claims.CLAIMS) == 14 and MISSING not in page  # 3a and 3b share one
     text = make_markdown(parts)

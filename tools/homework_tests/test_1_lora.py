@@ -42,7 +42,9 @@ def B_A(layer):
 
 
 def same(a, b):
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    kinds = {type(a), type(b)}
+    assert kinds <= {torch.Tensor, nn.Parameter}, f"tensors are asked for, not {', '.join(k.__name__ for k in kinds)}"
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def check(what, found, wanted, mistakes):
@@ -82,8 +84,18 @@ def test_init_scales_by_alpha_and_rank():
     layer = new_layer()
     scaling = getattr(layer, "lora_scaling", None)
     assert scaling is not None, "the layer has no lora_scaling, the factor of B A x"
-    hint = ": alpha is not divided by r" if scaling == ALPHA else ""
-    assert scaling == ALPHA / RANK, f"for alpha = {ALPHA:g} and r = {RANK} lora_scaling is {scaling:g}{hint}"
+    assert isinstance(scaling, (int, float)), f"lora_scaling is {scaling!r}, not a number"
+    known = {
+        ALPHA: "; alpha is not divided by r",
+        ALPHA * RANK: ", which is alpha * r",
+        RANK / ALPHA: ", which is r / alpha",
+        1 / RANK: ", which is 1 / r",
+        ALPHA / RANK**0.5: ", which is alpha / sqrt(r)",
+    }
+    assert scaling == ALPHA / RANK, (
+        f"for alpha = {ALPHA:g} and r = {RANK} lora_scaling is {scaling:g}{known.get(scaling, '')}: "
+        f"alpha / r = {ALPHA / RANK:g} was expected"
+    )
 
 
 def test_init_keeps_dropout():
@@ -111,13 +123,28 @@ def test_reset_makes_B_zero_and_A_random():
     for when in ("in a new layer", "after reset_parameters() of a tuned layer"):
         A = layer.lora_A.detach()
         B = layer.lora_B.detach()
+        assert A.any() or not B.any(), f"A is zero and B is not {when}: asked for is a random A and a B of zeros"
         assert not B.any(), f"B is not zero {when}: so training does not start from the base model"
         assert A.any(), f"A and B are both zero {when}: then neither of them ever gets a gradient"
-        spread = A.std().item() * N_IN**0.5
-        assert 0.1 < spread < 10, f"A is not random, or of another size than kaiming_uniform_ draws it, {when}"
+        assert A.unique().numel() > 1, f"all numbers of A are the same {when}: A is to be random"
         nn.init.ones_(layer.lora_A)
         nn.init.ones_(layer.lora_B)
         layer.reset_parameters()
+
+
+def test_reset_draws_A_as_nn_linear_draws_its_weight():
+    torch.manual_seed(0)
+    A = LoRALinear(1000, N_OUT, lora_rank=RANK, lora_alpha=ALPHA).lora_A.detach()
+    assert A.shape == (RANK, 1000), f"lora_A has the shape {tuple(A.shape)}, not {(RANK, 1000)}"
+    std = A.std().item()
+    wanted = (1 / 3000) ** 0.5  # uniform between -1 / sqrt(in_features) and 1 / sqrt(in_features)
+    sizes = {" (is a = sqrt(5) missing?)": (2 / 1000) ** 0.5, " (normal_ or randn?)": 1.0, " (rand?)": 12**-0.5}
+    hint = "".join(text for text, size in sizes.items() if abs(std / size - 1) < 0.05)
+    assert abs(std / wanted - 1) < 0.1, (
+        f"for 1000 inputs the numbers of A have a standard deviation of {std:.3g}{hint}; of kaiming_uniform_ with "
+        f"a = sqrt(5) it is {wanted:.3g}"
+    )
+    assert abs(A.mean().item()) < std / 4, f"the numbers of A have the mean {A.mean().item():.3g}, not 0"
 
 
 def test_reset_draws_the_inherited_weight_too():
@@ -162,6 +189,7 @@ def test_forward_takes_any_shape():
     assert tuple(out.shape) == (2, 3, N_OUT), (
         f"of x (2, 3, {N_IN}) forward makes {tuple(out.shape)}: asked is {(2, 3, N_OUT)}"
     )
+    assert same(layer(x), layer(x)), "forward gives another output each time, although lora_dropout is 0"
     assert same(out[1], layer(x[1])), "forward computes something else in three dimensions than row by row"
 
 
@@ -199,20 +227,31 @@ def test_forward_lets_gradients_through():
 
 
 def test_forward_drops_in_front_of_A():
-    """x, A and B are ones: each output is W0 x + b and, times 2, the number of x's 64 parts that are left."""
+    """x, W0, b, A and B are ones: each output is 65 and, times 2, the number of x's 64 parts that are left."""
     torch.manual_seed(0)
     layer = LoRALinear(64, N_OUT, lora_rank=1, lora_alpha=1.0, lora_dropout=0.5)
-    nn.init.ones_(layer.lora_A)
-    nn.init.ones_(layer.lora_B)
+    nn.init.ones_(layer.weight)
+    nn.init.ones_(layer.bias)
     x = torch.ones(100, 64)
+    base = torch.full((100, N_OUT), 65.0)
+    nn.init.ones_(layer.lora_A)
+    nn.init.zeros_(layer.lora_B)
     out = layer(x).detach()
-    added = out - F.linear(x, layer.weight.detach(), layer.bias.detach())
     assert not (out == 0).any(), "lora_dropout is on the output: it sets numbers of h, which hold W0 x, to zero"
+    assert same(out, base), "lora_dropout reaches W0 x, too: it is for the x that A reads, and W0 reads all of x"
+    nn.init.ones_(layer.lora_B)
+    added = layer(x).detach() - base
     assert not same(added, torch.full_like(added, 64)), "lora_dropout=0.5 drops nothing in training"
-    all_or_nothing = (added.abs() < 1e-3) | ((added - 128).abs() < 1e-3)
+    one_mask = (added - added[:1]).abs() < 1e-3
+    assert not one_mask.all(), "lora_dropout is on A, B or B A: all rows have one mask. It is for the x that A reads"
+    all_or_nothing = (added.abs() < 1e-3) | ((added - added.max()).abs() < 1e-3)
     assert not all_or_nothing.all(), "lora_dropout is behind A or B: it is for the x that A reads"
-    in_common = (added - added[:, :1]).abs() < 1e-3
-    assert in_common.all(), "lora_dropout reaches W0 x, too: it is for the x that A reads, and W0 reads all of x"
+    mean = added.mean().item()
+    assert abs(mean - 64) < 4, (
+        f"lora_dropout=0.5 changes the mean of B A x from 64 to {mean:.0f}; nn.Dropout keeps it"
+    )
+    counts = added / 2
+    assert same(counts, counts.round()), "lora_dropout=0.5 drops another share than one half"
 
 
 # --- train and eval --------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 python -m pytest homework_tests/test_2_model.py
 """
 
+import re
+
 import torch
 
 from lora import LoRALinear
@@ -17,7 +19,7 @@ def new_model(**settings):
     try:
         return GPT(config)
     except ValueError as e:  # GPT looks for lora_A in its layers
-        hint = "does LoRALinear get what config.lora returns, and config.lora a name as transformer.h.0.attn.c_attn?"
+        hint = "LoRALinear wants what config.lora returns; config.lora a full name as transformer.h.0.attn.c_attn"
         raise AssertionError(f"with lora_targets={config.lora_targets!r} no layer has an adapter: {hint}") from e
 
 
@@ -54,16 +56,19 @@ def test_mlp_layers_have_their_sizes():
 
 def test_attention_and_mlp_follow_lora_targets():
     for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
-        found = adapted(new_model(lora_targets=name.replace(".", r"\.") + "$"))
-        assert found == {name}, (
-            f"with lora_targets for {name} alone, adapters are on {', '.join(sorted(found))}; "
-            f"config.lora wants the full name, of block 0: transformer.h.0.{name}"
+        name = f"transformer.h.1.{name}"
+        model = new_model(lora_targets=f"^{re.escape(name)}$")
+        found = sorted(name for name, layer in model.named_modules() if hasattr(layer, "lora_A"))
+        assert found == [name], (
+            f"with lora_targets for {name} alone, adapters are on {', '.join(found)}: config.lora wants each layer's "
+            "own full name, with the block's number"
         )
 
 
 def test_attention_passes_on_alpha_and_dropout():
     for block in new_model().transformer.h:
         for layer in (block.attn.c_attn, block.attn.c_proj):
+            assert hasattr(layer, "lora_scaling"), "attn.c_attn or attn.c_proj has no adapter"
             assert layer.lora_scaling == 3.0, (
                 f"rank 2 and alpha 6 give a layer with lora_scaling {layer.lora_scaling}"
             )
@@ -71,6 +76,8 @@ def test_attention_passes_on_alpha_and_dropout():
 
 
 def test_adapters_of_attention_and_mlp_change_nothing_at_first():
+    test_attention_layers_have_their_sizes()
+    test_mlp_layers_have_their_sizes()
     idx = torch.tensor([[15496, 11, 314, 716]])
     with torch.no_grad():
         base, _ = GPT.from_pretrained("gpt2-mini").eval()(idx)

@@ -1,1 +1,1 @@
-"""The report: runs side by side, claims and verdicts, pages and pictures."""
+"""Reports: the assignment's questions, the papers' claims, what an adapter learned; their pages and pictures."""

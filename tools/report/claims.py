@@ -1,4 +1,4 @@
-"""What the LoRA papers claim, tested at home: the trainings, a rule for each claim, the report's chapter.
+"""What the LoRA papers claim, tested here: the trainings, a rule for each claim, the report's chapter.
 
     python -m tools.sweep configs/finetune_mini_config.py --only=claims
 
@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean
 
 import numpy as np
@@ -25,7 +26,9 @@ from plumbing.gpt2.files import context_size
 from plumbing.program.errors import UserError, first_line
 from plumbing.program.files import whole_file
 from plumbing.scoring.accuracy import wilson
-from plumbing.scoring.plots import (
+from tools.report import directions
+from tools.report.paint import (
+    LOSS,
     paint_differences,
     paint_over_rank,
     paint_rates,
@@ -33,7 +36,6 @@ from plumbing.scoring.plots import (
     paint_stress,
     write_rate,
 )
-from tools import anatomy
 from tools.report.verdicts import (
     FAILS,
     HOLDS,
@@ -204,7 +206,7 @@ class Results:
     batch: int
     n_examples: int  # that each training sees
     folders: dict[tuple[Setting, int], str]  # of (setting, 0 or 1 for its seed)
-    turns: dict[str, list[float]]  # {"base", "merged", "unmerged"}: tokens/s, measured by turns
+    turns: dict[str, list[float]]  # {"base", "merged", "unmerged"}: tokens/s, turn by turn
 
     @functools.cached_property
     def deviation(self) -> float:
@@ -213,8 +215,17 @@ class Results:
     def estimate(self, statistic: Callable, *settings: Setting) -> Estimate:
         return bootstrap(statistic, {s: self.losses[s] for s in settings}, self.deviation)
 
+    def gap(self, setting: Setting, other: Setting) -> Estimate:
+        """The setting's loss minus the other's."""
+        return self.estimate(lambda means: means[setting] - means[other], setting, other)
+
     def loss(self, setting: Setting) -> float:
         return float(self.losses[setting].mean())
+
+    def paint_over_rank(self, lines: dict[str, dict[int, Setting]]) -> Callable:
+        """How to paint the losses of {name: {rank: setting}}."""
+        losses = {name: {r: self.losses[s].mean(axis=1) for r, s in line.items()} for name, line in lines.items()}
+        return partial(paint_over_rank, lines=losses, levels={}, what=LOSS)
 
     def best(self, settings: list[Setting]) -> Setting:
         return min(settings, key=self.loss)
@@ -250,7 +261,7 @@ def show(e: Estimate, digits: int = 4) -> str:
 
 
 def gather(runs: dict, config, full_lr: float, turns: dict) -> Results:
-    """Results from the runs that are done, {name: sweep's Run}."""
+    """Results from the runs that are done, {name: Run}."""
     losses, accuracies, folders = {}, {}, {}
     n_test = 0
     for setting, n in tqdm(plan(), unit="run", desc="validation losses", disable=None):
@@ -259,8 +270,8 @@ def gather(runs: dict, config, full_lr: float, turns: dict) -> Results:
             continue
         folders[setting, n] = run.config.out_dir
         losses.setdefault(setting, []).append(losses_of_run(run.config.out_dir, config.device))
-        accuracies.setdefault(setting, []).append(run.accuracy["accuracy"])
-        n_test = run.accuracy["n"]
+        accuracies.setdefault(setting, []).append(run.accuracy)
+        n_test = run.score["n"]
     batch = config.batch_size * config.gradient_accumulation_steps
     losses = {setting: np.stack(rows) for setting, rows in losses.items()}
     n_examples = count_updates(config) * batch
@@ -274,7 +285,7 @@ MARGIN = 0.05  # "as good as": its loss is at most so much higher, as a share of
 
 @dataclass
 class Verdict:
-    """What a rule says: the measurement in words, the verdict, and how to paint it (see report_page.draw)."""
+    """What a rule says: the measurement in words, the verdict, and how to paint it (see paint.draw)."""
 
     here: str
     verdict: str
@@ -285,7 +296,7 @@ class Verdict:
 
 def paint_rows(rows, what="difference of the losses"):
     """How to paint intervals one below the other, and the size of that picture."""
-    return paint_differences(rows, what), (5.4, 1 + 0.6 * len(rows))
+    return partial(paint_differences, rows=rows, what=what), (5.4, 1 + 0.6 * len(rows))
 
 
 CLAIMS = []  # (number, the claim's words, source, rule)
@@ -294,11 +305,11 @@ CLAIMS = []  # (number, the claim's words, source, rule)
 def claim(number: str, words: str, source: str):
     """Puts a rule, Results -> Verdict, on the list of claims."""
 
-    def enlist(rule):
+    def register(rule):
         CLAIMS.append((number, words, source, rule))
         return rule
 
-    return enlist
+    return register
 
 
 HU = "Hu et al. 2021"
@@ -324,24 +335,20 @@ def small_rank_is_enough(results):
     here = "Alpha and learning rate are the same for all. Loss minus that of the best of r = 16, 64, 128: "
     here += ", ".join(f"r = {r}: {show(gap)}" for r, gap in gaps.items())
     here += f". r = 1: {results.tell(RANKS[1])}; r = 16: {results.tell(RANKS[16])}. The verdict is on r = 1."
-    lines = {"LoRA": {r: results.losses[s].mean(axis=1) for r, s in RANKS.items()}}
-    return Verdict(here, judge(gaps[1], at_most=MARGIN * results.loss(results.best(large))), paint_over_rank(lines))
+    verdict = judge(gaps[1], at_most=MARGIN * results.loss(results.best(large)))
+    return Verdict(here, verdict, results.paint_over_rank({"LoRA": RANKS}))
 
 
 def compare_places(results):
     """Each place's loss minus that of all linear layers, for the picture of both claims about places."""
     every = PLACES["all"]
-    return [
-        (f"{name}, r = {s.rank}", results.estimate(lambda m, s=s: m[s] - m[every], s, every))
-        for name, s in PLACES.items()
-        if s != every
-    ]
+    return [(f"{name}, r = {s.rank}", results.gap(s, every)) for name, s in PLACES.items() if s != every]
 
 
 @claim("3a", "Several attention matrices with a small rank beat one with a large rank", f"{HU}, section 7.1, table 5")
 def several_beat_one(results):
     several, one = PLACES["attention"], PLACES["output"]
-    gap = results.estimate(lambda m: m[several] - m[one], several, one)
+    gap = results.gap(several, one)
     here = (
         f"Equal numbers of trained parameters: all of attention, r = 16, {results.tell(several)}; its output alone, "
         f"r = 48, {results.tell(one)}: {show(gap)}. GPT-2 holds query, key and value in one matrix, so query and "
@@ -353,7 +360,7 @@ def several_beat_one(results):
 @claim("3b", "The MLP matters more than attention", SCHULMAN)
 def mlp_beats_attention(results):
     mlp, attention = PLACES["MLP"], PLACES["attention"]
-    gap = results.estimate(lambda m: m[mlp] - m[attention], mlp, attention)
+    gap = results.gap(mlp, attention)
     here = (
         f"About equal numbers of trained parameters: the MLP alone, r = 10, {results.tell(mlp)}; attention "
         f"alone, r = 16, {results.tell(attention)}: {show(gap)}. All layers, r = 6: {results.tell(PLACES['all'])}."
@@ -379,7 +386,7 @@ def paint_curves(results, curves):
     for name, settings in curves.items():
         points = [(results.rate(s), results.loss(s)) for s in settings]
         lines[name] = (points, best_rate(results, {s: results.loss(s) for s in settings}, settings))
-    return paint_rates(lines)
+    return partial(paint_rates, lines=lines)
 
 
 @claim(
@@ -399,10 +406,7 @@ def rate_over_rank(results, curves):
     low, high = curves[4], curves[64]
     times = results.estimate(lambda m: ratio(best_rate(results, m, high), best_rate(results, m, low)), *low, *high)
     rates = ", ".join(f"r = {r}: {tell_rate(results, settings)}" for r, settings in curves.items())
-    return (
-        times,
-        f"Best rates: {rates}; from r = 4 to 64 {show_times(times)}.",
-    )
+    return times, f"Best rates: {rates}; from r = 4 to 64 {show_times(times)}."
 
 
 @claim("4b", "With alpha / r and one alpha the best learning rate hardly depends on the rank", SCHULMAN)
@@ -422,7 +426,7 @@ def rate_falls(results):
 @claim("5", "Learning rate and alpha are nearly redundant", "the assignment, question 2.9")
 def rate_is_alpha(results):
     own = Setting()
-    gaps = {s: results.estimate(lambda m, s=s: m[s] - m[own], s, own) for s in TRADES}
+    gaps = {s: results.gap(s, own) for s in TRADES}
     names = {s: f"lr x {s.lr:g}, alpha x {s.alpha:g}" for s in TRADES}
     margin = MARGIN * results.loss(own)
     here = f"The configuration's: {results.tell(own)}. Loss minus that: "
@@ -433,7 +437,7 @@ def rate_is_alpha(results):
     return Verdict(here, verdict, *paint_rows(rows, "loss minus the configuration's"))
 
 
-@claim("6", "LoRA bears large batches less well than full fine-tuning", SCHULMAN)
+@claim("6", "LoRA tolerates large batches less well than full fine-tuning", SCHULMAN)
 def large_batches(results):
     def gap(means, batch):
         lora, full = BATCHES[batch]
@@ -444,27 +448,23 @@ def large_batches(results):
     growth = results.estimate(lambda m: gap(m, 4) - gap(m, 0.25), *settings[0.25], *settings[4])
     shown = {b: f"batch {round(b * results.batch)}" for b in gaps}
     here = "LoRA's loss minus that of full fine-tuning, each at the best of the rates tried, equal examples: "
-    here += (
-        ", ".join(f"{shown[b]}: {show(e)}" for b, e in gaps.items())
-        + f". From the smallest to the largest: {show(growth)}."
-    )
+    here += ", ".join(f"{shown[b]}: {show(e)}" for b, e in gaps.items())
+    here += f". From the smallest to the largest: {show(growth)}."
     rows = [(shown[b], e) for b, e in gaps.items()]
     return Verdict(here, judge(growth, at_least=0), *paint_rows(rows, "LoRA's loss minus full's"))
 
 
 @claim("7", "With alpha / sqrt(r) higher ranks keep learning", "Kalajdzievski 2023, rsLoRA")
 def stable_ranks(results):
-    gain = results.estimate(lambda m: m[STABLE[128]] - m[STABLE[4]], STABLE[128], STABLE[4])
-    plain = results.estimate(lambda m: m[RANKS[128]] - m[RANKS[4]], RANKS[128], RANKS[4])
+    gain = results.gap(STABLE[128], STABLE[4])
+    plain = results.gap(RANKS[128], RANKS[4])
     here = (
         f"r = 128's loss minus r = 4's: {show(gain)} with alpha / sqrt(r), {show(plain)} with alpha / r. r = 128: "
         f"{results.tell(STABLE[128])} and {results.tell(RANKS[128])}."
     )
-    lines = {"alpha / sqrt(r)": dict(sorted(STABLE.items())), "alpha / r": {r: RANKS[r] for r in sorted(STABLE)}}
-    lines = {
-        name: {r: results.losses[s].mean(axis=1) for r, s in settings.items()} for name, settings in lines.items()
-    }
-    return Verdict(here, judge(gain, at_most=0), paint_over_rank(lines))
+    ranks = sorted(STABLE)
+    lines = {"alpha / sqrt(r)": {r: STABLE[r] for r in ranks}, "alpha / r": {r: RANKS[r] for r in ranks}}
+    return Verdict(here, judge(gain, at_most=0), results.paint_over_rank(lines))
 
 
 @claim("8", "A higher learning rate for B than for A speeds learning up", "Hayou et al. 2024, LoRA+, ratio 16")
@@ -506,10 +506,11 @@ def shared_directions(results):
         f"layers: {first.value:.2f} ({first.low:.2f} to {first.high:.2f}); of random matrices {by_chance:.2f}; of "
         f"the update's own first direction {first_update:.2f}. The paper's measure of shared: above 0.5."
     )
-    maps = [("r = 8 and r = 64", anatomy.mean_similarity(layers, 8, 64)[0][1])]
-    two = dict(anatomy.mean_similarity(twins, 64, 64))
+    maps = [("r = 8 and r = 64", directions.mean_similarity(layers, 8, 64)[0][1])]
+    two = dict(directions.mean_similarity(twins, 64, 64))
     maps += [("two seeds of r = 64", two["A"]), ("random", two["random"])]
-    return Verdict(here, judge(first, at_least=0.5), paint_similarity(maps, "first i", "first j"), (5.4, 2.4), 3)
+    paint = partial(paint_similarity, maps=maps, rows="first i", columns="first j")
+    return Verdict(here, judge(first, at_least=0.5), paint, (5.4, 2.4), 3)
 
 
 @claim("11", "What LoRA adds is not what W0 already stresses", f"{HU}, section 7.3, table 7")
@@ -524,15 +525,15 @@ def not_stressed(results):
         f"{by_chance:.2f} along random ones, {own:.2f} along W0's own; the update is {factor:.2f} times the first. "
         f"Nearer to random than to its own, as a logarithm of ratios: {show(nearer, 2)}."
     )
-    paint = paint_stress([(x.own, x.stressed, x.random) for x in layers])
+    paint = partial(paint_stress, layers=[(x.own, x.stressed, x.random) for x in layers])
     return Verdict(here, judge(nearer, at_least=0), paint)
 
 
 def study(folder, other=None):
     """The anatomy of a run's adapter, layer by layer."""
-    adapter = anatomy.Adapter(folder)
-    base = anatomy.Base(adapter.config["base_model_name_or_path"])
-    return list(anatomy.study(adapter, base, anatomy.Adapter(other) if other else None))
+    adapter = directions.Adapter(folder)
+    base = directions.Base(adapter.config["base_model_name_or_path"])
+    return list(directions.study(adapter, base, directions.Adapter(other) if other else None))
 
 
 # --- the chapter -----------------------------------------------------------------------------------
@@ -548,7 +549,7 @@ def judge_all(results: Results) -> list[tuple]:
             key = e.args[0]
             what = getattr(key[0] if isinstance(key, tuple) else key, "name", key)
             verdict = Verdict(f"{what} is not there.", MISSING)
-        except (ValueError, OSError) as e:  # such as a base that is gone: one claim must not cost the others
+        except (ValueError, OSError) as e:  # a base that is gone, say: one claim must not cost the others
             verdict = Verdict(first_line(e), MISSING)
         rows.append((number, words, source, verdict))
     return rows
@@ -569,24 +570,22 @@ def count_verdicts(rows: list[tuple]) -> str:
 
 
 def write_chapter(rows: list[tuple], results: Results, plot: Callable) -> list[tuple]:
-    """The chapter as parts of a page. plot(file, alt, paint, **options) draws a picture and returns its part."""
+    """The chapter as parts of a page. plot(name, alt, paint, **options) is paint.draw."""
     parts = [("h2", "What the papers claim, and what these runs say")]
     n_examples = next(iter(results.losses.values())).shape[1] if results.losses else 0
-    parts.append(
-        (
-            "p",
-            f"Each training sees {results.n_examples:,} examples, a quarter of the configuration's, with one seed or "
-            f"two. Losses are of the same {n_examples:,} validation examples, in nats a scored token, compared pair "
-            "by pair. Behind a figure stands its 95 % interval: over the examples (bootstrap) and over seeds, which "
-            f"move a run's loss by {results.deviation:.4f} (standard deviation). As good as: at most "
-            f"{100 * MARGIN:.0f} % more loss.",
-        )
+    text = (
+        f"Each training sees {results.n_examples:,} examples, a quarter of the configuration's, with one seed or "
+        f"two. Losses are of the same {n_examples:,} validation examples, in nats a scored token, compared pair by "
+        "pair. A figure is followed by its 95 % interval: over the examples (bootstrap) and over seeds, which move a "
+        f"run's loss by {results.deviation:.4f} (standard deviation). As good as: at most {100 * MARGIN:.0f} % more "
+        "loss."
     )
+    parts.append(("p", text))
     table = [["claim", "source", "here", "verdict"]]
     table += [[f"{number}. {words}", source, v.here, v.verdict] for number, words, source, v in rows]
     parts.append(("table", table))
     for number, words, _, verdict in rows:
         if verdict.paint:
             parts.append(("h3", f"{number}. {words}: {verdict.verdict}"))
-            parts.append(plot(f"claim-{number}", words, verdict.paint, panels=verdict.panels, size=verdict.size))
+            parts.append(plot(f"claim-{number}.svg", words, verdict.paint, panels=verdict.panels, size=verdict.size))
     return parts

@@ -1,58 +1,19 @@
-"""A report: parts (kind, content) become one HTML page that fetches nothing, or Markdown; and its pictures.
+"""A report as a list of parts (kind, content) becomes Markdown, or one HTML page that fetches nothing.
 
 h1, h2, h3, p, code: text           table: rows of cells, the first is the head           plot: (file, what it shows)
 """
 
 import base64
 import html
-import io
 import os
 
 from plumbing.program.files import whole_file
+from tools.report.paint import dark_twin
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito 2008
-DARK = ("#56B4E9", "#E69F00", "#2FC69A", "#E39BC4", "#F0E442", "#9AD0F5")
 MIME = {".svg": "image/svg+xml", ".png": "image/png"}
 
 
-# --- pictures --------------------------------------------------------------------------------------
-
-
-def dark_twin(file):
-    name, ending = os.path.splitext(file)
-    return f"{name}-dark{ending}"
-
-
-def draw(path, paint, panels=1, size=(5.4, 3.6)):
-    """A picture for light pages in `path` (svg or png) and one for dark pages next to it. `paint(axes, colors)` draws
-    and labels: on one matplotlib Axes or, with more panels, on a list of them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    looks = ((path, COLORS, "#222222", "#ffffff"), (dark_twin(path), DARK, "#e6e6e6", "#161a1d"))
-    for file, colors, ink, ground in looks:
-        style = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
-        style |= {"figure.facecolor": ground, "axes.facecolor": ground, "font.size": 11, "svg.hashsalt": "nanolora"}
-        kind = os.path.splitext(file)[1][1:]
-        options = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 150}
-        picture = io.BytesIO()
-        with plt.rc_context(style):
-            fig, axes = plt.subplots(1, panels, figsize=size, layout="constrained")
-            for ax in axes if panels > 1 else [axes]:
-                ax.spines[["top", "right"]].set_visible(False)
-                ax.grid(axis="y", alpha=0.2)
-            paint(axes, colors)
-            fig.savefig(picture, format=kind, **options)
-            plt.close(fig)
-        with whole_file(file) as f:
-            f.write(picture.getvalue())
-
-
-# --- pages -----------------------------------------------------------------------------------------
-
-# Sections stand side by side where there is room for two. On a narrow screen a table of sentences becomes a list.
+# On a wide screen two sections are side by side. On a narrow screen a table of sentences becomes a list.
 CSS = """
 :root { color-scheme: light dark; --ink: #222; --ground: #fff; --line: #ccc; --soft: #666; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --ground: #161a1d; --line: #444; --soft: #a0a0a0; } }
@@ -85,24 +46,26 @@ def as_markdown(kind, content):
     return texts.get(kind, content)
 
 
+def make_markdown(parts: list[tuple]) -> str:
+    return "\n\n".join(as_markdown(*part) for part in parts) + "\n"
+
+
 def as_html(kind, content, folder):
     if kind == "table":
         return table_as_html(content)
     if kind == "plot":
         file, alt = content
-        data = []
-        for path in (file, dark_twin(file)):
-            with open(os.path.join(folder, path), "rb") as f:
-                kind = MIME[os.path.splitext(path)[1]]
-                data.append(f"data:{kind};base64,{base64.b64encode(f.read()).decode()}")
-        dark = f'<source media="(prefers-color-scheme: dark)" srcset="{data[1]}">'
-        return f'<picture>{dark}<img src="{data[0]}" alt="{html.escape(alt)}"></picture>'
+        light = data_url(os.path.join(folder, file))
+        dark = data_url(os.path.join(folder, dark_twin(file)))
+        source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        return f'<picture>{source}<img src="{light}" alt="{html.escape(alt)}"></picture>'
     tag = "pre" if kind == "code" else kind
     return f"<{tag}>{html.escape(content)}</{tag}>"
 
 
-def holds_sentences(rows):
-    return any(len(cell) > 40 for row in rows for cell in row)
+def data_url(path):
+    with open(path, "rb") as f:
+        return f"data:{MIME[os.path.splitext(path)[1]]};base64,{base64.b64encode(f.read()).decode()}"
 
 
 def table_as_html(rows):
@@ -115,16 +78,13 @@ def table_as_html(rows):
     return f"<div><table{kind}>" + "\n".join(lines) + "</table></div>"
 
 
-def section_as_html(parts, folder):
-    """A heading and what is below it; it takes the page's whole width if a table in it is wide."""
-    tables = [content for kind, content in parts if kind == "table"]
-    is_wide = any(len(rows[0]) > 5 or holds_sentences(rows) for rows in tables)
-    body = "\n".join(as_html(*part, folder) for part in parts)
-    return f'<section class="wide">{body}</section>' if is_wide else f"<section>{body}</section>"
+def holds_sentences(rows):
+    return any(len(cell) > 40 for row in rows for cell in row)
 
 
-def make_html(parts, folder):
-    """One page. What stands before the first h2 or h3 goes over its whole width."""
+def make_html(parts: list[tuple], folder: str) -> str:
+    """One page, with the pictures of `folder` in it. What comes before the first h2 or h3 takes its whole width, as
+    does a section with a wide table."""
     sections = [[]]
     for part in parts:
         if part[0] in ("h2", "h3"):
@@ -132,7 +92,14 @@ def make_html(parts, folder):
         sections[-1].append(part)
     title = next(content for kind, content in parts if kind == "h1")
     top = "\n".join(as_html(*part, folder) for part in sections[0])
-    body = "\n".join(section_as_html(section, folder) for section in sections[1:])
+    body = []
+    for section in sections[1:]:
+        tables = [content for kind, content in section if kind == "table"]
+        is_wide = any(len(rows[0]) > 5 or holds_sentences(rows) for rows in tables)
+        inside = "\n".join(as_html(*part, folder) for part in section)
+        kind = ' class="wide"' if is_wide else ""
+        body.append(f"<section{kind}>{inside}</section>")
+    body = "\n".join(body)
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>{CSS}</style>
@@ -143,10 +110,8 @@ def make_html(parts, folder):
 """
 
 
-def make_markdown(parts):
-    return "\n\n".join(as_markdown(*part) for part in parts) + "\n"
-
-
-def write_page(path, text):
+def write_page(path: str, parts: list[tuple]) -> None:
+    """Markdown or HTML, by the path's ending. Pictures are in the same folder."""
+    text = make_markdown(parts) if path.endswith(".md") else make_html(parts, os.path.dirname(path))
     with whole_file(path) as f:
         f.write(text.encode())

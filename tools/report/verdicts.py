@@ -24,7 +24,7 @@ class Estimate:
 
 def judge(estimate: Estimate, at_least: float = -math.inf, at_most: float = math.inf) -> str:
     """The verdict on the claim that the figure lies from at_least to at_most: it holds if the whole interval does, it
-    does not hold if no part of the interval does, and else this data cannot tell."""
+    does not hold if no part of the interval does; otherwise this data cannot tell."""
     if at_least <= estimate.low and estimate.high <= at_most:
         return HOLDS
     if estimate.high < at_least or estimate.low > at_most:

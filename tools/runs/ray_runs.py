@@ -4,6 +4,7 @@ import collections
 import contextlib
 import glob
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -22,26 +23,21 @@ from plumbing.data.token_cache import hash_files
 from plumbing.program.errors import UserError, first_line
 from plumbing.program.files import ROOT, put_in_place
 from plumbing.running.checkpoint import CHECKPOINT
-from tools.report.programs import start_program
+from tools.runs.run import start_program
 
-SEND_SECONDS = 60  # at least so long between two checkpoints that a run sends
+SEND_SECONDS = 60  # between two checkpoints that a run sends, at least
 PIECE = 2**28  # bytes of a file in one object
-DEATHS = 3  # so many workers may die under a run without a checkpoint between
-CODE = (
-    "*.py",
-    "plumbing/**/*.py",
-    "tools/**/*.py",
-    "assets/*.tiktoken",
-)  # what each machine needs of this repository
+DEATHS = 3  # a run is given up after this many workers died without a checkpoint between
+CODE = ("*.py", "plumbing/**/*.py", "tools/**/*.py", "assets/*.tiktoken")  # what each machine gets of this repository
 
 
 def run_on_ray(
     runs: list, address: str | None, jobs: int, on_gpu: bool, sources: dict[str, str], environment: dict[str, str]
 ) -> Iterator[tuple[str, str | None, str | None]]:
-    """Makes runs side by side, each a task of Ray's, and yields what `programs.run_here` does.
+    """Makes runs side by side, each a task of Ray's, and yields what `run_here` does.
 
-    address: "auto" (the cluster of this machine, or else a new one on it), HOST:PORT, or None: a new one on this
-    machine alone. jobs: runs on a machine without GPUs, or on a new cluster's. sources: {what a setting names: its
+    address: "auto" (the cluster of this machine, or a new one on it), HOST:PORT, or None: a new one on this machine
+    alone. jobs: runs on a machine without GPUs, or on a new cluster's. sources: {what a setting names: its
     file or folder here}; they are sent along. Raises UserError where Ray or its cluster cannot be had.
     """
     ray = connect(address, jobs, on_gpu)
@@ -110,16 +106,15 @@ def connect(address, jobs, on_gpu):
         new["num_gpus"] = min(jobs, torch.cuda.device_count())
     handler = signal.getsignal(signal.SIGTERM)  # Ray sets its own
     with tempfile.TemporaryDirectory() as code:
-        for path in [
-            p for pattern in CODE for p in glob.glob(os.path.join(glob.escape(ROOT), pattern), recursive=True)
-        ]:
-            copy = os.path.join(code, os.path.relpath(path, ROOT))
-            os.makedirs(os.path.dirname(copy), exist_ok=True)
-            shutil.copyfile(path, copy)
+        for name in itertools.chain(*(glob.glob(pattern, root_dir=ROOT, recursive=True) for pattern in CODE)):
+            os.makedirs(os.path.join(code, os.path.dirname(name)), exist_ok=True)
+            shutil.copyfile(os.path.join(ROOT, name), os.path.join(code, name))
         options = {"runtime_env": {"working_dir": code}, "log_to_driver": False, "logging_level": "ERROR"}
         try:
             if address:
-                check_address(address)
+                if address != "auto":  # where nothing listens Ray would try for minutes
+                    host, _, port = address.rpartition(":")
+                    socket.create_connection((host, int(port)), timeout=10).close()
                 ray.init(address=address, **options)
         except Exception as e:  # of many kinds: not there, another version, this machine has not joined
             if address != "auto" or not isinstance(e, ConnectionError):
@@ -130,16 +125,9 @@ def connect(address, jobs, on_gpu):
     return ray
 
 
-def check_address(address):
-    """Raises OSError or ValueError where nothing listens: Ray would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if address != "auto":
-        socket.create_connection((host, int(port)), timeout=10).close()
-
-
 def share_machines(nodes, jobs, on_gpu):
-    """What a run takes of a machine, as Ray's options, and its threads. It is the same on every machine of the
-    cluster, since a number of threads is part of what bits a run ends in."""
+    """What a run takes of a machine, as Ray's options, and its threads: the same on every machine of the cluster,
+    since a run's bits depend on the number of threads."""
     machines = [node["Resources"] for node in nodes if node["Alive"]]
     with_gpu = [machine for machine in machines if machine.get("GPU")] if on_gpu else []
     if with_gpu:
@@ -192,7 +180,7 @@ def put_files(ray, files):
 
 
 def submit(ray, task, run, copies, environment):
-    """A run as a task of Ray's, with what its folder has so far. Returns its stream."""
+    """A run as a Ray task, with what its folder has so far. Returns its stream."""
     os.makedirs(run.folder, exist_ok=True)
     for half in glob.glob(os.path.join(glob.escape(run.folder), "*.tmp")):
         os.remove(half)

@@ -1,0 +1,75 @@
+"""A lora.py of one's own in place of ours: it trains as ours does, or one line says before training what differs.
+
+Each check names a layer. ours: what the handout asks for, and what everything here relies on.
+"""
+
+import torch
+from torch import nn
+
+from plumbing.adapters.layers import lora_layers
+
+
+def draw_adapter(layer, dtype) -> None:
+    """Real A and B for a layer that was made on the meta device, drawn by its own reset_parameters or, where that
+    leaves one of them as it was, by its constructor. The layer's weight is still on that device, where nothing is
+    drawn; `dtype` is the one that it will have."""
+    for name in ("lora_A", "lora_B"):
+        old = getattr(layer, name)
+        new = torch.full(old.shape, torch.nan, dtype=torch.promote_types(dtype, torch.float32))
+        setattr(layer, name, nn.Parameter(new, requires_grad=old.requires_grad))
+    layer.reset_parameters()
+    undrawn = [name for name in ("lora_A", "lora_B") if getattr(layer, name).isnan().all()]
+    if undrawn:
+        sizes = (layer.in_features, layer.out_features, layer.bias is not None)
+        with torch.device("cpu"):
+            made = type(layer)(*sizes, lora_rank=layer.lora_A.size(0), lora_alpha=1.0)
+        for name in undrawn:
+            getattr(layer, name).data = getattr(made, name).data.to(getattr(layer, name).dtype)
+
+
+def check_layers(model, layer_class: type, rank: int) -> None:
+    """Raises ValueError for layers of another shape than the handout's."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, layer_class):
+            continue
+        if layer.bias is None:
+            raise ValueError(f"lora.py: {name} has lost its bias: LoRALinear(..., bias=True) has one, as nn.Linear")
+        if "lora_A" not in layer._parameters:
+            continue
+        shapes = {"lora_A": (rank, layer.in_features), "lora_B": (layer.out_features, rank)}
+        words = {"lora_A": "(lora_rank, in_features)", "lora_B": "(out_features, lora_rank)"}
+        for key, expected in shapes.items():
+            found = getattr(layer, key, None)
+            if found is None or tuple(found.shape) != expected:
+                shape = "missing" if found is None else tuple(found.shape)
+                raise ValueError(f"lora.py: {name}.{key} is {shape}, and should be {words[key]} = {expected}")
+
+
+def check_frozen(model) -> None:
+    """Raises ValueError if mark_only_lora_as_trainable has left something else than A and B trainable, or neither."""
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    others = [name for name in trained if "lora_" not in name]
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise ValueError(
+            f"lora.py: after mark_only_lora_as_trainable {others[0]}{more} would train too, and their training would "
+            "be lost: only A and B are saved; set requires_grad = False for all others (--rank=0 trains every weight)"
+        )
+    for name in lora_layers(model):
+        missing = [key for key in ("lora_A", "lora_B") if f"{name}.{key}" not in trained]
+        if missing:
+            raise ValueError(f"lora.py: after mark_only_lora_as_trainable {name}.{missing[0]} does not train")
+
+
+def check_start(model) -> None:
+    """Raises ValueError if B A is not zero in a layer that was made anew: training would not start from the base."""
+    for name, layer in lora_layers(model).items():
+        A = layer.lora_A.detach()
+        B = layer.lora_B.detach()
+        if not (A.isfinite().all() and B.isfinite().all()):
+            raise ValueError(f"lora.py: {name} starts with values that are not finite: reset_parameters sets A and B")
+        if A.any() and B.any():
+            raise ValueError(
+                f"lora.py: {name} starts with B A other than zero, so not from the base model: reset_parameters sets "
+                "B to zero"
+            )

@@ -1,0 +1,105 @@
+"""The base of a run: its words are GPT-2's, it is not written over, and it stays the one that the run began with."""
+
+import base64
+import hashlib
+import json
+import os
+import re
+
+import torch
+
+from plumbing.gpt2.files import MASK, find_checkpoint, full_name, read_config
+from plumbing.program.files import ASSETS, open_tensors
+
+N_TOKENS = 50257  # of GPT-2's vocabulary
+PADDED = 50304  # nanoGPT's vocabulary: the next multiple of 64
+
+
+def check_vocabulary(name: str) -> None:
+    """Raises ValueError for a base of another vocabulary than GPT-2's, whose token ids are all that is used here."""
+    if name == "scratch":
+        return
+    config = find_checkpoint(name)[0]
+    n = read_config(config)["vocab_size"]
+    if n < N_TOKENS:
+        raise ValueError(f"init_from={name}: vocab_size={n}, but texts are made of GPT-2's {N_TOKENS:,} tokens")
+    known = [os.path.join(os.path.dirname(config), file) for file in TOKENIZERS]
+    found = [path for path in known if os.path.exists(path)]
+    if found and not is_gpt2s(found[0]):
+        raise ValueError(
+            f"init_from={name}: {found[0]} is another tokenizer than GPT-2's, which is all that is used here; type a "
+            "model of GPT-2's vocabulary"
+        )
+    if n > PADDED and not found:
+        print(f"note: init_from={name} has {n:,} tokens and no tokenizer's file: taken to begin with GPT-2's")
+
+
+TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+
+
+def is_gpt2s(path):
+    """Whether a tokenizer's file gives GPT-2's ids to every 97th of its tokens, as far as they are plain letters."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            vocabulary = json.load(f)
+        if isinstance(vocabulary["model"], dict):  # tokenizer.json; in vocab.json "model" is a word
+            vocabulary = vocabulary["model"]["vocab"]
+        with open(os.path.join(ASSETS, "gpt2.tiktoken"), "rb") as f:
+            tokens = [base64.b64decode(line.split()[0]) for line in f]
+        plain = [i for i in range(0, len(tokens), 97) if re.fullmatch(rb" ?[!-~]+", tokens[i])]
+        return all(vocabulary[tokens[i].decode().replace(" ", "Ġ")] == i for i in plain)
+    except (ValueError, LookupError, TypeError):  # no JSON; a list of pairs; a word that is missing
+        return False
+
+
+def check_base_stays(config) -> None:
+    """Raises ValueError where a run that trains all weights would write them over its base."""
+    if config.run or config.rank or config.init_from == "scratch" or not os.path.isdir(config.out_dir):
+        return
+    config_path, files = find_checkpoint(config.init_from)
+    for path in (config_path, *files, *map(os.path.realpath, files)):
+        if os.path.samefile(os.path.dirname(path), config.out_dir):
+            raise ValueError(
+                f"out_dir={config.out_dir} is the base itself, which rank=0 would write over; type another --out_dir"
+            )
+
+
+def fingerprint_base(name: str) -> dict[str, str] | None:
+    """What tells a base's weights from others of the same sizes: {dtype: SHA-256 of some values of every tensor,
+    rounded to it}; None for "scratch". The same weights in other files, or in another order, give the same."""
+    if name == "scratch":
+        return None
+    samples = {}
+    for path in find_checkpoint(name)[1]:
+        with open_tensors(path) as f:
+            for key in f.keys():  # noqa: SIM118  (not a dict)
+                if full_name(key) != "lm_head.weight" and not MASK.search(key):
+                    samples[full_name(key)] = take_some(f.get_slice(key))
+    names = " ".join(sorted(samples)).encode()
+    values = torch.cat([samples[key] for key in sorted(samples)])
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    rounded = {str(dtype).removeprefix("torch."): values.to(dtype).float() for dtype in dtypes}
+    return {dtype: hashlib.sha256(names + v.numpy().tobytes()).hexdigest() for dtype, v in rounded.items()}
+
+
+def take_some(stored, n=64):
+    """Up to n values at the begin, the middle and the end of a stored tensor, as float32. The rest is not read."""
+    size = stored.get_shape()
+    parts = []
+    for share in (0, 1, 2):
+        at = [share * max(0, length - 1) // 2 for length in size[:-1]]
+        first = share * max(0, size[-1] - n) // 2
+        parts.append(stored[(*(slice(i, i + 1) for i in at), slice(first, first + n))])
+    return torch.cat([part.flatten().float() for part in parts])
+
+
+def check_same_weights(name: str, then: dict | None, out_dir: str) -> None:
+    """Raises ValueError if a checkpoint's weights are no longer those that the run in out_dir knows: `then`, of
+    fingerprint_base, or None for an older run. Weights that were saved in half precision meanwhile are the same: one
+    side is the other's rounding."""
+    now = then and fingerprint_base(name)
+    if then and now["float32"] not in then.values() and then["float32"] not in now.values():
+        raise ValueError(
+            f"{name} holds other weights than those that the run in {out_dir} knows; put the old ones back, or start "
+            "another run with another --out_dir"
+        )

@@ -1,0 +1,81 @@
+"""Starts programs as forks of a process that has imported torch and the like, which saves two seconds each. What is
+imported of the repository, variables, folder, signals and exit code are those of a program of its own.
+
+python tests/fork_server.py      a line of json on stdin for each program: see `start` in conftest.py
+"""
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import resource
+import runpy
+import sys
+
+# What train.py and generate.py import, but for the repository itself: not huggingface_hub, which looks at variables.
+for name in ("filelock", "matplotlib.pyplot", "numpy", "safetensors.torch", "tiktoken.load", "torch", "tqdm"):
+    importlib.import_module(name)
+
+
+def write(path, number):
+    with open(f"{path}.tmp", "w") as f:
+        f.write(str(number))
+    os.replace(f"{path}.tmp", path)
+
+
+def serve():
+    """Returns a job in the process that is to do it; ends where nobody wants another one."""
+    gc.freeze()
+    for line in sys.stdin:
+        job = json.loads(line)
+        if os.fork():
+            with contextlib.suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:  # the watchers that are done
+                    pass
+            continue
+        program = os.fork()
+        if not program:
+            return job
+        write(f"{job['folder']}/pid", program)
+        status = os.waitpid(program, 0)[1]
+        write(f"{job['folder']}/code", os.waitstatus_to_exitcode(status))
+        os._exit(0)
+    os._exit(0)
+
+
+def become(job):
+    """The program's folder, variables, files and limits."""
+    os.chdir(job["cwd"])
+    os.environ.clear()
+    os.environ.update(job["env"])
+    for fd, path in enumerate((os.devnull, job["out"], job["err"])):
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(file, fd)
+        os.close(file)
+    if job["limit"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
+    paths = job["env"].get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[0:1] = [path for path in paths if path]
+
+
+def run(args):
+    """As `python *args`."""
+    if args[0] == "-c":
+        sys.argv = ["-c", *args[2:]]
+        sys.path.insert(0, "")
+        exec(compile(args[1], "<string>", "exec"), {"__name__": "__main__"})
+    elif args[0] == "-m":
+        sys.argv = args[1:]
+        sys.path.insert(0, os.getcwd())
+        runpy.run_module(args[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = args
+        sys.path.insert(0, os.path.dirname(os.path.abspath(args[0])))
+        runpy.run_path(args[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    job = serve()
+    become(job)
+    run(job["args"])

@@ -1,0 +1,160 @@
+"""Pictures of a report, each for light and for dark pages. paint_...(axes, colors, data) draws and labels one."""
+
+import io
+import itertools
+import os
+from collections.abc import Callable
+from statistics import mean
+
+from plumbing.program.files import whole_file
+from plumbing.scoring.loss_plot import DARK, LIGHT, label_ends
+
+LOSS = "validation loss (nats per scored token)"
+
+
+def draw(folder: str, name: str, alt: str, paint: Callable, panels: int = 1, size: tuple = (5.4, 3.6)) -> tuple:
+    """Draws a picture, svg or png by its name, for light pages and a twin for dark ones. `paint(axes, colors)` gets
+    one matplotlib Axes or, with more panels, a list of them. size: inches. Returns the part of a page."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    looks = ((name, LIGHT, "#222222", "#ffffff"), (dark_twin(name), DARK, "#e6e6e6", "#161a1d"))
+    for file, colors, ink, ground in looks:
+        style = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
+        style |= {"figure.facecolor": ground, "axes.facecolor": ground, "font.size": 11, "svg.hashsalt": "nanolora"}
+        kind = os.path.splitext(file)[1][1:]
+        options = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 150}
+        picture = io.BytesIO()
+        with plt.rc_context(style):
+            fig, axes = plt.subplots(1, panels, figsize=size, layout="constrained")
+            for ax in axes if panels > 1 else [axes]:
+                ax.spines[["top", "right"]].set_visible(False)
+                ax.grid(axis="y", alpha=0.2)
+            paint(axes, colors)
+            fig.savefig(picture, format=kind, **options)
+            plt.close(fig)
+        with whole_file(os.path.join(folder, file)) as f:
+            f.write(picture.getvalue())
+    return "plot", (name, alt)
+
+
+def dark_twin(path: str) -> str:
+    name, ending = os.path.splitext(path)
+    return f"{name}-dark{ending}"
+
+
+# --- what an adapter learned -----------------------------------------------------------------------
+
+
+def paint_spectra(ax, colors, spectra: dict):
+    """Singular values over their number, {kind of layer: [values, ...]}: a line a layer, a name a kind."""
+    ends = []
+    for (name, layers), color in zip(spectra.items(), itertools.cycle(colors)):
+        for values in layers:
+            ax.plot(range(1, len(values) + 1), values, color=color, linewidth=1, alpha=0.6)
+        ends.append((len(layers[0]), mean(values[-1] for values in layers), name, color))
+    is_trained = min(values[-1] for layers in spectra.values() for values in layers) > 0
+    ax.set(xlabel="direction", ylabel="singular value of the update", yscale="log" if is_trained else "linear")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    label_ends(ax, ends)
+
+
+def paint_stress(ax, colors, layers: list):
+    """|U^T W0 V| of each layer, (own, the update's, random directions): a column of dots a layer, on a log scale."""
+    ends = []
+    for values, name, color in zip(zip(*layers), ("W0's own", "the update's", "random"), colors):
+        ax.plot(range(1, len(values) + 1), values, "o", color=color, markersize=4)
+        ends.append((len(values), values[-1], name, color))
+    ax.set(xlabel="layer", ylabel="norm of W0 along these directions", yscale="log")
+    label_ends(ax, ends)
+
+
+def paint_similarity(axes, colors, maps: list, rows: str, columns: str):
+    """Heat maps of subspace similarity, [(title, (I, J) matrix)], side by side and on one scale from 0 to 1."""
+    for ax, (title, phi) in zip(axes, maps):
+        extent = (0.5, phi.shape[1] + 0.5, phi.shape[0] + 0.5, 0.5)
+        picture = ax.imshow(phi, vmin=0, vmax=1, cmap="viridis", aspect="auto", extent=extent)
+        ax.set_title(title, fontsize=9)
+        ax.set(xlabel=columns)
+        ax.set_xticks([1, phi.shape[1]])
+        ax.set_yticks([1, phi.shape[0]])
+        ax.grid(False)
+    axes[0].set(ylabel=rows)
+    axes[0].figure.colorbar(picture, ax=axes, shrink=0.8, ticks=[0, 0.5, 1])
+
+
+# --- what runs say about a claim -------------------------------------------------------------------
+
+
+def write_rate(rate: float, digits: int = 2) -> str:
+    """A learning rate in few characters: 2.5e-4."""
+    number, _, power = f"{rate:.{digits - 1}e}".partition("e")
+    return f"{float(number):g}e{int(power)}"
+
+
+def paint_rates(ax, colors, lines: dict):
+    """Loss over the learning rate, {name: ([(rate, loss), ...], best rate)}: the best rate, if it lies within, is
+    marked and named."""
+    ends = []
+    for (name, (points, best)), color in zip(lines.items(), colors):
+        ax.plot(*zip(*points), "o-", color=color, markersize=4, linewidth=1.4)
+        ends.append((*points[-1], name, color))
+        if points[0][0] < best < points[-1][0]:
+            place = 0.93 + 0.08 * len(ends)  # of the rate: above the plot, where no line's name is
+            ax.axvline(best, ymax=place, color=color, linestyle=":", linewidth=1.2, clip_on=False)
+            style = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "fontsize": 9}
+            ax.annotate(write_rate(best), (best, place), (3, 0), color=color, annotation_clip=False, **style)
+    # A rate that is much too high must not flatten the rest.
+    losses = sorted(loss for points, _ in lines.values() for _, loss in points)
+    middle = losses[len(losses) // 2]
+    ax.set_ylim(losses[0] - 0.1 * (middle - losses[0]), min(losses[-1], middle + 3 * (middle - losses[0])) * 1.01)
+    ax.set(xlabel="learning rate", ylabel=LOSS, xscale="log")
+    tried = sorted({rate for points, _ in lines.values() for rate, _ in points})
+    shown = tried[:: -(-len(tried) // 6)]  # six at most, or their names overlap
+    ax.set_xticks(shown, [write_rate(rate, digits=3) for rate in shown])
+    ax.minorticks_off()
+    label_ends(ax, [(x, min(y, ax.get_ylim()[1]), name, color) for x, y, name, color in ends])
+
+
+def paint_over_rank(ax, colors, lines: dict, levels: dict, what: str):
+    """`what` over the rank, {name: {rank: one a seed}}: each seed a dot, the means a line. Levels {name: value}
+    are dashed. One far below the rest, such as the accuracy (%) of a base that names no label, is only named."""
+    ranks = sorted({rank for line in lines.values() for rank in line})
+    right = len(ranks) - 0.7
+    colors = iter(colors)
+    ends = []
+    seen = []
+    for name, line in lines.items():
+        color = next(colors)
+        places = [ranks.index(rank) for rank in line]
+        means = [mean(values) for values in line.values()]
+        dots = [(place, value) for place, values in zip(places, line.values()) for value in values]
+        ax.plot(places, means, color=color, linewidth=1.4)
+        ax.plot(*zip(*dots), "o", color=color, markersize=4, alpha=0.6)
+        ends.append((right, means[-1], name, color))
+        seen += [value for _, value in dots]
+    near = {name: level for name, level in levels.items() if level > min(seen) - 10}
+    for (name, level), color in zip(near.items(), colors):
+        ax.axhline(level, color=color, linestyle="--", linewidth=1.2)
+        ends.append((right, level, name, color))
+    if far := [f"{name} {level:.1f}" for name, level in levels.items() if name not in near]:
+        ax.set_title("below this plot: " + ", ".join(far), loc="right", fontsize=9)
+    ax.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
+    ax.set(xlabel="rank r", ylabel=what, xlim=(-0.3, right))
+    label_ends(ax, ends)
+
+
+def paint_differences(ax, colors, rows: list, what: str = "difference of the losses"):
+    """Differences with their 95 % intervals, [(name, Estimate)], one below the other, beside a line at zero."""
+    for y, (name, e) in enumerate(rows):
+        ax.plot([e.low, e.high], [y, y], color=colors[0], linewidth=2)
+        ax.plot(e.value, y, "o", color=colors[0])
+        ax.annotate(name, (e.value, y), (0, 7), textcoords="offset points", ha="center", annotation_clip=False)
+    ax.axvline(0, color=colors[1], linestyle="--", linewidth=1.2)
+    ax.set(xlabel=what, ylim=(len(rows) - 0.5, -0.6))
+    ax.set_yticks([])
+    ax.locator_params(axis="x", nbins=5)
+    ax.grid(False)
+    ax.spines["left"].set_visible(False)

@@ -1,0 +1,354 @@
+"""The report of a sweep: a function answers each question of the assignment from the runs' own files."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from statistics import mean
+
+import numpy as np
+
+from configurator import Config
+from plumbing.adapters.peft_format import ADAPTER_WEIGHTS
+from plumbing.program.errors import first_line
+from plumbing.scoring.accuracy import wilson
+from plumbing.scoring.loss_plot import draw_curves
+from tools.report import claims
+from tools.report.page import write_page
+from tools.report.paint import draw, paint_over_rank
+from tools.report.verdicts import bootstrap, seed_deviation
+from tools.runs.run import AGAINST, CLAIM, FULL, LORA, UNTUNED, Run, count_parameters
+
+
+@dataclass
+class Results:
+    """What the questions are answered from."""
+
+    config: Config  # the sweep's
+    runs: list[Run]  # all that were planned, without those of the claims
+    failed: dict[str, str]  # {name: reason}
+    speeds: dict | None  # latency.json
+
+    @cached_property
+    def done(self) -> list[Run]:
+        return [run for run in self.runs if run.done()]
+
+    def of(self, method: str) -> list[Run]:
+        """The runs of a method that are done."""
+        return [run for run in self.done if run.method == method]
+
+    @cached_property
+    def lora(self) -> dict[int, list[Run]]:
+        """{rank: its runs that are done}, without ranks that have none."""
+        return group_by(self.of(LORA), lambda run: run.config.rank)
+
+    @property
+    def default(self) -> list[Run]:
+        """LoRA's runs of the configuration's rank or, if it is not among the ranks, of the largest."""
+        ranks = [run.config.rank for run in self.runs if run.method == LORA]
+        rank = self.config.rank if self.config.rank in ranks else max(ranks, default=0)
+        return self.lora.get(rank, [])
+
+    def plot_curves(self, name: str, alt: str, groups: dict[str, list[Run]]) -> tuple:
+        """The validation curves of {name: runs}, as a part of the page."""
+        curves = {title: [run.curve for run in group] for title, group in groups.items()}
+        paint = partial(draw_curves, curves=curves, what="validation loss")
+        return draw(self.config.sweep_dir, name, alt, paint)
+
+
+def write_report(config, runs: list[Run], failed: dict, speeds: dict | None, full_lr: float) -> None:
+    """report.md, report.html and their pictures in config.sweep_dir. full_lr: that of full fine-tuning."""
+    results = Results(config, [run for run in runs if run.method != CLAIM], failed, speeds)
+    summary = summarize(results)
+    parts = []
+    for title, needs, answer in QUESTIONS:
+        if needs(results):
+            parts += [("h2", title), *answer(results)]
+    if of_claims := {run.name: run for run in runs if run.method == CLAIM}:
+        found = claims.gather(of_claims, config, full_lr, speeds.get("turns", {}))
+        judged = claims.judge_all(found)
+        parts += claims.write_chapter(judged, found, partial(draw, config.sweep_dir))
+        summary.append(claims.count_verdicts(judged))
+    if failed:
+        parts += [("h2", "Runs that failed"), ("table", [["run", "reason"], *map(list, failed.items())])]
+    head = [("h1", "LoRA fine-tuning: the report")]
+    if summary:
+        head.append(("p", " ".join(summary)))
+    head.append(("p", describe_sweep(results)))
+    for name in ("report.md", "report.html"):
+        write_page(os.path.join(config.sweep_dir, name), head + parts)
+
+
+def describe_sweep(results):
+    config = results.config
+    text = f"{config.init_from} on {config.dataset}"
+    if results.runs:
+        examples = config.batch_size * config.gradient_accumulation_steps
+        seeds = ", ".join(config.seeds.split(","))
+        text += f", seeds {seeds}; {config.max_iters} updates of {examples} examples"
+    return f"{text}. Every number is read from the runs' own files."
+
+
+# --- the questions, in their order -----------------------------------------------------------------
+
+QUESTIONS = []  # (title, what it needs, function)
+
+
+def question(title: str, needs: Callable = lambda results: results.runs):
+    """Registers a function, Results -> the parts below the title. Without what it needs the question is left out."""
+
+    def register(answer: Callable[[Results], list]):
+        QUESTIONS.append((title, needs, answer))
+        return answer
+
+    return register
+
+
+@question("2.1 Inference latency", lambda results: results.speeds)
+def answer_latency(results):
+    shown = {name: results.speeds[name] for name in ("base", "unmerged", "merged")}
+    rows = [[name, f"{v['median']:.1f}", f"{v['low']:.1f} to {v['high']:.1f}"] for name, v in shown.items()]
+    base, unmerged, merged = (v["median"] for v in shown.values())
+    text = (
+        f"r = {results.speeds['rank']}, one text, 32 tokens after 52. Beside the base, the unmerged model runs at "
+        f"{percent(unmerged / base)} of the speed, for its adapters' extra products, the merged one at "
+        f"{percent(merged / base)}: its matrices have the base's shapes."
+    )
+    return [("table", [["model", "tokens/s (median)", "lowest to highest"], *rows]), ("p", text)]
+
+
+@question("2.2 Validation loss", lambda results: results.default)
+def answer_loss(results):
+    run = results.default[0]
+    name = f"r = {run.config.rank}"
+    picture = results.plot_curves("loss.svg", f"validation loss of {name} over updates", {name: results.default})
+    return [picture, ("p", describe_curve(run))]
+
+
+@question("2.3 Share of parameters trained", lambda results: results.lora or results.of(FULL))
+def answer_share(results):
+    counts = {run.config.rank: count_parameters(run.config) for run in results.done if run.method != UNTUNED}
+    rows = [[str(r or "full"), f"{n:,}", f"{total:,}", percent(n / total, 2)] for r, (n, total) in counts.items()]
+    return [("table", [["r", "trained", "all", "share"], *rows])]
+
+
+@question("2.4 Template", lambda results: True)
+def answer_template(results):
+    return [("code", results.config.template)]
+
+
+@question("2.5 Accuracy without tuning", lambda results: results.of(UNTUNED))
+def answer_untuned(results):
+    (run,) = results.of(UNTUNED)
+    text = (
+        f"{percent(run.accuracy)} of {run.score['n']} test examples (95 % interval {show_interval([run])}); "
+        f"{percent(run.score['garbage'])} of the answers name no label."
+    )
+    return [("p", text)]
+
+
+@question("2.6 Results")
+def answer_all(results):
+    """The table of the methods and ranks."""
+    compared = [run for run in results.runs if run.method != AGAINST]
+    groups = group_by(compared, lambda run: (run.method, run.config.rank)).values()
+    rows = [describe_group(group, results.failed) for group in groups]
+    text = (
+        "Loss and accuracy are means over the seeds. The accuracy's interval (Wilson) is what the size of the test "
+        "set alone gives. Garbage: answers that name no label; they count as wrong. MB: of the adapter, or of the "
+        "whole model. Above the configuration's rank the learning rate falls as 1 / sqrt(r), or it would be too high."
+    )
+    parts = [("table", [HEAD, *rows]), ("p", text)]
+    if results.lora and results.of(FULL):
+        parts.append(("p", compare_losses(results)))
+    return parts
+
+
+@question("2.7 Accuracy over the rank", lambda results: results.lora)
+def answer_rank(results):
+    accuracies = {rank: [100 * run.accuracy for run in group] for rank, group in results.lora.items()}
+    levels = {method: 100 * mean_accuracy(results.of(method)) for method in (FULL, UNTUNED) if results.of(method)}
+    paint = partial(paint_over_rank, lines={LORA: accuracies}, levels=levels, what="test accuracy (%)")
+    top = max(results.lora.values(), key=mean_accuracy)
+    text = f"r = {top[0].config.rank} is best with {percent(mean_accuracy(top))}"
+    if results.of(FULL):
+        text += f", {compare_points(mean_accuracy(top), mean_accuracy(results.of(FULL)))} full fine-tuning"
+    picture = draw(results.config.sweep_dir, "accuracy.svg", "test accuracy over the rank", paint)
+    return [picture, ("p", f"{text}.")]
+
+
+@question("2.8 Validation loss of r = 1", lambda results: 1 in results.lora)
+def answer_rank_one(results):
+    """Beside r = 128 or, without that, the default rank."""
+    ones = results.lora[1]
+    others = results.lora.get(128) or results.default or ones
+    groups = {f"r = {group[0].config.rank}": group for group in (ones, others)}
+    picture = results.plot_curves("loss-r1.svg", "validation loss of r = 1 over updates", groups)
+    return [picture, ("p", describe_curve(ones[0], others[0]))]
+
+
+@question("2.9 Learning rate and alpha", lambda results: results.of(AGAINST) and results.default)
+def answer_lr_alpha(results):
+    """The default run and two in which the learning rate rises as alpha falls, or falls as it rises."""
+    own = results.default
+    three = {f"lr {run.config.lr:g}, alpha {run.config.alpha:g}": run for run in (own[0], *results.of(AGAINST))}
+    rows = [[name, f"{run.best_loss:.4f}", percent(run.accuracy)] for name, run in three.items()]
+    groups = {name: [run] for name, run in three.items()}
+    picture = results.plot_curves("lr-alpha.svg", "validation loss, learning rate against alpha", groups)
+    apart = np.ptp([run.best_loss for run in three.values()])
+    gained = own[0].curve[0][1] - own[0].best_loss
+    text = f"Their best losses lie {apart:.4f} apart, {percent(apart / gained, 2)} of what training gained."
+    if len(own) > 1:
+        text += f" The seed alone moves it by {np.ptp([run.best_loss for run in own]):.4f}."
+    text += (
+        " B starts at zero and AdamW's steps have the size of lr whatever the gradient's, so alpha B grows as "
+        "alpha times lr, which is the same in the three: to first order they are one knob."
+    )
+    return [("table", [["run", "best validation loss", "test accuracy"], *rows]), picture, ("p", text)]
+
+
+# --- in words --------------------------------------------------------------------------------------
+
+
+def summarize(results):
+    """The report in three sentences: the best accuracy, what it cost, LoRA beside full fine-tuning."""
+    groups = [group for group in (*results.lora.values(), results.of(FULL)) if group]
+    if not groups:
+        return []
+    top = max(groups, key=mean_accuracy)
+    trained, total = count_parameters(top[0].config)
+    sentences = [
+        f"Best is {name_of(top)}: {percent(mean_accuracy(top))} of {top[0].score['n']} test examples (95 % interval "
+        f"{show_interval(top)}).",
+        f"It trains {trained:,} of {total:,} parameters ({percent(trained / total)}) in "
+        f"{mean(run.minutes for run in top):.1f} minutes.",
+    ]
+    full = results.of(FULL)
+    if results.lora and full:
+        lora = max(results.lora.values(), key=mean_accuracy)
+        trained, _ = count_parameters(lora[0].config)
+        gap = mean_loss(lora) - mean_loss(full)
+        loss = f"{abs(gap):.4f} {'higher' if gap > 0 else 'lower'}" if round(gap, 4) else "the same"
+        sentences.append(
+            f"{name_of(lora)} is {compare_points(mean_accuracy(lora), mean_accuracy(full))} full fine-tuning "
+            f"({percent(mean_accuracy(full))}) at {percent(trained / total, 2)} of its parameters; its best "
+            f"validation loss is {loss}."
+        )
+    return sentences
+
+
+def compare_points(accuracy, other):
+    """How an accuracy compares with another one, as both are shown: to a tenth of a point."""
+    gap = round(100 * accuracy, 1) - round(100 * other, 1)
+    if abs(gap) < 0.05:
+        return "as good as"
+    return f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'}"
+
+
+def compare_losses(results):
+    """LoRA's validation losses minus those of full fine-tuning, over the same examples."""
+    config = results.config
+    losses = {}
+    try:
+        if claims.draws_validation(config):
+            return "The seed draws the validation split, so validation losses are not compared example by example."
+        for rank, group in {0: results.of(FULL), **results.lora}.items():
+            losses[rank] = np.stack([claims.losses_of_run(run.folder, config.device) for run in group])
+    except (ValueError, OSError, RuntimeError) as e:  # data that is gone, or no memory: the rest needs neither
+        return f"Validation losses could not be compared example by example here: {first_line(e)}"
+    deviation = seed_deviation(losses)
+    gaps = {r: bootstrap(lambda means, r=r: means[r] - means[0], losses, deviation) for r in losses if r}
+    seeds = " and seeds" if deviation else ""
+    return (
+        "LoRA's validation loss minus full fine-tuning's, example by example, with the 95 % interval that "
+        f"examples{seeds} leave: " + ", ".join(f"r = {r} {claims.show(gap)}" for r, gap in gaps.items()) + "."
+    )
+
+
+def describe_curve(run, other=None):
+    """What a validation curve shows, also beside another run's."""
+    curve = run.curve
+    first = curve[0][1]
+    last_at, last = curve[-1]
+    low_at, low = min(curve, key=lambda point: point[1])
+    fall = next(loss for it, loss in curve if it >= 0.75 * last_at) - last
+    text = f"r = {run.config.rank} begins at {first:.4f} and is lowest, {low:.4f}, at update {low_at} of {last_at}. "
+    if last > low * 1.01:
+        text += f"It has risen by {last - low:.4f} since: it overfits, and the best weights are kept."
+    elif fall > last * 0.01:
+        text += f"It still falls at the end: by {fall:.4f} over its last quarter."
+    else:
+        text += f"It is flat at the end: its last quarter changes it by {abs(fall):.4f}."
+    if other and other is not run:
+        theirs = dict(other.curve)
+        above = [loss > theirs[it] for it, loss in curve if it and it in theirs]
+        gap = low - other.best_loss
+        text += (
+            f" It lies above r = {other.config.rank}'s at {sum(above)} of {len(above)} evaluations; its best loss is "
+            f"{abs(gap):.4f} {'higher' if gap > 0 else 'lower'}."
+        )
+    return text
+
+
+HEAD = ["method", "r", "alpha", "lr", "trained", "share", "validation loss", "test accuracy", "95 % interval"]
+HEAD += ["each seed", "garbage", "minutes", "MB"]
+
+
+def describe_group(group, failed):
+    """A row of the table: the runs of a method and rank, over their seeds. What does not apply stays empty."""
+    method = group[0].method
+    config = group[0].config
+    done = [run for run in group if run.done()]
+    lost = "; ".join(f"{run.name}: {failed.get(run.name, 'not run')}" for run in group if not run.done())
+    row = {"method": method, "test accuracy": lost}
+    if method == LORA:
+        row |= {"r": str(config.rank), "alpha": f"{config.alpha:g}"}
+    if method != UNTUNED:
+        row["lr"] = f"{config.lr:g}"
+    if done:
+        trained, total = count_parameters(config)
+        trained = 0 if method == UNTUNED else trained
+        row |= {"trained": f"{trained:,}", "share": percent(trained / total, 2)}
+        row["test accuracy"] = f"{percent(mean_accuracy(done))} {lost}".strip()
+        row["95 % interval"] = show_interval(done)
+        row["each seed"] = ", ".join(f"{100 * run.accuracy:.1f}" for run in done)
+        row["garbage"] = percent(mean(run.score["garbage"] for run in done))
+    if done and method != UNTUNED:
+        row["validation loss"] = f"{mean_loss(done):.4f}"
+        row["minutes"] = f"{mean(run.minutes for run in done):.1f}"
+        size = os.path.getsize(done[0].path(ADAPTER_WEIGHTS if method == LORA else "model.safetensors"))
+        row["MB"] = f"{size / 1e6:.2f}"
+    return [row.get(name, "") for name in HEAD]
+
+
+# --- groups of runs, one for each seed -------------------------------------------------------------
+
+
+def group_by(runs, key):
+    groups = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return groups
+
+
+def name_of(group):
+    rank = group[0].config.rank
+    return f"LoRA with r = {rank}" if rank else FULL
+
+
+def mean_accuracy(group):
+    return mean(run.accuracy for run in group)
+
+
+def mean_loss(group):
+    return mean(run.best_loss for run in group)
+
+
+def show_interval(group):
+    """The 95 % interval of their mean accuracy."""
+    low, high = wilson(mean_accuracy(group), group[0].score["n"])
+    return f"{percent(low)} to {percent(high)}"
+
+
+def percent(share, digits=1):
+    return f"{100 * share:.{digits}f} %"
