@@ -163,7 +163,8 @@ class CustomDataLoader:
     dataset: rt_reviews, a file, a directory or a name on the hub. block_size: the model's context in tokens.
     label_names: words for the labels 0, 1, ..., with commas; None: as the data names them. loss_on: "label" (its
     tokens and end-of-text are scored) or "all" (every token is). wanted: the splits to load. train_examples: the
-    number of training examples, chosen by the seed; 0: all. is_answered and max_new_tokens: as for Prompt.
+    number of training examples, chosen by the seed; 0: all. held_out: the share of train that stands in for
+    validation, chosen by the seed. is_answered and max_new_tokens: as for Prompt.
     learned: the words of a run's classes, in its order; word_of: the word of each label, as its data writes it.
 
     After that `splits[name]` is a sequence of Example (tokens, n_prompt, label, text), `prefixes[name]` the first
@@ -189,6 +190,7 @@ class CustomDataLoader:
         classify: bool = False,
         balance_classes: bool = False,
         train_examples: int = 0,
+        held_out: float = 0.0,
         is_answered: bool = False,
         max_new_tokens: int | None = None,
         learned: list[str] | None = None,
@@ -208,6 +210,10 @@ class CustomDataLoader:
         with take_turns(dataset):
             asked = Asked(dataset, label_names, learned, word_of, classify)
             self._load(asked, (text_field, label_field), wanted)
+        if held_out and {"train", "validation"} <= set(wanted):
+            n = round(held_out * len(self.splits["train"]))
+            self.splits["validation"], self.splits["train"] = self.splits["train"].divide(n, seed)
+            self.prefixes["validation"] = self.prefixes["train"]
         if "train" in wanted and 0 < train_examples < len(self.splits["train"]):
             self.splits["train"] = self.splits["train"].choose(train_examples, seed)
         self.class_weights = None
@@ -361,7 +367,7 @@ def make_loader(config, block_size: int, wanted: Collection[str] = ("train", "va
 
 
 READ_FROM_CONFIG = ("dataset", "batch_size", "text_field", "label_field", "label_names", "loss_on", "seed")
-READ_FROM_CONFIG += ("balance_classes", "train_examples")
+READ_FROM_CONFIG += ("balance_classes", "train_examples", "held_out")
 
 
 def make_prompt(config, block_size: int, label_names: list[str]) -> Prompt:

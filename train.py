@@ -406,6 +406,10 @@ def save_best(run: Run) -> None:
 
 
 def print_start(run: Run, progress: Progress) -> None:
+    if run.config.wandb_run_name and not run.config.wandb_log:
+        print0(
+            run, f"note: wandb_run_name={run.config.wandb_run_name} is not used: type --wandb_log=True to log there"
+        )
     print0(run, parameter_report(run.model))
     dtype = str(run.dtype).removeprefix("torch.")
     updates = f"from update {progress.iter} to {run.config.max_iters}"
