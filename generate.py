@@ -242,14 +242,14 @@ class ModelSampler:
             dtype = pick_dtype(self.device, config.dtype, mixed=getattr(LoRALinear, "mixes_dtypes", False))
             n_classes = len(self.find_label_names()) if config.task == "classify" else 0
             torch.manual_seed(config.seed)  # an untuned classifier's head is drawn as train.py draws it
-            self.model = load_model(config, self.device, dtype, n_classes)
+            self.model = open_model(config, self.device, dtype, n_classes)
             torch.manual_seed(config.seed)
 
 
 # --- the model -------------------------------------------------------------------------------------
 
 
-def load_model(config: Config, device: str, dtype: torch.dtype, n_classes: int = 0) -> GPT:
+def open_model(config: Config, device: str, dtype: torch.dtype, n_classes: int = 0) -> GPT:
     """The model of a config, ready to generate: a base, or the best weights of the run in out_dir."""
     has_adapter = config.run is not None and config.rank > 0
     if config.run:
