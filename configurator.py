@@ -73,9 +73,7 @@ class Config:
     template: str = setting(TEMPLATE, kept=RUN)  # {text} and {label}; {label} comes last
     loss_on: str = setting("label", one_of=("label", "all"), kept=RUN)  # all: every token is scored
     train_examples: int = setting(0, least=0, kept=RUN)  # training examples, chosen by the seed; 0: all
-    held_out: float = setting(
-        0.0, least=0, most=0.9, kept=RUN
-    )  # share of train that picks the best weights; 0: validation does
+    held_out: float = setting(0.0, least=0, most=0.9, kept=RUN)  # share of train that stands in for validation
     balance_classes: bool = setting(False, kept=RUN)  # classify: rare classes weigh as much in the loss
     # --- training
     out_dir: str = setting("out", kept=CALL)  # where everything is written

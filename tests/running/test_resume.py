@@ -313,7 +313,7 @@ def test_the_best_of_other_batches_starts_anew(place, monkeypatch, capsys, eval_
     here(resume(place, name, max_iters=4, eval_iters=eval_iters))
     assert read_checkpoint(place / name)["progress"]["best"] == best
     assert ((place / name / "adapter_model.safetensors").read_bytes() == adapter) == (best == 0.1)
-    assert capsys.readouterr().out.count("the best starts anew") == (best != 0.1)
+    assert capsys.readouterr().out.count("the best one is reset") == (best != 0.1)
     monkeypatch.setattr(train, "evaluate", lambda run: 0.95)
     here(resume(place, name, max_iters=6))  # what was typed counts from then on
     assert read_checkpoint(place / name)["progress"]["best"] == best
