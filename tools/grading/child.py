@@ -91,6 +91,8 @@ def shut_in(base: Path, work: Path, hidden: list[Path]) -> Path:
 
 def become_nobody(work: Path) -> None:
     """As root without namespaces: a user who can write work/tmp alone. Raises where Python is not for all to read."""
+    for path in work.rglob("*"):
+        path.chmod(path.stat().st_mode | (0o55 if path.is_dir() else 0o44))
     for folder in (work / "tmp", work / "tmp" / "cache"):
         os.chown(folder, NOBODY, NOBODY)
     os.setgroups([])
@@ -165,8 +167,9 @@ def run_student(fd, output, key: bytearray, part: int, command: list[str], way: 
         sys.argv = command
         runpy.run_path(command[0], run_name="__main__")
     else:
-        options = ["-p", "no:cacheprovider", "--rootdir=.", "-c", os.devnull, f"--basetemp={here}/tmp/pytest"]
-        pytest.main([*options, *command], [reporter(fd, key, Path(command[0]).read_text("utf-8"))])
+        options = ["-p", "no:cacheprovider", "--rootdir=.", "--confcutdir=.", "-c", os.devnull]
+        plugin = reporter(fd, key, Path(command[0]).read_text("utf-8"))
+        pytest.main([*options, f"--basetemp={here}/tmp/pytest", *command], [plugin])
 
 
 def end(pid):
