@@ -132,7 +132,7 @@ def grade(submissions: list[str], out: str = "", parts: str = "1,2,3,4,5,6", job
         raise UserError(f"{', '.join(wrong) or 'no submission'}: type folders or zip files, one for each student")
     if len(paths) < len(submissions):
         raise UserError("two submissions have one name: name each folder or zip file after its student")
-    if not out or Path(out).exists():
+    if not out.endswith(".csv") or Path(out).exists() or Path(out).with_suffix(".jsonl").exists():
         raise UserError(f"--out={out}: type the name of a new file, such as --out=grades.csv")
     try:
         numbers = [int(part) for part in parts.split(",")], int(jobs or os.cpu_count()), float(limit)

@@ -42,7 +42,7 @@ def parse_flags(argv: list[str], cls: type, about: str) -> tuple[str | None, dic
 
 
 def program_name():
-    """As it was typed: python train.py, or python -m tools.sweep."""
+    """As it was typed: python train.py, or python -m tools.NAME."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # of a module that was started with -m
     return f"python -m {spec.name}" if spec else f"python {os.path.basename(sys.argv[0])}"
 

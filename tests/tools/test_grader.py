@@ -259,7 +259,7 @@ def test_gradescope(tmp_path):
         is_wrong = test["name"].startswith("train.py: build model trains the adapters")
         assert test["score"] == (0 if is_wrong else test["max_score"]), test
         assert ("still empty: build_model" in test["output"]) == is_wrong and test["visibility"] == "visible"
-    assert sum(test["max_score"] for test in results["tests"]) == pytest.approx(23, abs=0.01)
+    assert sum(test["max_score"] for test in results["tests"]) == pytest.approx(23)
 
 
 def test_mistakes_of_the_teachers(tmp_path):

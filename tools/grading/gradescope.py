@@ -54,7 +54,7 @@ def grade(submission: Path, results: Path) -> None:
     for part, messages in sorted(graded.items()):
         name = PARTS[part - 1]
         for test, message in messages.items():
-            points = round(POINTS[name] / len(messages), 4)
+            points = POINTS[name] / len(messages)
             row = {"name": f"{name}: {test.removeprefix('test_').replace('_', ' ')}", "max_score": points}
             row |= {"score": 0.0 if message else points, "status": "failed" if message else "passed"}
             tests.append(row | {"output": message or "right", "visibility": "visible"})

@@ -29,6 +29,7 @@ HERE = Path(__file__).resolve().parents[2]
 FILES = ("lora.py", "model.py", "dataloader.py", "train.py", "generate.py")
 PARTS = (*FILES, "trained")  # part 6
 POINTS = {"lora.py": 9, "model.py": 3, "dataloader.py": 4, "train.py": 2, "generate.py": 5, "trained": 2}
+MOST = 1 << 24  # bytes of reports from one process
 TRAINING = "test_training_reaches_75_percent"
 # What an exercise does not need: where a file has such a word and the handout's has not, a teacher should look at it.
 UNUSUAL = {"_exit", "_getframe", "atexit", "builtins", "ctypes", "eval", "exec", "f_back", "gc", "globals"}
@@ -43,17 +44,21 @@ def read_files(submission: Path) -> dict[str, bytes]:
     """{name: content} of the exercises' files in a folder or a zip, of each the one that lies least deep. A link is
     passed over: it might lead to the solution."""
     if submission.is_dir():
-        paths = [path for path in submission.rglob("*.py") if path.is_file() and not path.is_symlink()]
-        there = [(path.relative_to(submission), path.read_bytes) for path in paths if inside(path, submission)]
+        paths = [path for path in submission.rglob("*.py") if is_own_file(path, submission)]
+        there = [(path.relative_to(submission), path.read_bytes) for path in paths]
     else:
         archive = zipfile.ZipFile(submission)
         there = [(Path(name), lambda name=name: archive.read(name)) for name in archive.namelist()]
     there.sort(key=lambda pair: len(pair[0].parts), reverse=True)
-    return {path.name: read() for path, read in there if path.name in FILES and "__MACOSX" not in path.parts}
+    try:
+        return {path.name: read() for path, read in there if path.name in FILES and "__MACOSX" not in path.parts}
+    except (zipfile.BadZipFile, RuntimeError) as e:  # such as one with a password
+        raise ValueError(f"{submission}: {e}") from e
 
 
-def inside(path, folder):
-    return path.resolve().is_relative_to(folder.resolve())
+def is_own_file(path, folder):
+    """Whether a file lies in the folder itself, and no link leads there."""
+    return path.is_file() and path.resolve() == folder.resolve() / path.relative_to(folder)
 
 
 def unusual_words(files: dict[str, bytes], copy: Path) -> str:
@@ -95,41 +100,44 @@ def grade_part(files: dict[str, bytes], copy: Path, part: int, limit: float, way
         shutil.copytree(base / "cache", work / "tmp" / "cache")
         test_file = f"homework_tests/test_{part}_{PARTS[part - 1]}"
         command = ["train.py", *training_settings()[0], "--out_dir=../tmp/out"] if part == 6 else [test_file]
-        told, reason = run(part, command, limit, way, base, work, hidden)
-        end = (work / "output.txt").read_text("utf-8", "replace")[-500:].strip() or "nothing"
+        with tempfile.TemporaryFile() as output:
+            told, reason = run(part, command, output, limit, way, base, work, hidden)
+            output.seek(0)
+            end = output.read()[-500:].decode("utf-8", "replace").strip() or "nothing"
         if part == 6:
             return {TRAINING: score(work, reason or f"its output ends in {end}")}
         tests = re.findall(r"^def (test_\w+)", (copy / test_file).read_text("utf-8"), re.MULTILINE)
         return judge(tests, told, reason or f"the program ended before this test; it wrote {end}")
 
 
-def run(part, command, limit, way, base, work, hidden):
-    """([(name, message)] as reported, why the process was ended early or None)."""
+def run(part, command, output, limit, way, base, work, hidden):
+    """([(name, message)] as reported, why the process was ended early or None). It writes into the file `output`."""
     key = bytearray(secrets.token_bytes(32))
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            run_student(writing, key, part, command, way, base, work, hidden)
+            run_student(writing, output.fileno(), key, part, command, way, base, work, hidden)
         finally:
             os._exit(0)
     os.close(writing)
     received, reason, deadline = b"", None, time.monotonic() + limit
-    while True:
-        if select.select([reading], [], [], 0.2)[0]:
-            data = os.read(reading, 1 << 16)
-            received += data
-            if not data:
+    try:
+        while True:
+            if select.select([reading], [], [], 0.2)[0]:
+                data = os.read(reading, 1 << 16)
+                received += data
+                if not data:
+                    break
+            elif os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                break  # it has ended, and something that it started has the pipe
+            if time.monotonic() > deadline or len(received) > MOST:
+                reason = f"not done after {limit:g} seconds" if len(received) <= MOST else "it reports without end"
                 break
-        elif os.waitpid(pid, os.WNOHANG)[0]:  # but something that it started has the pipe
-            pid = None
-            break
-        if time.monotonic() > deadline and not reason:
-            reason = f"not done after {limit:g} seconds"
-            os.kill(pid, signal.SIGTERM)
-    if pid:
+    finally:
+        os.kill(pid, signal.SIGTERM)
         os.waitpid(pid, 0)
-    os.close(reading)
+        os.close(reading)
     return check_signatures(received, key), reason
 
 
@@ -173,7 +181,7 @@ def score(work: Path, ended: str) -> str | None:
     folder.mkdir()
     out = work / "tmp" / "out"
     for path in out.iterdir() if out.is_dir() else ():
-        if path.suffix in (".json", ".safetensors") and path.is_file() and not path.is_symlink():
+        if path.suffix in (".json", ".safetensors") and is_own_file(path, work):
             shutil.copy(path, folder)
     if not (folder / "adapter_model.safetensors").exists():
         return f"train.py wrote no adapter: {ended}"
@@ -192,7 +200,7 @@ def prepare_base(base: Path, hidden: list[Path]) -> str:
     """Makes what all jobs need in the folder `base`: the teacher's downloaded reviews, and what stands in place of
     what is hidden. Returns the way in which this system shuts a process in, and prints what it cannot do."""
     base.chmod(0o711)
-    for name in ("empty", "root", "cache", "jobs/trial/tmp"):
+    for name in ("empty", "root", "cache", "jobs/trial/tmp/cache"):
         (base / name).mkdir(parents=True)
     (base / "jobs").chmod(0o711)  # nobody finds another job's folder in it
     (base / "empty.txt").touch()
@@ -222,7 +230,7 @@ def grade_all(submissions: dict[str, Path], copy: Path, parts, jobs: int, limit:
     torch.set_num_threads(1)
     files = {name: read_files(path) for name, path in submissions.items()}
     hidden = find_solutions(list(submissions.values()))
-    waiting = [(name, part) for name in submissions for part in parts if part < 6]
+    waiting = [(name, part) for name in submissions for part in parts if part < 6 or len(parts) == 1]
     results, times, running = {name: {} for name in submissions}, {name: {} for name in submissions}, {}
     with tempfile.TemporaryDirectory(prefix="nanolora-", ignore_cleanup_errors=True) as base:
         base = Path(base).resolve()
@@ -264,14 +272,14 @@ def write_grades(out: str, submissions: dict[str, Path], copy: Path, parts, jobs
     """A line of the csv `out` for each submission when it is done, and its tests with their messages as a line of
     JSON in the file next to it."""
     names = [PARTS[part - 1] for part in parts]
+    look = {name: unusual_words(read_files(path), copy) for name, path in submissions.items()}
     with open(out, "x", newline="") as table, open(Path(out).with_suffix(".jsonl"), "x") as details:
         rows = csv.writer(table)
         rows.writerow(["submission", *names, "total", "of", "look at"])
         for name, results, seconds in grade_all(submissions, copy, parts, jobs, limit):
             points = points_of(results)
-            look = unusual_words(read_files(submissions[name]), copy)
             total = [round(sum(points.values()), 2), sum(POINTS[name] for name in names)]
-            rows.writerow([name, *(points[name] for name in names), *total, look])
+            rows.writerow([name, *(points[name] for name in names), *total, look[name]])
             tests = {PARTS[part - 1]: tests for part, tests in sorted(results.items())}
             details.write(json.dumps({"submission": name, "tests": tests, "seconds": seconds}) + "\n")
             table.flush(), details.flush()
