@@ -35,8 +35,10 @@ from plumbing.gpt2.batch import Batch
 from plumbing.gpt2.files import context_size
 from plumbing.gpt2.memory import check_weights
 from plumbing.program.errors import one_line_errors
+from plumbing.program.files import make_folder
 from plumbing.program.settings import settings_of
 from plumbing.program.stored_run import write_run
+from plumbing.program.terminal import forgiving_output
 from plumbing.running.checkpoint import (
     CHECKPOINT,
     Progress,
@@ -351,7 +353,7 @@ def open_folder(run: Run) -> Progress:
         progress.best = math.inf
     progress.eval_iters = config.eval_iters
     if is_first:
-        os.makedirs(config.out_dir, exist_ok=True)
+        make_folder(config.out_dir)
         if config.run is None:
             for old in (CHECKPOINT, "metrics.jsonl"):  # an earlier run's files, which a resume would go on with
                 with contextlib.suppress(FileNotFoundError):
@@ -434,4 +436,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with forgiving_output():
+        main(sys.argv[1:])

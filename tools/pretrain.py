@@ -33,6 +33,7 @@ from plumbing.gpt2.base import check_base_stays, check_same_weights
 from plumbing.gpt2.batch import Batch
 from plumbing.program.errors import one_line_errors
 from plumbing.program.settings import CALL, MODEL, RUN, setting
+from plumbing.program.terminal import forgiving_output
 from plumbing.running.checkpoint import check_same_data, locked_folder
 from plumbing.running.endings import explain_failure
 from plumbing.running.optimizers import build_optimizers
@@ -283,4 +284,5 @@ def main(config: PretrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(configure(sys.argv[1:], cls=PretrainConfig))
+    with forgiving_output():
+        main(configure(sys.argv[1:], cls=PretrainConfig))

@@ -9,7 +9,7 @@ import re
 import torch
 
 from plumbing.gpt2.files import MASK, find_checkpoint, full_name, read_config
-from plumbing.program.files import ASSETS, open_tensors
+from plumbing.program.files import find_asset, open_tensors
 
 N_TOKENS = 50257  # of GPT-2's vocabulary
 PADDED = 50304  # nanoGPT's vocabulary: the next multiple of 64
@@ -44,7 +44,7 @@ def is_gpt2s(path):
             vocabulary = json.load(f)
         if isinstance(vocabulary["model"], dict):  # tokenizer.json; in vocab.json "model" is a word
             vocabulary = vocabulary["model"]["vocab"]
-        with open(os.path.join(ASSETS, "gpt2.tiktoken"), "rb") as f:
+        with open(find_asset("gpt2.tiktoken"), "rb") as f:
             tokens = [base64.b64decode(line.split()[0]) for line in f]
         plain = [i for i in range(0, len(tokens), 97) if re.fullmatch(rb" ?[!-~]+", tokens[i])]
         return all(vocabulary[tokens[i].decode().replace(" ", "Ġ")] == i for i in plain)

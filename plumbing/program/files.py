@@ -17,6 +17,29 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 ASSETS = os.path.join(ROOT, "assets")
 
 
+def find_asset(name: str) -> str:
+    """The path of what ships with the repository. Raises FileNotFoundError where it was installed without."""
+    path = os.path.join(ASSETS, name)
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            f"{path} is missing: type pip install -e . in a copy of the repository, and keep the copy"
+        )
+    return path
+
+
+def make_folder(path: str) -> None:
+    """With the folders above it. Raises ValueError for a link into nowhere, OSError for what else is in the way."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except FileExistsError as e:
+        if not os.path.islink(e.filename):
+            raise
+        raise ValueError(
+            f"{e.filename} is a link to {os.readlink(e.filename)}, which is not there: make that folder, or type "
+            "another --out_dir"
+        ) from e
+
+
 def find_cache() -> str:
     """The folder of what is kept from run to run: NANOLORA_CACHE or, in XDG_CACHE_HOME or ~/.cache, nanolora. It
     begins with ~ where there is no home."""
