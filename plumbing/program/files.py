@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -31,13 +32,14 @@ def make_folder(path: str) -> None:
     """With the folders above it. Raises ValueError for a link into nowhere, OSError for what else is in the way."""
     try:
         os.makedirs(path, exist_ok=True)
-    except FileExistsError as e:
-        if not os.path.islink(e.filename):
+    except (FileExistsError, FileNotFoundError):
+        parts = itertools.accumulate(os.path.abspath(path).split(os.sep), lambda a, b: f"{a}{os.sep}{b}")
+        link = next((part for part in parts if os.path.islink(part) and not os.path.exists(part)), None)
+        if link is None:
             raise
         raise ValueError(
-            f"{e.filename} is a link to {os.readlink(e.filename)}, which is not there: make that folder, or type "
-            "another --out_dir"
-        ) from e
+            f"{link} is a link to {os.readlink(link)}, which is not there: make that folder, or type another --out_dir"
+        ) from None
 
 
 def find_cache() -> str:
