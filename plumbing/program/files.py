@@ -38,7 +38,7 @@ def make_folder(path: str) -> None:
         if link is None:
             raise
         raise ValueError(
-            f"{link} is a link to {os.readlink(link)}, which is not there: make that folder, or type another --out_dir"
+            f"{link} is a link to {os.readlink(link)}, which is not there: make it, or type another --out_dir"
         ) from None
 
 
