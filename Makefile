@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test gpu lint soak
+.PHONY: demo test gpu lint slow soak
 
 .venv/installed: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv
@@ -25,12 +25,17 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Two processes of one thread each; the one that is done takes tests from the other.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist=worksteal
 
 gpu: .venv/installed-dev
 	$(BIN)/python -m pytest -vv -rs -m gpu tests/running/test_gpu.py
 
-# 300 kills instead of the 20 of `make test`
+# What takes long and seldom tells: more seeds, more machines, more wrong answers to the homework
+slow: .venv/installed-dev
+	$(BIN)/python -m pytest -m slow
+
+# 300 kills instead of the 10 of `make test`
 soak: .venv/installed-dev
 	$(BIN)/python tests/running/soak.py 300

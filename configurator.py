@@ -43,6 +43,7 @@ class Facts:
     data: str | None = None  # a digest of its data set's content; None where this config names another data set
     dtype: str | None = None  # of its arithmetic
     label_names: list[str] | None = None  # the words of its labels
+    word_of: dict[str, str] | None = None  # which of them a label of its data has
 
 
 @dataclass
@@ -170,6 +171,8 @@ def combine(typed, from_file, cls, trains):
     config.run = Facts(**{key: value for key, value in facts.items() if key in known})
     if config.dataset != stored.get("dataset"):
         config.run.data = None
+    if config.label_names != stored.get("label_names"):  # typed now: they say what the labels of other data mean
+        config.run.word_of = None
     return config
 
 

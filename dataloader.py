@@ -12,38 +12,20 @@ One review's way through this file, with the template "Review: {text}\nSentiment
 Such templates come from Wei et al. 2022, Finetuned Language Models Are Zero-Shot Learners, section 2.1.
 """
 
-import contextlib
-import hashlib
-import itertools
-import json
 import math
-import os
 import re
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
 import torch
 
-from plumbing.data.labels import normalise_label, split_names
-from plumbing.data.records import describe_unused, read_records, survey_rows
-from plumbing.data.sources import find_source
-from plumbing.data.token_cache import (
-    Example,
-    Examples,
-    ExampleWriter,
-    cache_folder,
-    pause_garbage_collection,
-    read_meta,
-    take_turns,
-    whole_folder,
-    write_meta,
-)
-from plumbing.data.tokenizer import end_of_text, gpt2_encoding, start_encoding
+from plumbing.data.data_set import DataSet
+from plumbing.data.labels import Asked, normalise_label
+from plumbing.data.token_cache import Example, take_turns
+from plumbing.data.tokenizer import end_of_text, gpt2_encoding
 from plumbing.gpt2.batch import IGNORE, Batch, pad
 
-CACHE_VERSION = 5  # increase it when a change of code gives other tokens for the same data and settings
 ANSWER_TOKENS = 5  # so many tokens may be written after a prompt, or more where a label is longer
 
 
@@ -182,10 +164,12 @@ class CustomDataLoader:
     label_names: words for the labels 0, 1, ..., with commas; None: as the data names them. loss_on: "label" (its
     tokens and end-of-text are scored) or "all" (every token is). wanted: the splits to load. train_examples: the
     number of training examples, chosen by the seed; 0: all. is_answered and max_new_tokens: as for Prompt.
+    learned: the words of a run's classes, in its order; word_of: the word of each label, as its data writes it.
 
     After that `splits[name]` is a sequence of Example (tokens, n_prompt, label, text), `prefixes[name]` the first
-    tokens that all prompts of the split have in common, `label_names` a list, `prompt` the Prompt, `digest` a hash of
-    the data set's content. The same arguments and content give the same batches in the same order.
+    tokens that all prompts of the split have in common, `label_names` a list, `word_of` the word of each label as the
+    data writes it, `prompt` the Prompt, `digest` a hash of the data set's content. The same arguments and content
+    give the same batches in the same order.
 
     Raises ValueError or OSError, naming the value, for data or a template that cannot be used.
     """
@@ -207,13 +191,13 @@ class CustomDataLoader:
         train_examples: int = 0,
         is_answered: bool = False,
         max_new_tokens: int | None = None,
+        learned: list[str] | None = None,
+        word_of: dict[str, str] | None = None,
     ):
         self.dataset = dataset
         self.template = template
         self.batch_size = batch_size
         self.block_size = block_size
-        self.text_field = text_field
-        self.label_field = label_field
         self.loss_on = loss_on
         self.seed = seed
         self.classify = classify
@@ -221,8 +205,9 @@ class CustomDataLoader:
         self.max_new_tokens = max_new_tokens
         check_template(template)
         # Of several processes that start at once, one tokenises.
-        with take_turns(dataset), pause_garbage_collection():
-            self._load(label_names, wanted)
+        with take_turns(dataset):
+            asked = Asked(dataset, label_names, learned, word_of, classify)
+            self._load(asked, (text_field, label_field), wanted)
         if "train" in wanted and 0 < train_examples < len(self.splits["train"]):
             self.splits["train"] = self.splits["train"].choose(train_examples, seed)
         self.class_weights = None
@@ -310,15 +295,16 @@ class CustomDataLoader:
         weights = counts.sum() / (len(counts) * np.maximum(1, counts))
         return torch.tensor(weights, dtype=torch.float32)
 
-    # --- from the data set's rows, once, into files
+    # --- records -> examples, once, into files
 
-    def _load(self, label_names, wanted):
-        """Sets label_names, splits and prefixes, from the cache if the same was asked for before."""
-        source = find_source(self.dataset, (self.text_field, self.label_field))
-        self.digest = hashlib.sha256(source.digest.encode()).hexdigest()[:16]
-        names = split_names(label_names) if label_names else source.names.get(self.label_field)
-        survey = self._survey(source, names)
-        self.label_names = survey["label_names"]
+    def _load(self, asked: Asked, fields: tuple[str, str], wanted: Collection[str]):
+        """Sets label_names, prompt, splits and prefixes. The examples come from the cache, if the same was asked for
+        before; DataSet knows of files, splits and labels."""
+        data = DataSet(asked, fields)
+        self.label_names = data.label_names
+        self.word_of = data.word_of  # the word of each label, as the data writes it
+        self.digest = data.digest
+        self.drawn = data.drawn
         self.prompt = Prompt(
             self.template,
             self.label_names,
@@ -328,86 +314,27 @@ class CustomDataLoader:
             self.max_new_tokens,
             self._add_instruction_finetuning,
         )
-        # The cache's key: all that decides what the tokens are. The sample shows an edited template or method.
+        # All that decides what the tokens are. The sample shows an edited template or method.
         sample = self.prompt.fill("A joy.", 1)
-        key = [CACHE_VERSION, source.digest, self.template, self.text_field, self.label_field, self.label_names]
-        key += [self.loss_on, self.prompt.room, self.seed, self.classify, sample]
-        folder = cache_folder("examples", json.dumps(key))
-        self.drawn = survey["drawn"]  # the splits that the data set does not name: the seed chooses their examples
-        self._print_notes(survey)
-        metas = {split: read_meta(os.path.join(folder, split)) for split in wanted}
-        missing = [split for split in wanted if metas[split] is None]
-        if missing:
-            records = read_records(source, survey, self.text_field, self.label_field, self.seed)
-            metas |= self._tokenise(records, folder, missing, survey["used"])
-        self.splits = {split: Examples(os.path.join(folder, split)) for split in wanted}
+        key = [self.template, self.label_names, self.loss_on, self.prompt.room, self.classify, sample]
+        # Where every token is scored, the prefix is scored in each row, so it stays there. A classifier's input has
+        # no template, so no prefix.
+        shares_prefix = self.loss_on == "label" and not self.classify
+        self.splits, metas = data.load_examples(wanted, self.seed, self.prompt, self._fill, key, shares_prefix)
         self.prefixes = {split: meta["prefix"] for split, meta in metas.items()}
         n_cut = sum(meta["n_cut"] for meta in metas.values())
         if n_cut:
             print(f"note: {n_cut} texts were cut to fit the context of {self.block_size} tokens")
 
-    def _survey(self, source, names):
-        """What `survey_rows` says of all rows: label_names, the splits that are drawn, how many rows are used and why
-        others are not, notes. From its folder in the cache, or written there."""
-        fields = (self.text_field, self.label_field)
-        key = [CACHE_VERSION, source.digest, *fields, names, self.classify]
-        folder = cache_folder("survey", json.dumps(key))
-        survey = read_meta(folder)
-        if survey is None:
-            survey = survey_rows(source, self.dataset, *fields, names, self.classify)
-            with whole_folder(folder) as new:  # all of it or nothing is written
-                write_meta(new, **survey)
-        return survey
-
-    def _print_notes(self, survey):
-        """What a user should know of the data, at every start."""
-        if survey["unused"]:
-            print(f"note: {describe_unused(survey)}")
-        for note in survey["notes"]:
-            print(f"note: {note}")
+    def _fill(self, records: list[dict]) -> list[str]:
+        """The texts that are tokenised."""
+        if self.classify:
+            return [rec["text"] for rec in records]
+        return [self._add_instruction_finetuning(rec)["instr_tuned_text"] for rec in records]
 
     def split_is_drawn(self, split: str) -> bool:
         """Whether the seed chooses the examples of this split. If not, the data set itself names them."""
         return split in self.drawn
-
-    def _tokenise(self, records, folder, wanted, n_rows):
-        """Writes the wanted splits as files for `Examples`. Returns what each one's meta.json says."""
-        with contextlib.ExitStack() as stack:  # closes the pool and all writers at the end, after an error too
-            pool = stack.enter_context(ThreadPoolExecutor())
-            writers = {split: ExampleWriter(stack, os.path.join(folder, split)) for split in wanted}
-            wanted_records = ((split, rec) for split, rec in records if split in writers)
-            # Lists of 10,000 records, until an empty list comes.
-            parts = iter(lambda: list(itertools.islice(wanted_records, 10_000)), [])
-            begun = ((part, self._start_tokenising(part, pool)) for part in parts)
-            # pairwise asks for the next part, which starts its threads, before it hands out this one. So the threads
-            # tokenise the next part while this one is written. None follows the last part.
-            for (part, futures), _ in itertools.pairwise(itertools.chain(begun, [None])):
-                all_tokens = itertools.chain.from_iterable(future.result() for future in futures)
-                for (split, rec), tokens in zip(part, all_tokens):
-                    writers[split].add(*self.prompt.make_example(rec["text"], rec["label"], tokens))
-            for split, writer in writers.items():
-                if writer.n == 0:
-                    self._refuse_empty(split, n_rows)
-            # Where every token is scored, the prefix is scored in each row, so it stays there. A classifier's input
-            # has no template, so no prefix.
-            shares_prefix = self.loss_on == "label" and not self.classify
-            return {split: writer.finish(shares_prefix) for split, writer in writers.items()}
-
-    def _start_tokenising(self, part, pool):
-        """Lets the threads of `pool` tokenise the records of `part`. Returns the futures of `start_encoding`."""
-        texts = [rec["text"] for _, rec in part]
-        if not self.classify:
-            texts = [self._add_instruction_finetuning(rec)["instr_tuned_text"] for _, rec in part]
-        return start_encoding(texts, pool)
-
-    def _refuse_empty(self, split, n_rows):
-        problem = f"dataset={self.dataset}: no labelled row in its {split} split"
-        if split not in self.drawn:
-            raise ValueError(problem)
-        raise ValueError(
-            f"{problem}: its {n_rows} rows (equal texts count once) are too few to draw it from; type another "
-            "--seed, or name the splits by files (train.csv, validation.csv, test.csv) or by a column named split"
-        )
 
 
 def cut(values, size):
@@ -421,6 +348,8 @@ def make_loader(config, block_size: int, wanted: Collection[str] = ("train", "va
     """The CustomDataLoader of a config, for labels as text or as classes, with the wanted splits. options: others of
     its arguments. Raises ValueError or OSError for data that cannot be used."""
     settings = {key: getattr(config, key) for key in READ_FROM_CONFIG}
+    if config.run:
+        settings |= {"learned": config.run.label_names, "word_of": config.run.word_of}
     return CustomDataLoader(
         template=read_template(config),
         block_size=block_size,

@@ -22,7 +22,7 @@ from configurator import Config, configure, load_run, make_config
 from dataloader import CustomDataLoader, Prompt, make_loader, make_prompt
 from plumbing.adapters.layers import lora_arguments
 from plumbing.adapters.peft_format import load_adapter
-from plumbing.data.labels import find_label, split_names
+from plumbing.data.labels import find_label, refuse_unlearned, split_names
 from plumbing.data.tokenizer import end_of_text, gpt2_encoding
 from plumbing.gpt2.base import check_same_weights, check_vocabulary
 from plumbing.gpt2.files import context_size, find_checkpoint, read_config
@@ -225,11 +225,13 @@ class ModelSampler:
             self.prompt = make_prompt(self.config, self.block_size, self.find_label_names())
 
     def find_label_names(self) -> list[str]:
-        """Those that were typed, those that the run has learned, or the data's own."""
-        if self.config.label_names:
-            return split_names(self.config.label_names)
-        if self.config.run and self.config.run.label_names:
-            return self.config.run.label_names
+        """Those that the run has learned, in its order, those that were typed, or the data's own."""
+        config = self.config
+        if config.run and config.run.label_names:
+            refuse_unlearned(config.label_names, config.run.label_names)
+            return config.run.label_names
+        if config.label_names:
+            return split_names(config.label_names)
         self.load_data()
         return self.loader.label_names
 

@@ -54,7 +54,9 @@ def attend(q, k, v, mask=None, dropout=0.0):  # (B, H, T, D), k and v (B, H, K, 
     """Scaled dot-product attention ("Attention Is All You Need", Vaswani et al. 2017, section 3.2.1):
     softmax(q k^T / sqrt(D) + mask) v. mask: 0 where a token may look and minus infinity elsewhere, of a shape that
     broadcasts to (B, H, T, K). None: T = K tokens, and each looks at itself and at those before it."""
-    if q.is_cuda or k.size(2) > LONG:  # torch's fused kernel, which never holds all the weights
+    # torch's fused kernel never holds all the weights. On Apple's mps it has been wrong without an error (pytorch
+    # issues 163597, 181133, 184180, 195910).
+    if q.is_cuda or (q.is_cpu and k.size(2) > LONG):
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
     if mask is None:
         mask = causal_mask(q.size(2), k.size(2), q)

@@ -365,7 +365,9 @@ def open_folder(run: Run) -> Progress:
 def find_facts(run: Run) -> Facts:
     base = fingerprint_base(run.config.init_from)
     dtype = str(run.dtype).removeprefix("torch.")
-    return Facts(base=base, data=run.loader.digest, dtype=dtype, label_names=run.loader.label_names)
+    loader = run.loader
+    words = {"label_names": loader.label_names, "word_of": loader.word_of}
+    return Facts(base=base, data=loader.digest, dtype=dtype, **words)
 
 
 def record(run: Run, progress: Progress, val_loss: float, updates_per_s: float) -> dict:

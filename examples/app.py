@@ -19,7 +19,6 @@ import tempfile
 from dataclasses import replace
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from configurator import load_run
 from generate import ModelSampler
 from plumbing.data.tokenizer import gpt2_encoding
 from plumbing.program.errors import one_line_errors
@@ -39,12 +38,11 @@ TOKENS = 8_192  # in a batch
 
 def load(folder):
     """{title: ModelSampler}: a run's base and its tuned model. Without a classifier's base, which has no classes."""
-    config = load_run(folder)
-    tuned = ModelSampler(config=config)
+    tuned = ModelSampler(folder)
     tuned.load_prompt()
     models = {"after tuning": tuned}
-    if config.task != "classify":
-        models = {"before tuning": ModelSampler(config=replace(config, run=None))} | models
+    if not tuned.prompt.classify:
+        models = {"before tuning": ModelSampler(config=replace(tuned.config, run=None))} | models
     for sampler in models.values():
         sampler.prompt = tuned.prompt
         sampler.load_model()

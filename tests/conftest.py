@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ if os.path.exists(os.path.join(token_cache.CACHE, "rt_reviews")):
     shutil.copytree(os.path.join(token_cache.CACHE, "rt_reviews"), os.path.join(OWN.name, "rt_reviews"))
 os.environ["NANOLORA_CACHE"] = token_cache.CACHE = OWN.name
 
+torch.set_num_threads(1)  # as in the processes that `start` starts: what is computed here and there has the same bits
 REPO = Path(__file__).resolve().parents[1]
 MEDIUM = "configs/finetune_params_config.py"
 CUES = {"positive": "wonderful", "negative": "dreadful"}  # the word that gives a made-up review's label away
@@ -206,6 +208,21 @@ def finish(process, code=0):
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
     return out, err
+
+
+def sweep_here(argv):
+    """A sweep in this process, whose trainings and scorings are forks: to start them would take longer."""
+
+    from tools import sweep
+    from tools.runs import run as programs
+
+    def fork(command, env, stdin, stdout, stderr):
+        (begin,) = (i for i, word in enumerate(command) if word.endswith(("train.py", "generate.py")))
+        return Forked(command[begin:], REPO, env, None, log=stdout.name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs, "subprocess", SimpleNamespace(Popen=fork, DEVNULL=None, STDOUT=None))
+        sweep.main(configure(argv, cls=sweep.SweepConfig, trains=False))
 
 
 # --- what a run left -------------------------------------------------------------------------------

@@ -166,21 +166,25 @@ def course(tmp_path_factory):
 
 
 SHORT = ["--init_from=gpt2-mini", "--dataset=reviews.csv", "--label_names=negative,positive", "--batch_size=16"]
-SHORT += ["--max_iters=6", "--eval_interval=3"]
+SHORT += ["--max_iters=4", "--eval_interval=2", "--dtype=float32", "--dropout=0"]
+TRAIN = ["train.py", "config/finetune_params_config.py", "--rank=16", *SHORT]
 
 
-def test_the_handouts_commands_follow_one_another(course):
+@pytest.fixture(scope="module")
+def scored(course):
+    """What scoring shows after the handout's two commands."""
+    run(course, *TRAIN)
+    return run(course, "generate.py", "--init_from=resume")[0]
+
+
+def test_the_handouts_commands_follow_one_another(course, scored):
     """Otherwise generate.py looks for the run in another folder than the one that train.py wrote."""
-    run(course, "train.py", "config/finetune_params_config.py", "--rank=16", *SHORT, "--dtype=float32")
-    out, _ = run(course, "generate.py", "--init_from=resume")
-    assert re.search(r"accuracy \d+\.\d\d %.* of 32 examples", out)
+    assert re.search(r"accuracy \d+\.\d\d %.* of 32 examples", scored)
     assert json.loads((course / "out" / "accuracy.json").read_text())["n"] == 32
 
 
-def test_model_sampler_as_the_handout_has_it(course):
+def test_model_sampler_as_the_handout_has_it(course, scored):
     """Otherwise a notebook that was written for the handout's generate.py does not run."""
-    if not (course / "out" / "train_config.json").exists():
-        test_the_handouts_commands_follow_one_another(course)
     program = """
 from generate import ModelSampler
 sampler = ModelSampler("out", init_from="resume", device="cpu", max_new_tokens=5, temperature=1.0, top_k=200)
@@ -197,26 +201,23 @@ print("fine")
 # --- a lora.py of one's own ------------------------------------------------------------------------
 
 
-def test_a_students_lora_runs_in_place_of_ours(course):
+def test_a_students_lora_runs_in_place_of_ours(course, scored):
     """Otherwise whoever writes the exercise cannot train with what was written."""
-    flags = ["--rank=8", "--alpha=32", "--dtype=float32", "--dropout=0", *SHORT]
-    run(course, "train.py", *flags, "--out_dir=out-ours")
-    run(course, "generate.py", "--init_from=resume", "--out_dir=out-ours")
     ours = course / "lora.py"
     kept = ours.read_bytes()
     try:
         shutil.copy(REPO / "tests" / "student_lora.py", ours)
-        run(course, "train.py", *flags, "--out_dir=out-student")
+        run(course, *TRAIN, "--out_dir=out-student")
         run(course, "generate.py", "--init_from=resume", "--out_dir=out-student")
     finally:
         ours.write_bytes(kept)
     metrics = {}
-    for name in ("ours", "student"):
-        lines = (course / f"out-{name}" / "metrics.jsonl").read_text().splitlines()
+    for name, out in (("ours", "out"), ("student", "out-student")):
+        lines = (course / out / "metrics.jsonl").read_text().splitlines()
         metrics[name] = [json.loads(line)["val_loss"] for line in lines]
     assert len(metrics["ours"]) == 3 and metrics["ours"][-1] < metrics["ours"][0]
     assert metrics["student"] == pytest.approx(metrics["ours"], rel=1e-4)
-    one = load_file(course / "out-ours" / "adapter_model.safetensors")
+    one = load_file(course / "out" / "adapter_model.safetensors")
     other = load_file(course / "out-student" / "adapter_model.safetensors")
     assert one.keys() == other.keys()
     base = GPT2LMHeadModel.from_pretrained(course / "assets" / "gpt2-mini").eval()

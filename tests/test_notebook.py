@@ -4,6 +4,7 @@ python -m pytest tests/test_notebook.py
 """
 
 import os
+import shutil
 import subprocess
 import zipfile
 
@@ -31,8 +32,14 @@ def test_notebook_runs_and_is_stored_without_outputs(tmp_path, monkeypatch, old_
     notebook = nbformat.read(PATH, 4)
     assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in notebook.cells)
     for name in os.listdir(REPO):  # a folder of its own: outputs stay out of the repository
-        if not name.startswith(".") and not name.startswith("out"):
+        if not name.startswith(".") and not name.startswith("out") and name != "configs":
             os.symlink(os.path.join(REPO, name), tmp_path / name)
+    shutil.copytree(REPO / "configs", tmp_path / "configs")
+    config = tmp_path / "configs" / "finetune_mini_config.py"
+    config.write_text(config.read_text().replace('"rt_reviews"', '"few.csv"'))  # its test set is scored five times
+    words = ("a dull film", "a fine film")
+    rows = [f"{words[i % 2]} number {i},{i % 2},{('train', 'validation', 'test')[i // 2 % 3]}" for i in range(90)]
+    (tmp_path / "few.csv").write_text("\n".join(["text,label,split", *rows]))
     monkeypatch.setenv("NANOLORA_STEPS", "2")
     monkeypatch.setenv("PYTHONPATH", str(old_torchao))
     monkeypatch.setenv("PYTEST_ADDOPTS", "--collect-only")  # the last cell's tests would take minutes on a GPU

@@ -10,6 +10,7 @@ one helps another. They alternate step by step (A B A B), so drift affects all e
 """
 
 import contextlib
+import csv
 import importlib.util
 import itertools
 import multiprocessing
@@ -33,6 +34,7 @@ from configurator import Config, configure
 from dataloader import CustomDataLoader, make_loader
 from generate import ModelSampler
 from model import GPT, GPTConfig
+from plumbing.data import token_cache
 from plumbing.data.tokenizer import end_of_text, gpt2_encoding
 from plumbing.program.errors import one_line_errors
 from plumbing.program.files import ROOT, write_json
@@ -59,7 +61,8 @@ class BenchConfig:
     """Measures this repository beside transformers + peft, and beside the machine's own limit."""
 
     # --- bench
-    only: str = PARTS  # the parts to run, with commas
+    only: str = PARTS  # the parts to run, with commas; data: a first start on many rows
+    rows: int = setting(200_000, least=1)  # of the part data
     quick: bool = False  # fewer cases, within 3 minutes on 2 cores, 4 on a GPU
     steps: int = setting(0, least=0)  # measured steps of a case; 0: 11, or 2 with --quick
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -71,8 +74,8 @@ class Bench:
     """What is to be measured, with random weights and real texts; and what was found."""
 
     def __init__(self, config, folder):
-        if unknown := set(config.only.split(",")) - set(PARTS.split(",")):
-            raise ValueError(f"only={config.only}: no part {min(unknown)!r}; type some of {PARTS}")
+        if unknown := set(config.only.split(",")) - MEASURES.keys():
+            raise ValueError(f"only={config.only}: no part {min(unknown)!r}; type some of {','.join(MEASURES)}")
         if not os.path.isdir(os.path.dirname(os.path.abspath(config.out))):
             raise ValueError(f"out={config.out}: no such directory")
         if not all(map(importlib.util.find_spec, ("transformers", "peft"))):
@@ -182,8 +185,7 @@ def report(bench):
 
 def make_table(rows):
     table = [["case", "system", "median (lowest .. highest)", "peak memory", "beside the case's first line"]]
-    for last, row in zip([{}, *rows], rows):
-        case = "" if last.get("case") == row["case"] else row["case"]
+    for row in rows:
         middle, low, high = (f"{row[k]:,.{0 if row[k] >= 100 else 2}f}" for k in ("median", "low", "high"))
         memory = f"{row['memory'] / 1e9:.2f} GB" if row["memory"] else ""
         beside = ""
@@ -191,7 +193,7 @@ def make_table(rows):
             beside = f"{ratio['median']:.2f} x the time ({ratio['low']:.2f} .. {ratio['high']:.2f})"
         if row.get("memory_ratio"):
             beside += f", {row['memory_ratio']:.2f} x the memory"
-        table.append([case, row["system"], f"{middle} {row['unit']} ({low} .. {high})", memory, beside])
+        table.append([row["case"], row["system"], f"{middle} {row['unit']} ({low} .. {high})", memory, beside])
     return table
 
 
@@ -499,6 +501,46 @@ def measure_neighbours(bench):
                     other.wait()
 
 
+def measure_data(bench):
+    """A first start on many rows beside tiktoken's own call for the same filled prompts: the cost of files, labels,
+    splits and the cache. Each has a process of its own, and they alternate."""
+    path = os.path.join(bench.folder, "many.csv")
+    texts = [(ex.text, bench.loader.label_names[ex.label]) for ex in bench.loader.splits["train"]]
+    with open(path, "w", encoding="utf-8", newline="") as f:
+        rows = csv.writer(f)
+        rows.writerow(["text", "label"])
+        for i, (text, label) in zip(range(bench.config.rows), itertools.cycle(texts)):
+            rows.writerow([f"{i} {text}", label])
+    seconds = {"tiktoken, encode_ordinary_batch": [], "CustomDataLoader, the first time": []}
+    memory = {}
+    for _ in range(bench.config.steps or 3):
+        for name, function in zip(seconds, ("tokenise_alone", "load_first")):
+            command = [sys.executable, "-c", f"from tools import bench; print(*bench.{function}({path!r}))"]
+            out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+            took, memory[name] = map(float, out.splitlines()[-1].split())
+            seconds[name].append(took)
+    bench.add_rows(f"{bench.config.rows:,} rows of csv to tokens", "s", seconds, memory=memory)
+
+
+def load_first(path):
+    with tempfile.TemporaryDirectory() as token_cache.CACHE:
+        began = time.perf_counter()
+        CustomDataLoader(path, Config.template)
+        return time.perf_counter() - began, peak_memory("cpu")
+
+
+def tokenise_alone(path):
+    before, after = Config.template.removesuffix("{label}").split("{text}")
+    seconds = 0.0
+    with open(path, encoding="utf-8", newline="") as f:
+        rows = itertools.islice(csv.reader(f), 1, None)
+        while prompts := [before + text + after + label for text, label in itertools.islice(rows, 50_000)]:
+            began = time.perf_counter()
+            gpt2_encoding().encode_ordinary_batch(prompts, num_threads=os.cpu_count())
+            seconds += time.perf_counter() - began
+    return seconds, peak_memory("cpu")
+
+
 MEASURES = {
     "train": measure_training,
     "start": measure_start,
@@ -506,6 +548,7 @@ MEASURES = {
     "latency": measure_latency,
     "neighbour": measure_neighbours,
     "peak": measure_peak,
+    "data": measure_data,
 }
 
 if __name__ == "__main__":

@@ -126,8 +126,6 @@ def with_comments(lines: list[str], node: ast.stmt) -> int:
 
 def grade(submissions: list[str], out: str = "", parts: str = "1,2,3,4,5,6", jobs: str = "", limit: str = "120"):
     """Grades folders or zip files, each named after its student: a line of `out` for each."""
-    from tools.grading.submissions import write_grades
-
     paths = {Path(text).stem: Path(text) for text in submissions}
     wrong = [text for text in submissions if not (Path(text).is_dir() or zipfile.is_zipfile(text))]
     if not paths or wrong:
@@ -143,6 +141,8 @@ def grade(submissions: list[str], out: str = "", parts: str = "1,2,3,4,5,6", job
     chosen, jobs, limit = numbers
     if not {1, 2, 3, 4, 5, 6}.issuperset(chosen) or jobs < 1 or limit <= 0:
         raise UserError("type --parts=1,2,3 (of 1 to 6), --jobs=4 (processes) and --limit=120 (seconds a part)")
+    from tools.grading.submissions import write_grades  # not before: this imports torch
+
     with tempfile.TemporaryDirectory() as new:
         make_homework(f"{new}/copy")
         write_grades(out, paths, Path(new, "copy"), sorted(set(chosen)), jobs, limit)

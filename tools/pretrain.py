@@ -25,8 +25,7 @@ import torch.nn.functional as F
 
 from configurator import Config, configure
 from model import GPT, GPTConfig
-from plumbing.data.readers import read_rows
-from plumbing.data.sources import need_column
+from plumbing.data.readers import read_columns
 from plumbing.data.token_cache import cache_folder, hash_files, read_meta, whole_folder, write_meta
 from plumbing.data.tokenizer import end_of_text, gpt2_encoding
 from plumbing.gpt2.base import check_base_stays, check_same_weights
@@ -142,7 +141,7 @@ class TextLoader:
         self.context = context
         self.seed = seed
         self.batch_size = max(1, 1024 // context)  # of an evaluation: every token is scored over the whole vocabulary
-        self.label_names = None  # plain text has none
+        self.label_names = self.word_of = None  # plain text has none
         if not os.path.exists(dataset):
             raise ValueError(f"dataset={dataset}: no such file or directory; pretrain reads local text")
         files = [dataset]
@@ -201,12 +200,10 @@ def tokenise_text(files, folder, text_field, lowercase_share):
     n_bytes = dict.fromkeys(SPLITS, 0)
     with whole_folder(folder) as new, contextlib.ExitStack() as stack:
         out = {s: stack.enter_context(open(os.path.join(new, f"{s}.bin"), "wb")) for s in SPLITS}
-        rows = ((path, row) for path in files for _, row in read_rows(path, (text_field,)))
-        while part := list(itertools.islice(rows, 10_000)):
+        for column, _ in itertools.chain.from_iterable(read_columns(path, (text_field,)) for path in files):
             texts = {split: [] for split in SPLITS}
-            for path, row in part:
-                need_column(row, "text_field", text_field, path)
-                split, text = prepare_text(row[text_field] or "", lowercase_share)
+            for text in column.to_pylist():
+                split, text = prepare_text(text or "", lowercase_share)
                 texts[split].append(text)
             for split, documents in texts.items():
                 n_bytes[split] += sum(len(text.encode()) for text in documents)

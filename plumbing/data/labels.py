@@ -4,12 +4,13 @@ The loader and the score share these rules: no class is trained that the score c
 """
 
 import collections
+import functools
 import re
 import unicodedata
+from typing import NamedTuple
 
 ANSWER_CHARS = 40  # a label counts within these first characters of a text; more where the labels are longer
 NO_LABEL = ("", "nan", "na", "n/a", "#n/a", "<na>", "null")  # how tables write that a label is missing
-WHOLE_NUMBER = r"-?\d+(\.0*)?"
 
 
 def normalise_label(label: str) -> str:
@@ -36,101 +37,192 @@ def find_label(text: str, label_names: list[str]) -> int | None:
 
 
 def split_names(label_names: str) -> list[str]:
-    """The words of `--label_names`."""
-    return [name.strip() for name in label_names.split(",")]
+    """The words of `--label_names`: "bad,good", or pairs of a label in the data and its word, "0=bad,1=good"."""
+    return list(dict.fromkeys(read_pairs(label_names).values())) or [name.strip() for name in label_names.split(",")]
+
+
+def read_pairs(label_names):
+    """{label in the data: its word} of `--label_names=0=bad,1=good`; {} for plain words."""
+    pairs = [name.partition("=") for name in label_names.split(",")]
+    return {plain_number(label): word.strip() for label, _, word in pairs} if all(pair[1] for pair in pairs) else {}
 
 
 # --- from the labels of a data set to the classes ------------------------------------------------
 
 
-def name_labels(counts, places, dataset, names, unlabelled, classify):
+class Asked(NamedTuple):
+    """What is known of the words before the data is seen."""
+
+    dataset: str
+    label_names: str | None  # words that were typed or configured
+    learned: list[str] | None  # the words of a run's classes, in its order
+    word_of: dict[str, str] | None  # the word of each label, as that run's data writes it
+    classify: bool  # numbers may be words
+
+    @property
+    def words(self):
+        return split_names(self.label_names) if self.label_names else self.learned
+
+
+def name_labels(tally, class_names, place, asked: Asked) -> tuple:
     """How the labels of a data set become classes.
 
-    counts: how often each spelling of a label occurs; places: where it comes first. names: the words that the user
-    typed or the data set brings, or None. unlabelled: whether -1 says in this data set that a row has no label.
+    tally: (part, split, label or None for a row without a text, number of rows, its first row). class_names: for each
+    part the words of the labels 0, 1, ..., where it brings them, or None. place(part, row): for messages.
 
-    Returns label_names, the words of the classes; index, the class of each spelling; unused, how many rows have no
-    label, by reason; notes, what the user should know. Raises ValueError for labels that cannot be used.
+    Returns the words of the classes; the word of each label, as the data writes it; the class of each (part, label);
+    how many rows have no label or text, by reason; notes, what the user should know. Raises ValueError for labels
+    that cannot be used.
     """
-    known = {plain_number(name) for name in names or []}
+    if asked.learned:
+        refuse_unlearned(asked.label_names, asked.learned)
+    spelled = {plain_number(name) for name in [*(asked.words or []), *(asked.word_of or [])]}
     unused = collections.Counter()
-    labels = []
-    for label, n in counts.items():
-        spelling = normalise_label(label)
-        if unlabelled and spelling in ("-1", "-1.0"):
-            unused["unlabelled (-1)"] += n
-        elif spelling in NO_LABEL and spelling not in known:
-            unused[f"no label ({label.strip()})" if spelling else "no label"] += n
-        else:
-            labels.append(label)
-    is_number = [re.fullmatch(WHOLE_NUMBER, label.strip()) is not None for label in labels]
-    are_names = names is not None and all(plain_number(label) in known for label in labels)
-    if labels and all(is_number) and not are_names:
-        label_names, index, notes = name_numbers(labels, places, dataset, names, classify)
-    else:
-        label_names, index, notes = name_words(labels, counts, places, dataset, names)
-    return {"label_names": label_names, "index": index, "unused": unused, "notes": notes}
+    meant = {}  # (part, label) -> the label by its own part's word
+    counts = collections.Counter()
+    first = {}
+    own_words = set()
+    for part, _, label, n, row in tally:
+        names = class_names[part] or class_names[0]  # a part without words counts as the train file does
+        spelling = plain_number(label or "")
+        reason = None
+        if label is None:
+            reason = "no text"
+        elif names and spelling == "-1":
+            reason = "unlabelled (-1)"
+        elif spelling in NO_LABEL and spelling not in spelled:
+            reason = f"no label ({label.strip()})" if spelling else "no label"
+        if reason:
+            unused[reason] += n
+            continue
+        word = label
+        if names and is_whole(spelling):
+            if not 0 <= int(spelling) < len(names):
+                raise ValueError(
+                    f"{place(part, row)}: the label {spelling} is none of the file's own words' "
+                    f"({', '.join(names)}, from 0 on)"
+                )
+            word = names[int(spelling)]
+            own_words.add(word)
+        meant[part, label] = word
+        counts[word] += n
+        first.setdefault(word, (part, row))
+    places = {label: functools.partial(place, *at) for label, at in first.items()}
+    names, word_of, notes = choose_words(counts, own_words, places, class_names[0], asked)
+    names = asked.learned or names
+    classes = {plain_number(name): i for i, name in enumerate(names)}
+    final = {label: word_of.get(plain_number(label), label) for label in counts}
+    for label, word in final.items():
+        if plain_number(word) not in classes:
+            refuse_unknown(label, names, places[label](), asked)
+    written = {label: word for label, word in final.items() if label in own_words and fold(label) != fold(word)}
+    if written:
+        pairs = ", ".join(f"{label} is written as {word}" for label, word in sorted(written.items()))
+        notes = [*notes, f"label_names are other words than the data's own: {pairs}"]
+    class_of = {key: classes[plain_number(final[label])] for key, label in meant.items()}
+    return names, word_of, class_of, unused, notes
 
 
-def name_numbers(labels, places, dataset, names, classify):
-    """(words, class of each label, notes) of labels that are whole numbers.
+def choose_words(counts, own_words, places, class_names, asked):
+    """(words of the classes, the word of each label, notes): by what the run has learned, by the pairs that were
+    typed, by the words that the data brings, by counting numbers, or by the labels' own words."""
+    pairs = read_pairs(asked.label_names or "")
+    plain = [label for label in counts if label not in own_words]
+    new = [label for label in plain if plain_number(label) not in (asked.word_of or {})]
+    is_number = [is_whole(plain_number(label)) for label in new]
+    if asked.word_of:
+        counted = {}
+        if new and all(is_number) and asked.label_names and not any(map(is_whole, asked.word_of)):
+            _, counted, _ = name_numbers(new, places, asked)
+        return asked.learned, asked.word_of | counted, []
+    if pairs:  # of the data's words or, where it has such, of their numbers
+        named = {plain_number(name): pairs[str(i)] for i, name in enumerate(class_names or ()) if str(i) in pairs}
+        return split_names(asked.label_names), named | pairs, []
+    if class_names:
+        return rename_classes(class_names, counts, asked)
+    known = {plain_number(name) for name in asked.words or []}
+    if new and all(is_number) and not known.issuperset(map(plain_number, new)):
+        return name_numbers(new, places, asked)
+    return name_words(counts, places, asked)
 
-    The words are those of 0, 1, 2, ... in this order. Where they cannot be that, as for the labels -1 and 1 or 1 to
-    5, and are as many as the numbers, they are those of the numbers from the least to the largest.
+
+def rename_classes(class_names, counts, asked):
+    """The words 0, 1, ... of the data's own, or those typed: by word where they have all of these, else in order."""
+    words = asked.words or class_names
+    word_of = {plain_number(name): name for name in words}
+    if not set(map(plain_number, counts)) <= word_of.keys() and asked.label_names:
+        if len(words) != len(class_names):
+            raise ValueError(
+                f"label_names={asked.label_names}: {len(words)} words, and {asked.dataset} has {len(class_names)} "
+                f"labels ({', '.join(class_names)}): type one for each, in order"
+            )
+        word_of = dict(zip(map(plain_number, class_names), words))
+    numbers = {str(i): word_of.get(plain_number(name), name) for i, name in enumerate(class_names)}
+    return words, ({} if any(map(is_whole, word_of)) else numbers) | word_of, []
+
+
+def name_numbers(labels, places, asked):
+    """The words of labels that are whole numbers.
+
+    0 among them is the first word. Where the largest is the number of words, 1 is the first. Where neither way of
+    counting can be meant, as for -1 and 1, and there are as many words, they are those from the least number on.
     """
-    value_of = {label: int(label.strip().partition(".")[0]) for label in labels}
-    values = sorted(set(value_of.values()))
+    values = sorted({int(plain_number(label)) for label in labels})
     found = ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
-    if not names and classify and values[0] >= 0:
-        names = [str(i) for i in range(values[-1] + 1)] if values[0] == 0 else [str(value) for value in values]
-    if not names:
+    words = asked.words
+    if not words and asked.classify and values[0] >= 0:
+        words = [str(value) for value in (range(values[-1] + 1) if values[0] == 0 else values)]
+        return words, {word: word for word in words}, []
+    if not words:
         raise ValueError(
-            f"{dataset} has numbers for labels ({found}): type their words in order, such as "
+            f"{asked.dataset} has numbers for labels ({found}): type their words in order, such as "
             "--label_names=negative,positive"
         )
-    if values[0] >= 0 and values[-1] < len(names):
-        return names, value_of, []
-    if values[0] != 0 and len(values) == len(names):
-        pairs = ", ".join(f"{value} is {name}" for value, name in zip(values, names) if str(value) != name)
-        notes = [f"the labels are numbers, and label_names are their words in order: {pairs}"] if pairs else []
-        return names, {label: values.index(value) for label, value in value_of.items()}, notes
-    nameless = min((label for label in labels if not 0 <= value_of[label] < len(names)), key=value_of.get)
+    from_0, from_1 = ({str(i): word for i, word in enumerate(words, start)} for start in (0, 1))
+    wanted = set(map(str, values))
+    readings = [reading for reading in (from_0, from_1) if wanted <= reading.keys()]
+    if len(readings) == 2:
+        ways = [",".join(map("=".join, reading.items())) for reading in readings]
+        raise ValueError(
+            f"label_names={','.join(words)}: {asked.dataset} has the labels {found}, so the first word may be "
+            f"that of 0 or of 1: type --label_names={ways[0]} or --label_names={ways[1]}"
+        )
+    if not readings and values[0] != 0 and len(values) == len(words):
+        readings = [dict(zip(map(str, values), words))]
+    if readings:
+        pairs = ", ".join(f"{i} is {readings[0][str(i)]}" for i in values if str(i) != readings[0][str(i)])
+        note = f"the labels are numbers, and label_names are their words in order: {pairs}"
+        return words, readings[0], [note] if pairs and "0" not in readings[0] else []
+    nameless = min(value for value in values if not 0 <= value < len(words))
     remedy = "type one word for each of them, in order"
     if values[0] == 0:
         remedy = "the words are those of 0, 1, 2 and so on: type one for each"
     elif values[0] < 0:
         remedy += ", or take the rows with a negative number out if it means that they have no label"
+    where = next(places[label]() for label in labels if plain_number(label) == str(nameless))
     raise ValueError(
-        f"label_names={','.join(names)}: no word for the label {value_of[nameless]} of {dataset}, first in "
-        f"{places[nameless]}; the labels are {found}: {remedy}"
+        f"label_names={','.join(words)}: no word for the label {nameless} of {asked.dataset}, first in {where}; the "
+        f"labels are {found}: {remedy}"
     )
 
 
-def name_words(labels, counts, places, dataset, names):
-    """(words, class of each label, notes) of labels that are words. Spellings that `normalise_label` makes one are
-    one class; the most frequent one is its word."""
+def name_words(counts, places, asked):
+    """The words of labels that are words. Spellings that `normalise_label` makes one are one class; the most frequent
+    one is its word."""
     spellings = collections.defaultdict(list)
-    for label in labels:
+    for label in counts:
         spellings[plain_number(label)].append(label)
+    names = asked.words
     if names is None:
-        refuse_mixture(labels, places, dataset)
-        words = [most_frequent(group, counts) for group in spellings.values()]
-        names = sorted(words)
-    classes = {plain_number(name): i for i, name in enumerate(names)}
-    for spelling, group in spellings.items():
-        if spelling not in classes:
-            raise ValueError(
-                f"label_names={','.join(names)}: {dataset} has the label {group[0]!r} too, first in "
-                f"{places[group[0]]}; add it to label_names, take its rows "
-                "out, or type --label_names=None for the data's own words"
-            )
+        refuse_mixture(counts, places, asked.dataset)
+        names = sorted(most_frequent(group, counts) for group in spellings.values())
+    word_of = {plain_number(name): name for name in names}
     notes = []
     for spelling, group in spellings.items():
         if len({label.strip() for label in group}) > 1:
             found = ", ".join(f"{label!r} ({counts[label]} rows)" for label in sorted(group))
-            notes.append(f"{found} are one label: {names[classes[spelling]]!r}")
-    index = {label: classes[spelling] for spelling, group in spellings.items() for label in group}
-    return names, index, notes
+            notes.append(f"{found} are one label: {word_of.get(spelling)!r}")
+    return names, word_of, notes
 
 
 def most_frequent(group, counts):
@@ -141,14 +233,44 @@ def most_frequent(group, counts):
     return min(totals, key=lambda word: (-totals[word], word))
 
 
+def refuse_unlearned(label_names, learned):
+    """ValueError for words that were typed and that a run has not learned."""
+    unknown = [
+        word
+        for word in split_names(label_names or "")
+        if word and plain_number(word) not in map(plain_number, learned)
+    ]
+    if unknown:
+        raise ValueError(
+            f"label_names={label_names}: the run has learned {','.join(learned)}, and not {unknown[0]}; to say which "
+            f"label of the data is which of these, type --label_names=LABEL={learned[0]},LABEL={learned[-1]}"
+        )
+
+
+def refuse_unknown(label, names, where, asked):
+    problem = f"{asked.dataset} has the label {label!r} too, first in {where}"
+    words = ",".join(names)
+    if asked.learned:
+        raise ValueError(
+            f"{problem}, and the run has learned {words}: write those, or say which is which by "
+            f"--label_names={label.strip()}=WORD,..."
+        )
+    if asked.label_names:
+        raise ValueError(
+            f"label_names={words}: {problem}; add it to label_names, take its rows out, or type --label_names=None "
+            "for the data's own words"
+        )
+    raise ValueError(f"{problem}, and the train file has {words}: one of the two is to be changed")
+
+
 def refuse_mixture(labels, places, dataset):
     """Words and numbers at once are two spellings of the same classes more often than classes of their own."""
     numbers = [label for label in labels if is_decimal(label)]
     words = [label for label in labels if not is_decimal(label)]
     if numbers and words:
         raise ValueError(
-            f"{dataset} has numbers and words for labels: {numbers[0]!r} first in {places[numbers[0]]}, {words[0]!r} "
-            f"first in {places[words[0]]}; write one kind, or, if each is a class of its own, type "
+            f"{dataset} has numbers and words for labels: {numbers[0]!r} first in {places[numbers[0]]()}, "
+            f"{words[0]!r} first in {places[words[0]]()}; write one kind, or, if each is a class of its own, type "
             f"--label_names={','.join(sorted(label.strip() for label in labels)[:8])}"
         )
 
@@ -157,7 +279,11 @@ def is_decimal(label):
     return re.fullmatch(r"[-+]?\d*\.?\d+(e[-+]?\d+)?|[-+]?\d+\.", label.strip(), re.IGNORECASE) is not None
 
 
+def is_whole(spelling):
+    return re.fullmatch(r"-?\d+", spelling) is not None
+
+
 def plain_number(label):
     """The normalised label; a whole number without its point, as jsonl's 1.0 and csv's 1 are one label."""
     spelling = normalise_label(label)
-    return spelling.partition(".")[0] if re.fullmatch(WHOLE_NUMBER, spelling) else spelling
+    return str(int(spelling.partition(".")[0])) if re.fullmatch(r"-?\d+(\.0*)?", spelling) else spelling

@@ -1,22 +1,25 @@
-"""One file -> its rows, each a dict of columns, with the line where it stands.
+"""One file -> its rows: as Arrow columns of text, or one by one with the line where each stands.
 
 Text is UTF-8, or UTF-16 or UTF-32 with a byte-order mark; any file may be packed (.gz).
 """
 
 import codecs
-import collections
 import contextlib
 import csv
+import functools
 import gzip
 import io
 import itertools
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from plumbing.program.errors import UserError, first_line
 
+KEYS = ("text_field", "label_field")  # the settings that name the columns which are asked for
 SEPARATORS = (",", ";", "\t", "|")
 MARKS = {  # UTF-32's first: UTF-16's is its beginning
     codecs.BOM_UTF32_LE: "utf-32",
@@ -24,26 +27,46 @@ MARKS = {  # UTF-32's first: UTF-16's is its beginning
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+BREAK = r"\r\n|\r|\n"
+BATCH = 10_000  # rows in memory at once
 csv.field_size_limit(2**31 - 1)
 
 
-def read_rows(path: str, needed: tuple[str, ...] = (), read=None) -> Iterator[tuple[int, dict]]:
-    """Yields (line, row) of a file in one of `KINDS`; others are read as plain text, whose paragraphs are rows with
-    a `text`. Where a file has no lines, as parquet has none, the rows are counted.
+def read_columns(path: str, needed: tuple[str, ...]) -> Iterator[list]:
+    """Yields the rows of a file in one of `KINDS` as pyarrow arrays of text, some thousands at once: one array for
+    each column in `needed` (the text's, then the label's), and that of a column named split, in any capitals, or
+    None. What is missing is null. Raises ValueError that names file and line."""
+    n = 0  # rows so far
+    with name_damage(path):
+        if is_csv(path) or READERS.get(kind_of(path), read_txt) is None:
+            for batch in read_csv_batches(path, needed) if is_csv(path) else read_batches(path, needed):
+                yield pick_columns(batch, needed, functools.partial(place_of, path, needed), n)
+                n += batch.num_rows
+            return
+        rows = read_rows(path, needed)
+        while part := list(itertools.islice(rows, BATCH)):
+            yield collect_columns(part, needed, path)
 
-    needed: the columns that are asked for, the text's first and the label's last. read: another reader than that of
-    the file's kind. Raises ValueError that names file and line.
-    """
-    kind = kind_of(path)
-    read = read or READERS.get(kind, read_txt)
+
+def read_rows(path: str, needed: tuple[str, ...] = (), read=None) -> Iterator[tuple[int, dict]]:
+    """Yields (line, row) of a file that is no table of parquet's or Arrow's, values as they are; a kind that is not
+    known is read as plain text, whose paragraphs are rows with a `text`. Where a file has no lines, as json, its rows
+    are counted. read: another reader than that of the kind. Raises ValueError that names file and line."""
+    with name_damage(path):
+        yield from (read or READERS.get(kind_of(path), read_txt))(path, needed)
+
+
+@contextlib.contextmanager
+def name_damage(path):
+    """Errors of reading as one line that names the file."""
     try:
-        yield from read(path, needed)
+        yield
     except UserError:
         raise
     except UnicodeDecodeError as e:
         raise UserError(name_encoding(path)) from e
     except (ValueError, csv.Error, OSError, EOFError, zlib.error, RecursionError) as e:
-        raise UserError(f"{path} is damaged or no {kind}: {first_line(e)}") from e
+        raise UserError(f"{path} is damaged or no {kind_of(path)}: {first_line(e)}") from e
 
 
 def kind_of(path):
@@ -51,14 +74,106 @@ def kind_of(path):
     return os.path.splitext(path.lower().removesuffix(".gz"))[1].removeprefix(".")
 
 
+def is_csv(path):
+    return kind_of(path) in ("csv", "tsv")
+
+
+def place_of(path, needed, row):
+    """Where a row (0, 1, ...) of a file stands, for messages: it is read again for that."""
+    line = row + 1
+    if READERS[kind_of(path)] is not None:
+        line, _ = next(itertools.islice(read_rows(path, needed), row, None))
+    return f"{path}, {line_word(path)} {line}"
+
+
+def line_word(path):
+    return "line" if kind_of(path) in ("csv", "tsv", "jsonl", "txt") else "row"
+
+
+# --- columns and their values --------------------------------------------------------------------
+
+
+def need_column(row, key, column, where):
+    if column not in row:
+        raise UserError(f"{key}={column}: no such column in {where}; it has {', '.join(map(str, row))}")
+
+
 def check_columns(path, columns, needed):
     """Raises ValueError if a column that is asked for stands twice: which of the two is meant?"""
-    counts = collections.Counter(columns)
-    for column in (*needed, "split"):
-        if counts[column] > 1:
-            raise UserError(
-                f"{path}: the column {column} stands {counts[column]} times in it; rename all of them but one"
-            )
+    for column, n in [(name, columns.count(name)) for name in needed] + [("split", sum(map(is_split, columns)))]:
+        if n > 1:
+            raise UserError(f"{path}: the column {column} stands {n} times in it; rename all of them but one")
+
+
+def is_split(column):
+    return str(column).strip().lower() == "split"
+
+
+def to_text(value, key, column, where):
+    """A value as text; None where there is none: null, or the nan of pandas and JSON, which alone differs from
+    itself. Raises ValueError for lists and the like: what of them is meant?"""
+    if isinstance(value, (list, tuple, dict, bytes)):
+        raise UserError(
+            f"{where}: the column {column} holds {str(value)[:40]}, neither a word nor a number; write one into "
+            f"each row, or type --{key}=COLUMN for another column"
+        )
+    return None if value is None or value != value else str(value)
+
+
+def collect_columns(rows, needed, path):
+    """The columns of (line, row) pairs. A row with nothing in it has neither text nor label."""
+    columns = []
+    for key, column in zip(KEYS, needed):
+        values = []
+        for line, row in rows:
+            value = row.get(column)
+            if type(value) is not str:
+                where = f"{path}, {line_word(path)} {line}"
+                need_column(row or needed, key, column, where)
+                value = to_text(value, key, column, where)
+            values.append(value)
+        columns.append(text_array(values))
+    names = {name for _, row in rows for name in row if is_split(name)}
+    splits = [next((row[name] or "" for name in names if name in row), "train") for _, row in rows]
+    return [*columns, text_array(splits) if names else None]
+
+
+def text_array(values):
+    import pyarrow
+
+    # A lone surrogate, half of an emoji, becomes "?".
+    values = [value if value is None else str(value).encode("utf-8", "replace") for value in values]
+    return pyarrow.array(values, pyarrow.binary()).cast(pyarrow.string())
+
+
+def pick_columns(batch, needed, place, n):
+    """The columns of a pyarrow batch. n: how many rows stand before it; place(row): where a row stands."""
+    names = batch.schema.names
+    columns = []
+    for key, column in zip(KEYS, needed):
+        if column not in names:
+            need_column(names, key, column, place(n))
+        columns.append(as_text(batch.column(names.index(column)), key, column, place, n))
+    split = [batch.column(i) for i, name in enumerate(names) if is_split(name) and name not in needed]
+    return [*columns, as_text(split[0], "split", "split", place, n) if split else None]
+
+
+def as_text(values, key, column, place, n):
+    """A pyarrow array as one of text, each value written as Python writes it."""
+    import pyarrow
+    from pyarrow import compute, types
+
+    kind = values.type
+    if types.is_null(kind) or types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+        return values.cast(pyarrow.string())
+    if types.is_nested(kind):
+        first = compute.index(values.is_valid(), True).as_py()
+        if first >= 0:
+            to_text(values[first].as_py(), key, column, place(n + first))
+        return pyarrow.nulls(len(values), pyarrow.string())
+    coded = values if types.is_dictionary(kind) else values.dictionary_encode()
+    words = text_array([to_text(value, key, column, place(n)) for value in coded.dictionary.to_pylist()])
+    return words.take(coded.indices)
 
 
 # --- bytes and text ------------------------------------------------------------------------------
@@ -91,24 +206,20 @@ def name_encoding(path):
     with open_bytes(path) as f:
         if f.peek(4)[:4].startswith(tuple(MARKS)):
             return f"{path} is damaged: it begins as UTF-16 or UTF-32, and does not go on so"
-        for line, data in enumerate(f, 1):  # noqa: B007
-            try:
-                data.decode("utf-8")
-            except UnicodeDecodeError:
-                break
-    try:
-        data.decode("cp1252")
-    except UnicodeDecodeError:
-        return convert(path, line, "latin1")
-    return convert(path, line, "cp1252")
+        line, data = next((line, data) for line, data in enumerate(f, 1) if not is_text(data, "utf-8"))
+    return convert(path, line, "cp1252" if is_text(data, "cp1252") else "latin1")
+
+
+def is_text(data, encoding):
+    with contextlib.suppress(UnicodeDecodeError):
+        return data.decode(encoding) is not None
+    return False
 
 
 def convert(path, line, encoding):
-    unpack = ""
     name = os.path.basename(path)
-    if path.lower().endswith(".gz"):
-        unpack = "unpack it and "
-        name = name[:-3]
+    unpack = "unpack it and " if name.lower().endswith(".gz") else ""
+    name = name[:-3] if unpack else name
     return (
         f"{path}, line {line}: no UTF-8, but probably {encoding}; {unpack}type "
         f"iconv -f {encoding} -t utf-8 {name} > utf8-{name}"
@@ -118,122 +229,170 @@ def convert(path, line, encoding):
 # --- csv, tsv ------------------------------------------------------------------------------------
 
 
-def read_csv(path, needed=(), separator=","):
+class CsvFormat(NamedTuple):
+    columns: list
+    separator: str
+    before: str  # Excel's own first line, such as "sep=;", or ""
+    line_end: str
+
+
+def read_format(path, needed=()):
+    """How a csv or tsv file is written."""
     with open_text(path) as f:
         header = f.readline()
-        separator = pick_separator(header, needed, separator)
-        # strict: a quotation mark in a wrong place is an error. Else it swallows the rows up to the next one.
-        reader = csv.reader(itertools.chain([header], f), delimiter=separator, strict=True)
-        columns = [name.strip() for name in next_record(path, reader) or []]
-        check_columns(path, columns, needed)
-        swallowed = SwallowedRows(path, columns, needed, separator)
-        line = reader.line_num
-        while (fields := next_record(path, reader)) is not None:
-            first = line + 1
-            line = reader.line_num
-            if len(fields) == len(columns):
-                swallowed.see(fields, first, line)
-                if "" in fields:
-                    fields = [field or None for field in fields]
-                yield line, dict(zip(columns, fields))
-            elif len(fields) > 1 or "".join(fields).strip():  # not a blank line
-                raise UserError(wrong_length(path, line, fields, columns, separator))
-        swallowed.finish()
+        marked = re.fullmatch(r'"?sep=(.)"?\s*', header, re.IGNORECASE)
+        before = header if marked else ""
+        header = f.readline() if marked else header
+    separator = marked[1] if marked else pick_separator(header, needed, "\t" if kind_of(path) == "tsv" else ",")
+    columns = split_header(header, separator)
+    check_columns(path, columns, needed)
+    return CsvFormat(columns, separator, before, "\r\n" if header.endswith("\r\n") else "\n")
 
 
 def pick_separator(header, needed, usual):
-    """The separator that gives the columns that are asked for: the usual one, if it does."""
-    columns = {}
-    for separator in (usual, *SEPARATORS):
-        with contextlib.suppress(csv.Error, StopIteration):
-            columns[separator] = [name.strip() for name in next(csv.reader([header], delimiter=separator))]
-            if set(needed) <= set(columns[separator]):
-                return separator
-    # None does: the error that follows shows the columns as they are best told apart.
-    return max(columns, key=lambda separator: len(columns[separator]), default=usual)
+    """The separator that gives the columns that are asked for: the usual one, if it does. Where none does, the error
+    that follows shows the columns as they are best told apart."""
+    found = {separator: split_header(header, separator) for separator in (usual, *SEPARATORS)}
+    fitting = [separator for separator, columns in found.items() if set(needed) <= set(columns)]
+    return fitting[0] if fitting else max(found, key=lambda separator: len(found[separator]))
 
 
-def next_record(path, reader):
-    """The next record's fields; None at the end."""
-    line = reader.line_num + 1
-    try:
-        return next(reader, None)
-    except csv.Error as e:
-        if "unexpected end" in str(e):
+def split_header(header, separator):
+    return [name.strip() for name in next(csv.reader([header], delimiter=separator), [])]
+
+
+def read_csv_batches(path, needed):
+    """The rows of a csv file as pyarrow batches."""
+    form = read_format(path, needed)
+    batches = parse_csv(path, needed, form)
+    has_label = len(needed) > 1 and needed[1] in form.columns
+    return refuse_swallowed_rows(batches, path, needed, form.separator) if has_label else batches
+
+
+def parse_csv(path, needed, form):
+    """By Arrow, and from the first row on that Arrow cannot read, or where it might overlook a mistake, by Python's
+    strict reader, which says what is wrong."""
+    import pyarrow.csv as arrow
+    from pyarrow import ArrowInvalid, RecordBatch, string
+
+    n = 0
+    if form.columns and quotes_are_plain(path, form.separator):
+        names = [str(i) for i in range(len(form.columns))]
+        read = arrow.ReadOptions(column_names=names, skip_rows_after_names=1 + bool(form.before))
+        parse = arrow.ParseOptions(delimiter=form.separator, newlines_in_values=True)
+        types = dict.fromkeys(names, string())
+        convert = arrow.ConvertOptions(column_types=types, null_values=[""], strings_can_be_null=True)
+        with open_bytes(path) as f, contextlib.suppress(ArrowInvalid):
+            for batch in arrow.open_csv(f, read, parse, convert):
+                n += batch.num_rows
+                yield batch.rename_columns(form.columns)
+            return
+    rows = itertools.islice(read_csv(path, needed), n, None)
+    while part := [row.values() for _, row in itertools.islice(rows, BATCH)]:
+        yield RecordBatch.from_arrays([text_array(values) for values in zip(*part)], names=form.columns)
+
+
+def quotes_are_plain(path, separator):
+    """Whether each quotation mark of a file opens a field, closes one, or is doubled inside one. Then Arrow, which
+    lets others pass, reads what Python's strict reader reads."""
+    import numpy as np
+
+    edges = np.frombuffer(f'{separator}\r\n"'.encode(), np.uint8)
+    inside = False  # a quoted field
+    before = b"\n"
+    with open_bytes(path) as f:
+        f.read(3 if f.peek(3).startswith(codecs.BOM_UTF8) else 0)
+        chunk = f.read(1 << 20)
+        while chunk:
+            following = f.read(1 << 20)
+            data = np.frombuffer(before + chunk + (following[:1] or b"\n"), np.uint8)
+            marks = np.flatnonzero(data[1:-1] == ord('"')) + 1
+            opening, closing = marks[inside::2], marks[not inside :: 2]
+            if not (np.isin(data[opening - 1], edges).all() and np.isin(data[closing + 1], edges).all()):
+                return False
+            inside ^= len(marks) % 2 == 1
+            before, chunk = chunk[-1:], following
+    return not inside
+
+
+def read_csv(path, needed=()):
+    form = read_format(path, needed)
+    n = len(form.columns)
+    names = ", ".join(form.columns)
+    with open_text(path) as f:
+        # strict: a quotation mark in a wrong place is an error. Else it swallows the rows up to the next one.
+        reader = csv.reader(f, delimiter=form.separator, strict=True)
+        rows = itertools.islice(reader, 1 + bool(form.before), None)
+        begin = 1
+        try:
+            for fields in rows:
+                begin = reader.line_num + 1
+                if len(fields) == n:
+                    yield reader.line_num, dict(zip(form.columns, (field or None for field in fields)))
+                elif len(fields) > 1 or "".join(fields).strip():  # not a blank line
+                    remedy = "write the row with all of them, an empty one for what is not known"
+                    if len(fields) > n:
+                        sep = form.separator
+                        remedy = f'a text that holds {sep!r} must stand in quotation marks: "slow{sep}long"'
+                    raise UserError(
+                        f"{path}, line {reader.line_num}: {len(fields)} fields, and the header has {n} ({names}); "
+                        f"{remedy}"
+                    )
+        except csv.Error as e:
+            if "unexpected end" in str(e):
+                raise UserError(
+                    f"{path}, line {begin}: a quotation mark opens here and does not close; take it out, or double "
+                    "the quotation marks inside a quoted text"
+                ) from e
             raise UserError(
-                f"{path}, line {line}: a quotation mark opens here and does not close; take it out, or double the "
-                "quotation marks inside a quoted text"
+                f"{path}, line {reader.line_num}: a quotation mark in a wrong place ({e}); inside a quoted text "
+                'each quotation mark is doubled: "He said ""no"" twice"'
             ) from e
-        raise UserError(
-            f"{path}, line {reader.line_num}: a quotation mark in a wrong place ({e}); inside a quoted text each "
-            'quotation mark is doubled: "He said ""no"" twice"'
-        ) from e
 
 
-def wrong_length(path, line, fields, columns, separator):
-    names = ", ".join(columns)
-    problem = f"{path}, line {line}: {len(fields)} fields, and the header has {len(columns)} ({names})"
-    if len(fields) > len(columns):
-        return f'{problem}; a text that holds {separator!r} must stand in quotation marks: "slow{separator}long"'
-    return f"{problem}; write the row with all of them, an empty one for what is not known"
-
-
-class SwallowedRows:
-    """Finds a quoted field that has swallowed rows: between two stray quotation marks all is one text.
+def refuse_swallowed_rows(batches, path, needed, separator):
+    """Hands through the batches of a csv file; ValueError at the end if a quoted field has swallowed rows: between
+    two stray quotation marks all is one text.
 
     Its lines look like rows then: each has as many separators as a row, and in the label's place a label that other
     rows have. A text of a user's can look so too, but hardly: then the message says what to do.
     """
+    from pyarrow import compute
 
-    def __init__(self, path, columns, needed, separator):
-        self.path = path
-        self.n = len(columns)
-        self.separator = separator
-        self.place = columns.index(needed[-1]) if len(needed) > 1 and needed[-1] in columns else None
-        self.labels = set()
-        self.suspects = []  # (first line, last line, labels in its lines)
-
-    def see(self, fields, first, last):
-        """Looks at a row's fields, from the file's lines first to last."""
-        if self.place is None:
-            return
-        if len(self.labels) < 1000:
-            self.labels.add(fields[self.place])
-        if first == last or len(self.suspects) == 1000:
-            return
-        for i, field in enumerate(fields):
-            found = self._labels_in(i, field)
-            if found:
-                self.suspects.append((first, last, found))
-
-    def _labels_in(self, i, field):
-        """The cells in the label's place of the lines of column i's field; none if a line is shaped otherwise."""
-        lines = field.splitlines()
-        if len(lines) < 2:
-            return set()
-        found = set()
-        for k, text in enumerate(lines):
-            cells = text.split(self.separator)
-            start = i if k == 0 else 0  # the first line is a row's end, the last one a row's beginning
-            end = i + 1 if k == len(lines) - 1 else self.n
-            if len(cells) != end - start:
-                return set()
-            if start <= self.place < end:
-                found.add(cells[self.place - start].strip())
-        return found
-
-    def finish(self):
-        labels = {label.strip() for label in self.labels} - {""}
-        for first, last, found in self.suspects:
-            if found <= labels:
-                raise UserError(
-                    f"{self.path}, lines {first} to {last}: a quoted text holds what look like rows of their own; "
-                    "take out the stray quotation mark, or, if the text is meant so, write the data as jsonl"
-                )
+    labels = set()
+    suspects = []  # (row, the labels in its lines)
+    n = 0
+    for batch in batches:
+        place = batch.schema.names.index(needed[1])
+        labels |= {str(label).strip() for label in batch.column(place)[:1000].unique().to_pylist()}
+        for i, column in enumerate(batch.columns):
+            rows = compute.indices_nonzero(compute.match_substring_regex(column, "[\r\n]"))
+            n_separators = compute.count_substring(column.take(rows), separator).to_pylist()
+            n_breaks = compute.count_substring_regex(column.take(rows), BREAK).to_pylist()
+            for row, separators, breaks in zip(rows.to_pylist(), n_separators, n_breaks):
+                if separators == breaks * (batch.num_columns - 1) and len(suspects) < 1000:
+                    found = labels_in(column[row].as_py(), separator, i, place, batch.num_columns)
+                    suspects.append((n + row, found))
+        n += batch.num_rows
+        yield batch
+    for row, found in suspects:
+        if found and found <= labels:
+            line, fields = next(itertools.islice(read_csv(path, needed), row, None))
+            first = line - sum(len(re.findall(BREAK, field or "")) for field in fields.values())
+            raise UserError(
+                f"{path}, lines {first} to {line}: a quoted text holds what look like rows of their own; take out "
+                "the stray quotation mark, or, if the text is meant so, write the data as jsonl"
+            )
 
 
-def read_tsv(path, needed=()):
-    return read_csv(path, needed, "\t")
+def labels_in(field, separator, i, place, n):
+    """The cells in the label's place of the lines of column i's field, of n columns; none if a line is shaped
+    otherwise. The first line is a row's end, the last one a row's beginning."""
+    lines = [line.split(separator) for line in re.split(BREAK, field)]
+    if list(map(len, lines)) != [n - i, *[n] * (len(lines) - 2), i + 1]:
+        return set()
+    lines[0] = [""] * i + lines[0]
+    return {cells[place].strip() for cells in lines if place < len(cells)} - {""}
 
 
 # --- JSON ----------------------------------------------------------------------------------------
@@ -242,19 +401,12 @@ def read_tsv(path, needed=()):
 def read_jsonl(path, needed=()):
     with open_text(path) as f:
         for line, text in enumerate(f, 1):
-            row = parse_row(path, line, text) if text.strip() else {}
-            if row:
-                yield line, row
-
-
-def parse_row(path, line, text):
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}, line {line}: damaged, or no {kind_of(path)} ({first_line(e)})") from e
-    if not isinstance(row, dict):
-        raise UserError(f'{path}, line {line}: each row is an object, such as {{"text": ..., "label": ...}}')
-    return row
+            if text.strip():
+                try:
+                    row = json.loads(text)
+                except (ValueError, RecursionError) as e:
+                    raise UserError(f"{path}, line {line}: damaged, or no {kind_of(path)} ({first_line(e)})") from e
+                yield line, need_object(row, f"{path}, line {line}")
 
 
 def read_json(path, needed=()):
@@ -265,55 +417,60 @@ def read_json(path, needed=()):
         yield from read_jsonl(path)
         return
     with open_text(path) as f:
-        rows = json.load(f)
-    for i, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise UserError(f'{path}, row {i}: each row is an object, such as {{"text": ..., "label": ...}}')
-        yield i, row
+        for i, row in enumerate(json.load(f), 1):
+            yield i, need_object(row, f"{path}, row {i}")
+
+
+def need_object(row, where):
+    if not isinstance(row, dict):
+        raise UserError(f'{where}: each row is an object, such as {{"text": ..., "label": ...}}')
+    return row
 
 
 # --- tables in binary files ----------------------------------------------------------------------
 
 
-def read_parquet(path, needed=()):
+@contextlib.contextmanager
+def open_table(path):
+    """(schema, batches) of a parquet file, or of either kind of Arrow file: with a table of contents at its end, or
+    without. batches(size, columns) yields pyarrow's."""
     import pyarrow.parquet
 
     with open_seekable(path) as f:
-        file = pyarrow.parquet.ParquetFile(f)
-        check_columns(path, file.schema_arrow.names, needed)
-        yield from enumerate(itertools.chain.from_iterable(map(to_rows, file.iter_batches(10_000))), 1)
+        if kind_of(path) == "parquet":
+            table = pyarrow.parquet.ParquetFile(f)
+            yield table.schema_arrow, table.iter_batches
+            return
+        try:
+            table = pyarrow.ipc.open_file(f)
+            parts = (table.get_batch(i) for i in range(table.num_record_batches))
+        except pyarrow.ArrowInvalid:
+            f.seek(0)
+            parts = table = pyarrow.ipc.open_stream(f)
+        cut = lambda size, columns: (p.slice(i, size) for p in parts for i in range(0, p.num_rows, size))  # noqa: E731
+        yield table.schema, cut
 
 
-def read_arrow(path, needed=()):
-    """Arrow's own files, as `datasets` keeps them, and feather."""
-    with open_seekable(path) as f:
-        table = open_arrow(f)
-        check_columns(path, table.schema.names, needed)
-        yield from enumerate(itertools.chain.from_iterable(map(to_rows, arrow_batches(table))), 1)
+def read_batches(path, needed=(), size=BATCH):
+    """The pyarrow batches of a parquet, Arrow or feather file, with the columns that are asked for, or all."""
+    with open_table(path) as (schema, batches):
+        check_columns(path, schema.names, needed or schema.names)
+        for key, column in zip(KEYS, needed):
+            need_column(schema.names, key, column, path)
+        wanted = [name for name in schema.names if name in needed or is_split(name)]
+        yield from batches(size, columns=wanted if needed else None)
 
 
-def open_arrow(f):
-    """pyarrow's reader of either kind of Arrow file: with a table of contents at its end, or without."""
-    import pyarrow
-
-    try:
-        return pyarrow.ipc.open_file(f)
-    except pyarrow.ArrowInvalid:
-        f.seek(0)
-        return pyarrow.ipc.open_stream(f)
-
-
-def arrow_batches(table):
-    batches = table
-    if hasattr(table, "num_record_batches"):
-        batches = (table.get_batch(i) for i in range(table.num_record_batches))
-    for batch in batches:
-        for start in range(0, batch.num_rows, 10_000):
-            yield batch.slice(start, 10_000)
-
-
-def to_rows(batch):
-    return batch.to_pylist()
+def read_class_names(path):
+    """The words of the labels that the library `datasets` notes in parquet and Arrow files: {column: [word, ...]}."""
+    if READERS[kind_of(path)] is not None:
+        return {}
+    with contextlib.suppress(ValueError, OSError, EOFError, TypeError, AttributeError, zlib.error):
+        with open_table(path) as (schema, _):
+            notes = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = notes.get("info", {}).get("features", {})
+        return {column: feature["names"] for column, feature in features.items() if "names" in feature}
+    return {}  # damaged: whoever reads its rows says so
 
 
 def read_xlsx(path, needed=()):
@@ -322,37 +479,23 @@ def read_xlsx(path, needed=()):
         import openpyxl
     except ImportError as e:
         raise UserError(f"{path}: Excel files need one more package: pip install openpyxl; or save it as csv") from e
+    sheets = {}
     with open_seekable(path) as f:
         try:
-            book = openpyxl.load_workbook(f, read_only=True, data_only=True)
-            sheets = {sheet.title: list(sheet.iter_rows(values_only=True)) for sheet in book.worksheets}
+            for sheet in openpyxl.load_workbook(f, read_only=True, data_only=True).worksheets:
+                sheet.reset_dimensions()  # what the file says of its size may be wrong
+                sheets[sheet.title] = list(sheet.iter_rows(values_only=True))
         except Exception as e:  # zipfile's, xml's and openpyxl's own kinds
             raise UserError(f"{path} is damaged or no xlsx: {first_line(e)}") from e
     sheets = {title: rows for title, rows in sheets.items() if any(map(any, rows))}
     if len(sheets) > 1:
         raise UserError(f"{path} has the sheets {', '.join(sheets)}: save the one that you mean as a file of its own")
-    rows = iter(*sheets.values()) if sheets else iter(())
-    columns = ["" if name is None else str(name).strip() for name in next(rows, ())]
+    header, *rows = next(iter(sheets.values()), [()])
+    columns = ["" if name is None else str(name).strip() for name in header]
     check_columns(path, columns, needed)
     for line, fields in enumerate(rows, 2):
         if any(field is not None for field in fields):  # Excel keeps rows that were emptied
             yield line, dict(itertools.zip_longest(columns, fields[: len(columns)]))
-
-
-def read_class_names(path):
-    """The words of the labels that the library `datasets` notes in parquet and Arrow files: {column: [word, ...]}."""
-    if kind_of(path) not in ("parquet", "arrow", "feather"):
-        return {}
-    import pyarrow.parquet
-
-    try:
-        with open_seekable(path) as f:
-            is_parquet = kind_of(path) == "parquet"
-            schema = pyarrow.parquet.ParquetFile(f).schema_arrow if is_parquet else open_arrow(f).schema
-        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-        return {column: feature["names"] for column, feature in features.items() if "names" in feature}
-    except (ValueError, OSError, EOFError, TypeError, AttributeError, zlib.error):
-        return {}  # read_rows says what is wrong
 
 
 # --- plain text ----------------------------------------------------------------------------------
@@ -374,16 +517,6 @@ def read_lines(path, needed=("text",)):
             yield line, {needed[0]: text.rstrip("\r\n") or None}
 
 
-READERS = {
-    "csv": read_csv,
-    "jsonl": read_jsonl,
-    "parquet": read_parquet,
-    "tsv": read_tsv,
-    "json": read_json,
-    "arrow": read_arrow,
-    "feather": read_arrow,
-    "xlsx": read_xlsx,
-    "txt": read_txt,
-}
+READERS = {"csv": read_csv, "jsonl": read_jsonl, "parquet": None, "tsv": read_csv, "json": read_json}
+READERS |= {"arrow": None, "feather": None, "xlsx": read_xlsx, "txt": read_txt}  # None: by Arrow alone
 KINDS = tuple(READERS)
-HAVE_LINES = ("csv", "tsv", "jsonl", "txt")

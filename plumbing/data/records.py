@@ -1,100 +1,87 @@
-"""A source's rows -> records {"text": str, "label": int}, each in its split."""
+"""A source's rows: what all of them together tell, and records {"text": str, "label": int}, each in its split."""
 
 import collections
 import hashlib
 
-from plumbing.data.labels import name_labels
-from plumbing.data.sources import SPLITS, need_column
+import numpy as np
+
+from plumbing.data.sources import SPLIT_OF_WORD, SPLITS
 from plumbing.program.errors import UserError
 
-SPLIT_OF_WORD = {word: split for split, words in SPLITS.items() for word in words}
 
+def survey_rows(source) -> dict:
+    """What all rows together tell, once for all settings of labels.
 
-def survey_rows(source, dataset, text_field, label_field, names, classify):
-    """What all rows together tell:
+    tally    [part, split, label, how many rows, the first of them] for each label of each split of each part; rows
+             without a text have None for a label
+    repeated how many rows of a named split have a text that stands in train too, {split: rows}
+    unread   parts whose split their name tells, so that their column named split does not count
 
-    label_names   the words of the classes
-    index         the class of each label as it stands in the data
-    drawn         the splits that the seed draws from the training rows, since the data names no such split
-    rows, used    how many rows there are, and how many have a text and a label
-    unused        how many have not, by reason
-    notes         what the user should know of the labels
-
-    names: the labels' words, if they are known. Raises ValueError for rows that cannot be used.
+    Raises ValueError for rows that cannot be used.
     """
-    words = collections.Counter()
-    labels = collections.Counter()
-    places = {}  # where a label comes first
-    n_rows = 0
-    no_text = 0
-    for word, row in source.rows():
-        n_rows += 1
-        if text_field not in row or label_field not in row:
-            need_column(row, "text_field", text_field, source.where())
-            need_column(row, "label_field", label_field, source.where())
-        if word not in words:
-            check_split(word, source.where())
-        words[word] += 1
-        text = row[text_field]
-        label = row[label_field]
-        if type(text) is not str:
-            if is_missing(text):
-                no_text += 1
-                continue
-            check_value(text, "text_field", text_field, source.where())
-        if type(label) is not str:
-            if is_missing(label):
-                label = ""
-            check_value(label, "label_field", label_field, source.where())
-            label = str(label)
-        if label not in places:
-            places[label] = source.where()
-        labels[label] += 1
-    if not n_rows:
-        raise UserError(f"dataset={dataset}: no row in it, it is empty")
-    is_class_label = label_field in source.names
-    table = name_labels(labels, places, dataset, names, unlabelled=is_class_label, classify=classify)
-    unused = dict(table["unused"])
-    if no_text:
-        unused["no text"] = no_text
-    survey = {"label_names": table["label_names"], "index": table["index"], "notes": table["notes"]}
-    survey |= {"rows": n_rows, "used": n_rows - sum(unused.values()), "unused": unused}
-    survey["drawn"] = splits_to_draw({SPLIT_OF_WORD[word] for word in words})
-    if not survey["used"]:
-        raise UserError(f"dataset={dataset}: no labelled row in it; {describe_unused(survey)}")
-    return survey
+    tally = {}
+    hashes = collections.defaultdict(list)
+    unread = set()
+    for p, part in enumerate(source.parts):
+        n = 0
+        for texts, labels, words in part.read():
+            splits = name_splits(part, words, n, len(texts))
+            has_text = texts.is_valid().to_numpy(zero_copy_only=False)
+            coded = labels.fill_null("").dictionary_encode()
+            names = [None, *coded.dictionary.to_pylist()]
+            keys = splits * len(names) + np.where(has_text, coded.indices.to_numpy() + 1, 0)
+            for key, row, count in zip(*np.unique(keys, return_index=True, return_counts=True)):
+                split, label = divmod(int(key), len(names))
+                entry = tally.setdefault((p, [*SPLITS][split], names[label]), [0, n + int(row)])
+                entry[0] += int(count)
+            if len(source.parts) > 1 or words is not None:
+                found = np.fromiter(map(hash, texts.to_pylist()), np.int64, len(texts))
+                for split in np.unique(splits):
+                    hashes[[*SPLITS][split]].append(found[has_text & (splits == split)])
+            n += len(texts)
+            unread |= {part.name} if part.split and words is not None else set()
+    entries = sorted(([*key, *entry] for key, entry in tally.items()), key=lambda entry: (entry[0], entry[4]))
+    train = np.concatenate(hashes.pop("train", [[]]))
+    repeated = {split: int(np.isin(np.concatenate(parts), train).sum()) for split, parts in hashes.items()}
+    return {"tally": entries, "repeated": repeated, "unread": sorted(unread)}
 
 
-def is_missing(value):
-    """None, or the number that pandas and JSON write for it: nan, which alone differs from itself."""
-    return value is None or value != value
+def name_splits(part, words, n, length):
+    """The number of each row's split in SPLITS: by the part's name, or else by its column named split."""
+    if part.split or words is None:
+        return np.full(length, [*SPLITS].index(part.split or "train"))
+    coded = words.fill_null("").dictionary_encode()
+    splits = []
+    for i, word in enumerate(coded.dictionary.to_pylist()):
+        split = SPLIT_OF_WORD.get(word.strip().lower())
+        if split is None:
+            row = int(np.argmax(coded.indices.to_numpy() == i))
+            raise UserError(
+                f"{part.place(n + row)}: the column split says {word.strip().lower()!r}; type one of "
+                f"{', '.join(SPLIT_OF_WORD)}, or rename the column if it means something else"
+            )
+        splits.append([*SPLITS].index(split))
+    return np.array(splits, np.int64)[coded.indices.to_numpy()]
 
 
-def check_value(value, key, column, where):
-    """Raises ValueError for lists and the like: what of them is meant?"""
-    if isinstance(value, (list, tuple, dict, bytes)):
-        raise UserError(
-            f"{where}: the column {column} holds {str(value)[:40]}, neither a word nor a number; write one into each "
-            f"row, or type --{key}=COLUMN for another column"
-        )
-
-
-def check_split(word, where):
-    if word not in SPLIT_OF_WORD:
-        known = ", ".join(SPLIT_OF_WORD)
-        raise UserError(
-            f"{where}: the column split says {word!r}; type one of {known}, or rename the column if it means "
-            "something else"
-        )
-
-
-def describe_unused(survey):
-    """One line: how many rows are used, and why the others are not."""
-    reasons = ", ".join(f"{reason}: {n}" for reason, n in sorted(survey["unused"].items()))
-    return f"{survey['used']:,} of {survey['rows']:,} rows are used ({reasons})"
-
-
-# --- which row is in which split -----------------------------------------------------------------
+def read_records(source, class_of, drawn, seed):
+    """Yields (split, record) of each row that has a text and a label. class_of: the class of each (part, label).
+    drawn: the splits that the seed draws from the training rows."""
+    names = [*SPLITS]
+    for p, part in enumerate(source.parts):
+        n = 0
+        for texts, labels, words in part.read():
+            splits = name_splits(part, words, n, len(texts)).tolist()
+            n += len(texts)
+            coded = labels.fill_null("").dictionary_encode()
+            classes = [class_of.get((p, label)) for label in coded.dictionary.to_pylist()]
+            for split, text, i in zip(splits, texts.to_pylist(), coded.indices.to_pylist()):
+                if text is None or classes[i] is None:
+                    continue
+                name = names[split]
+                if drawn and name == "train":
+                    name = draw_split(text.encode(), seed, drawn)
+                yield name, {"text": text, "label": classes[i]}
 
 
 def splits_to_draw(named):
@@ -115,20 +102,3 @@ def draw_split(text, seed, drawn):
         return "train"
     split = "validation" if share < 0.9 else "test"
     return split if split in drawn else "train"
-
-
-def read_records(source, survey, text_field, label_field, seed):
-    """Yields (split, record) of each row that has a text and a label."""
-    drawn = survey["drawn"]
-    index = survey["index"]
-    for word, row in source.rows():
-        text = row[text_field]
-        label = row[label_field]
-        label = None if is_missing(label) else index.get(str(label))
-        if label is None or is_missing(text):
-            continue
-        data = str(text).encode("utf-8", "replace")  # a lone surrogate, half of an emoji, becomes "?"
-        split = SPLIT_OF_WORD[word]
-        if drawn and split == "train":
-            split = draw_split(data, seed, drawn)
-        yield split, {"text": data.decode(), "label": label}

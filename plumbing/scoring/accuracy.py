@@ -45,7 +45,8 @@ def wilson(p: float, n: int) -> list[float]:
     z = 1.959964
     middle = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
+    # Rounding may put an end a little below 0 or above 1.
+    return [max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))]
 
 
 def write_score(folder: str, result: dict, examples, generated: list[str], found: list, names: list[str]) -> None:

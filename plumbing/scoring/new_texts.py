@@ -20,16 +20,17 @@ from tqdm import tqdm
 from plumbing.data.readers import (
     MARKS,
     check_columns,
+    is_csv,
     kind_of,
+    need_column,
     open_bytes,
-    open_seekable,
-    open_text,
-    pick_separator,
+    read_batches,
+    read_columns,
+    read_format,
     read_lines,
     read_rows,
+    to_text,
 )
-from plumbing.data.records import check_value, is_missing
-from plumbing.data.sources import need_column
 from plumbing.program.errors import UserError, first_line
 from plumbing.program.files import make_folder, whole_file
 from plumbing.program.terminal import reader_has_gone
@@ -55,8 +56,8 @@ def count_texts(path: str, text_field: str) -> int | None:
         n = sum(len(texts) for _, texts in read_parquet(path, text_field, 10_000))
     else:
         n = sum(1 for _ in read_texts(path, text_field))
-        if kind_of(path) in ("csv", "tsv"):
-            columns, _ = read_header(path, text_field)
+        if is_csv(path):
+            columns = read_format(path, (text_field,)).columns
             check_columns(path, columns, columns)
     if n == 0:
         raise UserError(f"predict={path}: no text in it, it is empty")
@@ -83,6 +84,8 @@ def predict_file(config, folder: str, load: Callable) -> None:
     # Where standard output is for the answers, notes go to the other one.
     with contextlib.redirect_stdout(sys.stderr) if path == STDIN else contextlib.nullcontext():
         n = count_texts(path, text_field)
+        if path != STDIN:
+            refuse_other_answers(target, path, text_field)
         sampler = load()
         sampler.load_prompt()
         sampler.load_model()
@@ -114,9 +117,35 @@ def write_file(path, target, text_field, predict, size):
         if kind_of(path) == "parquet":
             write_parquet(path, f, text_field, predict, size)
             return
-        write = csv_writer(path, f, text_field) if kind_of(path) in ("csv", "tsv") else jsonl_writer(f)
+        write = csv_writer(path, f, text_field) if is_csv(path) else jsonl_writer(f)
         for row, answer in predict_rows(path, text_field, predict, size):
             write(row, answer)
+
+
+def refuse_other_answers(target, path, text_field):
+    """UserError where the answers to other texts would be overwritten: to a reviews.csv of another folder."""
+    if os.path.exists(target):
+        pairs = zip(bare_texts(path, text_field), bare_texts(target, text_field))
+        with contextlib.suppress(UserError):
+            if all(new == answered for new, answered in itertools.islice(pairs, 1000)):
+                return
+        raise UserError(
+            f"predict={path}: {target} holds the answers to other texts; move it away, or type another --out_dir"
+        )
+
+
+def bare_texts(path, text_field):
+    """The texts of a file, or of a file of answers."""
+    if kind_of(path) == "parquet":
+        for columns in read_columns(path, (text_field,)):
+            yield from columns[0].to_pylist()
+    else:
+        for _, row in read_file(path, text_field):
+            yield row.get(text_field)
+
+
+def read_file(path, text_field):
+    return read_rows(path, (text_field,), read_lines if kind_of(path) == "txt" else None)
 
 
 def predict_rows(path, text_field, predict, size):
@@ -143,17 +172,11 @@ def pick(answer):
 
 def read_texts(path: str, text_field: str) -> Iterator[tuple[dict, str | None]]:
     """(row, its text or None) of a file that is no parquet, or of standard input. Raises UserError with the line."""
-    if path == STDIN:
-        rows = read_stdin(text_field)
-    elif kind_of(path) == "txt":
-        rows = read_rows(path, (text_field,), read_lines)
-    else:
-        rows = read_rows(path, (text_field,))
-    for line, row in rows:
+    for line, row in read_stdin(text_field) if path == STDIN else read_file(path, text_field):
         where = f"{'standard input' if path == STDIN else path}, line {line}"
-        need_column(row, "text_field", text_field, where)
+        need_column(row or (text_field,), "text_field", text_field, where)  # a row may have nothing in it
         refuse_columns(where, [key for key in ANSWER if key in row])
-        yield row, to_text(row[text_field], text_field, where)
+        yield row, to_text(row.get(text_field), "text_field", text_field, where)
 
 
 def read_stdin(text_field):
@@ -170,29 +193,17 @@ def read_stdin(text_field):
 
 def read_parquet(path, text_field, size):
     """(batch of rows, their texts) of a parquet file."""
-    import pyarrow.parquet
-
     try:
-        with open_seekable(path) as f:
-            file = pyarrow.parquet.ParquetFile(f)
-            columns = file.schema_arrow.names
-            need_column(dict.fromkeys(columns), "text_field", text_field, path)
+        for batch in read_batches(path, size=size):
+            columns = batch.schema.names
+            need_column(columns, "text_field", text_field, path)
             refuse_columns(path, [key for key in ANSWER if key in columns])
-            for batch in file.iter_batches(size):
-                values = batch.column(text_field).to_pylist()
-                yield batch, [to_text(value, text_field, path) for value in values]
+            values = batch.column(text_field).to_pylist()
+            yield batch, [to_text(value, "text_field", text_field, path) for value in values]
     except UserError:
         raise
     except (ValueError, OSError) as e:
         raise UserError(f"{path} is damaged or no parquet: {first_line(e)}") from e
-
-
-def to_text(value, text_field, where):
-    """A cell as a text; None where there is none."""
-    if is_missing(value):
-        return None
-    check_value(value, "text_field", text_field, where)
-    return str(value)
 
 
 def refuse_columns(where, columns):
@@ -218,27 +229,21 @@ def to_json(row, encoding="utf-8"):
 
 
 def csv_writer(path, f, text_field):
-    """Writes rows with the separator of the file `path`, and with a byte-order mark if it has one: Excel needs it."""
+    """Writes rows as the file `path` has them: with its separator and line ends, Excel's first line "sep=;", and a
+    byte-order mark, which Excel needs."""
+    form = read_format(path, (text_field,))
     with open_bytes(path) as start:
         marked = start.read(4).startswith((codecs.BOM_UTF8, *MARKS))
-    columns, separator = read_header(path, text_field)
-    f.write(codecs.BOM_UTF8 if marked else b"")
-    write_line(f, [*columns, *ANSWER], separator)
-    return lambda row, answer: write_line(f, [*row.values(), *pick(answer).values()], separator)
+    f.write((codecs.BOM_UTF8 if marked else b"") + form.before.encode())
 
+    def write_line(fields):
+        line = io.StringIO()
+        # A text with either half of this line end is quoted.
+        csv.writer(line, delimiter=form.separator, lineterminator="\r\n").writerow(fields)
+        f.write((line.getvalue().removesuffix("\r\n") + form.line_end).encode())
 
-def read_header(path, text_field):
-    """(columns, separator) of a csv or tsv file."""
-    with open_text(path) as text:
-        header = text.readline()
-    separator = pick_separator(header, (text_field,), "\t" if kind_of(path) == "tsv" else ",")
-    return [name.strip() for name in next(csv.reader([header], delimiter=separator), [])], separator
-
-
-def write_line(f, fields, separator):
-    line = io.StringIO()
-    csv.writer(line, delimiter=separator, lineterminator="\n").writerow(fields)
-    f.write(line.getvalue().encode())
+    write_line([*form.columns, *ANSWER])
+    return lambda row, answer: write_line([*row.values(), *pick(answer).values()])
 
 
 def write_parquet(path, f, text_field, predict, size):

@@ -167,7 +167,6 @@ RUNS = [
     ("sweep", ["--seeds=1,1"], ["seeds=1,1"]),
     ("sweep", ["--only=everything"], ["everything"]),
     ("sweep", ["--jobs=0"], ["jobs=0"]),
-    ("sweep", ["--init_from=scratch"], ["init_from=scratch", "gpt2-mini"]),
 ]
 
 

@@ -39,7 +39,6 @@ from plumbing.running.checkpoint import hash_state
 def break_and_resume(place, name, stops, **settings):
     """An unbroken run in `name` and, in `name`-broken, one that gets each signal once an evaluation at or after
     its update is on the disk, and is resumed each time. Returns the exit codes and the last output before each."""
-    whole = start("train.py", *flags(place, name, **settings))
     broken, ends = place / f"{name}-broken", []
     argv = flags(place, broken.name, **settings)
     for number, update in stops:
@@ -51,25 +50,25 @@ def break_and_resume(place, name, stops, **settings):
         out, _ = process.communicate(timeout=300)
         ends.append((process.returncode, out))
         argv = resume(place, broken.name)
-    finish(start("train.py", *argv))
-    finish(whole)
+    here(argv)
+    here(flags(place, name, **settings))
     return ends
 
 
 @pytest.fixture(scope="module")
 def broken_lora(place):
     settings = {"rank": 4, "alpha": 16, "dropout": 0.1, "batch_size": 4, "gradient_accumulation_steps": 2}
-    settings |= {"max_iters": 120, "eval_interval": 8, "save_interval": 1, "lr": 5e-3}
+    settings |= {"max_iters": 112, "eval_interval": 16, "save_interval": 1, "lr": 5e-3}
     return break_and_resume(
-        place, "lora", [(signal.SIGINT, 8), (signal.SIGTERM, 24), (signal.SIGKILL, 48)], **settings
+        place, "lora", [(signal.SIGINT, 16), (signal.SIGTERM, 32), (signal.SIGKILL, 48)], **settings
     )
 
 
 @pytest.fixture(scope="module")
 def broken_full(place):
-    settings = {"rank": 0, "dropout": 0.1, "batch_size": 8, "max_iters": 120, "lr": 5e-3}
-    settings |= {"eval_interval": 8, "save_interval": 3}
-    return break_and_resume(place, "full", [(signal.SIGTERM, 8), (signal.SIGKILL, 24)], **settings)
+    settings = {"rank": 0, "dropout": 0.1, "batch_size": 8, "max_iters": 64, "lr": 5e-3}
+    settings |= {"eval_interval": 8, "save_interval": 4}
+    return break_and_resume(place, "full", [(signal.SIGTERM, 8), (signal.SIGKILL, 16)], **settings)
 
 
 def test_a_stopped_run_exits_as_the_shell_expects_and_tells_how_to_go_on(broken_lora, broken_full):
@@ -83,7 +82,7 @@ def test_a_stopped_run_exits_as_the_shell_expects_and_tells_how_to_go_on(broken_
 def test_a_lora_run_that_was_interrupted_terminated_and_killed_equals_an_unbroken_one(place, broken_lora):
     """Otherwise a preempted machine costs its user the run, or silently another result."""
     assert differences(place / "lora", place / "lora-broken") == []
-    assert len(read_metrics(place / "lora")) == 16
+    assert len(read_metrics(place / "lora")) == 8
 
 
 def test_a_full_run_that_was_terminated_and_killed_equals_an_unbroken_one(place, broken_full):
@@ -93,14 +92,13 @@ def test_a_full_run_that_was_terminated_and_killed_equals_an_unbroken_one(place,
 
 def test_killed_again_and_again():
     """Lost if it fails: a run that a machine took down is another run than the one that was started."""
-    soak = ["tests/running/soak.py", "20"]
-    out, _ = finish(start(*soak, fresh=True))
-    assert "20 kills, every run ended in the unbroken run's bits" in out
+    out, _ = finish(start("tests/running/soak.py", "10", fresh=True))
+    assert "10 kills, every run ended in the unbroken run's bits" in out
 
 
 def test_a_kill_between_any_two_files_costs_nothing(place, monkeypatch):
     """Otherwise a kill at the wrong instant leaves files of two different moments, and the run does not recover."""
-    settings = {"rank": 2, "alpha": 8, "max_iters": 3, "eval_interval": 2, "save_interval": 1, "batch_size": 16}
+    settings = {"rank": 2, "alpha": 8, "max_iters": 2, "eval_interval": 2, "save_interval": 1, "batch_size": 16}
     here(flags(place, "instants", **settings))
     for n in itertools.count(1):  # rename 0 is train_config.json; before it there is no run
         shutil.rmtree(place / "instant", ignore_errors=True)
@@ -113,7 +111,7 @@ def test_a_kill_between_any_two_files_costs_nothing(place, monkeypatch):
                 pass
         here(resume(place, "instant"))
         assert (n, differences(place / "instants", place / "instant")) == (n, [])
-    assert n > 6  # at least metrics and a checkpoint at updates 0, 2 and 3
+    assert n > 4  # at least metrics and a checkpoint at updates 0 and 2
 
 
 def test_a_new_run_does_not_resume_the_old_one_of_its_folder(place, monkeypatch):
@@ -141,7 +139,9 @@ def test_a_flag_on_a_resumed_run_is_obeyed(place, monkeypatch):
     assert leaves(before["trained"]) == leaves(after["trained"])  # four more updates, each of size 0
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "seed", [0, 1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_what_is_typed_on_resuming_counts_from_then_on(place, monkeypatch, seed):
     """Otherwise a run that was resumed with a flag, killed, and resumed by the line that it printed becomes another
     run, or takes itself for finished. Two runs are resumed three times with the same flags; one of them is also

@@ -3,7 +3,9 @@
 python -m pytest tests/scoring/test_new_texts.py
 """
 
+import csv
 import gzip
+import io
 import json
 import os
 import random
@@ -12,6 +14,8 @@ import sys
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import REPO, base_folder
@@ -220,6 +224,62 @@ def test_lines_of_text_and_rows_without_one(tiny, tmp_path, capsys):
     assert cells["generated"][2] == rows[2]["generated"]
 
 
+def test_texts_with_any_line_break_come_back(tiny, tmp_path):
+    """Lost if it fails: a text with a lone carriage return is written without quotes, and the file falls apart."""
+    texts = ["a\rb", "a\nb", "a\r\nb", "c", 'say "no", or', " d "]
+    for end in ("\n", "\r\n"):
+        path = tmp_path / "new.csv"
+        with open(path, "w", newline="", encoding="utf-8") as f:
+            writer = csv.writer(f, quoting=csv.QUOTE_ALL, lineterminator=end)
+            writer.writerows([["text", "n"], *([text, i] for i, text in enumerate(texts))])
+        predict(tiny[1], tmp_path, path)
+        with open(tmp_path / "untuned" / "new-predicted.csv", newline="", encoding="utf-8") as f:
+            content = f.read()
+        rows = list(csv.reader(io.StringIO(content, newline="")))
+        assert rows[0] == ["text", "n", "predicted", "generated", "share"] and {len(row) for row in rows} == {5}
+        assert [row[:2] for row in rows[1:]] == [[text, str(i)] for i, text in enumerate(texts)]
+        assert content.partition("share")[2].startswith(end)  # and its own line ends
+
+
+def test_excels_first_line_comes_back(tiny, tmp_path):
+    """Lost if it fails: a csv that Excel opens is refused, or comes back as one that Excel shows in one column."""
+    (tmp_path / "new.csv").write_bytes(b"sep=;\r\ntext;n\r\nso, so;1\r\n")
+    predict(tiny[1], tmp_path, tmp_path / "new.csv")
+    lines = (tmp_path / "untuned" / "new-predicted.csv").read_bytes().split(b"\r\n")
+    assert lines[:2] == [b"sep=;", b"text;n;predicted;generated;share"] and lines[2].startswith(b"so, so;1;")
+
+
+def test_a_row_with_nothing_in_it_comes_back(tiny, tmp_path):
+    """Lost if it fails: the answers after it stand beside other lines than those of the user's file."""
+    (tmp_path / "new.jsonl").write_text('{"text": "a joy", "n": 1}\n{}\n{"text": null}\n{"text": "dull", "n": 4}\n')
+    predict(tiny[1], tmp_path, tmp_path / "new.jsonl")
+    lines = (tmp_path / "untuned" / "new-predicted.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row.get("n") for row in rows] == [1, None, None, 4]
+    assert [row["generated"] is None for row in rows] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "txt"])
+def test_the_answers_to_another_file_stay(tiny, tmp_path, capsys, kind):
+    """Lost if it fails: reviews.csv of a second folder overwrites what was answered to that of the first."""
+    for folder, texts in (("a", make_texts(5, 1)), ("b", make_texts(5, 2))):
+        (tmp_path / folder).mkdir()
+        data = pd.DataFrame({"text": texts})
+        path = tmp_path / folder / f"r.{kind}"
+        path.write_text("\n".join(texts) + "\n") if kind == "txt" else WRITE[kind](data, path)
+    predict(tiny[1], tmp_path, tmp_path / "a" / f"r.{kind}")
+    (target,) = (tmp_path / "untuned").iterdir()
+    before = target.read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        capsys.readouterr()
+        predict(tiny[1], tmp_path, tmp_path / "b" / f"r.{kind}")
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and str(target) in err and "--out_dir" in err
+    assert target.read_bytes() == before
+    predict(tiny[1], tmp_path, tmp_path / "a" / f"r.{kind}")  # the same again
+    assert target.read_bytes() == before
+
+
 def run(*flags, stdin="", **options):
     command = [sys.executable, "generate.py", *flags, "--device=cpu", "--dtype=float32"]
     options = {"capture_output": True, "cwd": REPO, "timeout": 300} | options
@@ -283,9 +343,16 @@ def test_a_run_answers_new_texts_without_its_data(tmp_path_factory, task, capsys
 # --- mistakes ------------------------------------------------------------------------------------
 
 
+def twice(column):
+    columns = [pa.array(["a joy"])] * 3
+    return pa.Table.from_arrays(columns, names=["text", column, "n" if column == "n" else "m"])
+
+
 def save(folder, name, content):
     path = folder / name
-    if isinstance(content, pd.DataFrame):
+    if isinstance(content, pa.Table):
+        pa.parquet.write_table(content, path)
+    elif isinstance(content, pd.DataFrame):
         content.to_parquet(path)
     else:
         path.write_bytes(content)
@@ -308,6 +375,8 @@ def save(folder, name, content):
         ("new.jsonl", b'{"text": "a"}\n{"review": "b"}\n', ["new.jsonl, line 2", "text_field=text"]),
         ("new.parquet", b"PAR1 and no more", ["new.parquet", "damaged"]),
         ("new.parquet", pd.DataFrame({"review": ["a"]}), ["text_field=text", "review"]),
+        ("new.parquet", twice("text"), ["new.parquet", "text stands 2 times"]),
+        ("new.parquet", twice("n"), ["new.parquet", "n stands 2 times"]),
         ("new.parquet", pd.DataFrame({"text": [["a"]]}), ["new.parquet", "text_field"]),
         ("new.parquet", pd.DataFrame({"text": ["a"], "predicted": ["b"]}), ["new.parquet", "predicted"]),
         ("new.txt.gz", gzip.compress(b"a joy\n" * 9, mtime=0)[:20], ["new.txt.gz", "damaged"]),

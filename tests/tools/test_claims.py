@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPO, base_folder
+from conftest import REPO, base_folder, sweep_here
 
 import train
 from configurator import configure
@@ -294,7 +294,7 @@ def test_claims_by_one_command(place, monkeypatch, capsys):
     argv = [*flags(place, "some", max_iters=16, rank=16, ranks="2", only="claims"), f"--sweep_dir={place / 'sweep'}"]
     for _ in range(2):  # the second time all is done but what fails
         with pytest.raises(SystemExit) as stop:
-            sweep.main(configure(argv, cls=sweep.SweepConfig, trains=False))
+            sweep_here(argv)
         assert stop.value.code == 1 and "rank=128 does not fit" in capsys.readouterr().err
     page = (place / "sweep" / "report.html").read_text()
     rows = re.findall(r'<td data-head="claim">(\w+)\. .*?<td data-head="verdict">([^<]*)</td>', page)

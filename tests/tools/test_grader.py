@@ -36,14 +36,6 @@ for path in {paths}:
             print(path, way)
         except BaseException as e:
             print(path, way, repr(e))
-for folder in map(os.path.dirname, {paths}):
-    sys.path.insert(0, folder)
-    sys.modules.pop("lora", None)
-    try:
-        import lora
-        globals().update(vars(lora))
-    except BaseException as e:
-        print(folder, e)
 """
 
 CHEATS = {  # what comes behind an empty lora.py
@@ -95,7 +87,7 @@ for name in ("grades.csv", "grades.jsonl", "results.json", "../grades.csv", "{gr
 import sys
 frame = sys._getframe()
 while frame:
-    for name, value in frame.f_locals.items():
+    for name, value in list(frame.f_locals.items()):
         if name == "key":
             import hashlib, hmac, json, os
             for i, test in enumerate(["test_init_makes_A_and_B", "test_mark_chooses_A_and_B"]):
@@ -137,10 +129,12 @@ except BaseException as e:
 }
 
 
-@pytest.fixture(scope="module", params=["as this system can", "hook alone"])
-def cheated(request, tmp_path_factory):
+SHUT_IN, HOOKED = "as this system can", "hook alone"
+OUTSIDE = ("solution read", "results written", "parent killed", "files planted", "connected")  # reach out of Python
+
+
+def grade_cheats(way, folder):
     """(rows of the csv, lines of the details, what reached the outside) of all cheats and an honest submission."""
-    folder = tmp_path_factory.mktemp("cheats")
     installed = folder / "installed"
     (installed / "plumbing").mkdir(parents=True)
     shutil.copy(STUDENT, installed / "lora.py")
@@ -150,7 +144,7 @@ def cheated(request, tmp_path_factory):
         server.settimeout(0.1)
         paths = [str(installed / "lora.py"), str(STUDENT), str(honest / "lora.py")]
         # torch reads a file without telling Python, and only namespaces hold against that.
-        ways = ["python", "import"] if request.param == "hook alone" else ["python", "import", "torch"]
+        ways = ["python", "import"] if way == HOOKED else ["python", "import", "torch"]
         words = {
             "{paths}": str(paths),
             "{ways}": str(ways),
@@ -158,7 +152,8 @@ def cheated(request, tmp_path_factory):
             "{parent}": str(os.getpid()),
         }
         words["{grades}"] = str(folder / "grades.csv")
-        for name, code in CHEATS.items():
+        for name in CHEATS if way == SHUT_IN else OUTSIDE:
+            code = CHEATS[name]
             for word, value in words.items():
                 code = code.replace(word, value)
             write(folder / "subs" / name, empty | {"lora.py": f"{empty['lora.py']}\n{code}\n"})
@@ -172,7 +167,7 @@ def cheated(request, tmp_path_factory):
         (beside / "pytest.ini").write_text("[pytest]\naddopts = --collect-only\n")
         (beside / "configurator.py").write_text("raise SystemExit(0)\n")
         program = "import sys; from tools import homework; from tools.grading import submissions\n"
-        if request.param == "hook alone":
+        if way == HOOKED:
             program += "submissions.way_to_shut_in = lambda *arguments: ''\n"
         subs = sorted((folder / "subs").iterdir())
         flags = [f"--out={folder / 'grades.csv'}", "--parts=1"]
@@ -194,19 +189,16 @@ def cheated(request, tmp_path_factory):
     return rows, {line["submission"]: line["tests"] for line in details}, [*connections, *planted]
 
 
-@pytest.mark.parametrize("name", [*CHEATS, "link", "files beside"])
-def test_a_cheat_gets_no_points(name, cheated):
-    """Lost if it fails: who cheats passes, and who answers competes with that."""
-    rows, details, _ = cheated
-    assert float(rows[name]["total"]) == 0, details[name]
-    assert all(details[name]["lora.py"].values())
-
-
-def test_an_honest_submission_beside_them_gets_all(cheated):
-    """Lost if it fails: another student's file takes points away."""
-    rows, _, outside = cheated
-    assert float(rows["honest"]["total"]) == float(rows["honest"]["of"]) == POINTS["lora.py"]
-    assert rows["honest"]["look at"] == "" and "_exit" in rows["early exit"]["look at"]
+@pytest.mark.parametrize("way", [SHUT_IN, HOOKED])
+def test_cheats_get_no_points(way, tmp_path):
+    """Lost if it fails: who cheats passes, or takes points from another, or reaches what is the teacher's."""
+    rows, details, outside = grade_cheats(way, tmp_path)
+    honest = rows.pop("honest")
+    assert float(honest["total"]) == float(honest["of"]) == POINTS["lora.py"]
+    assert honest["look at"] == "" and "kill" in rows["parent killed"]["look at"]
+    for name, row in rows.items():
+        assert float(row["total"]) == 0 and all(details[name]["lora.py"].values()), (name, details[name])
+    assert len(rows) == (len(CHEATS) if way == SHUT_IN else len(OUTSIDE)) + 2
     assert not outside
 
 

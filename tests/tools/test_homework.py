@@ -90,44 +90,33 @@ def test_copy_imports():
     assert all(line.startswith(str(handout())) for line in done.stdout.splitlines())
 
 
-@pytest.fixture(scope="module")
-def graded(tmp_path_factory):
-    """{case: {test: message or None}}: an empty handout, a right submission, and right ones with one empty place."""
+def test_grades_of_empty_and_of_right_answers(tmp_path):
+    """Lost if it fails: a test is green before anything is done, a right answer is called wrong, or a place that was
+    left empty is not noticed where the others are filled."""
     parts = range(1, len(FILES) + 1)
     empty = {file: (handout() / file).read_text("utf-8") for file in FILES}
-    cases = {("empty", part): (empty, part) for part in parts}
-    cases |= {("right", part): ({}, part) for part in parts}
+    cases = {f"empty {part}": (empty, part) for part in parts} | {f"right {part}": ({}, part) for part in parts}
     for name, file in exercises().items():
         left_empty = replaced(solved()[file], name, source_of(handout() / file, name))
         cases[name] = ({file: left_empty}, FILES.index(file) + 1)
-    return grade(tmp_path_factory.mktemp("handouts") / "submissions", cases)
-
-
-def test_each_test_of_an_empty_handout_is_red(graded):
-    """Lost if it fails: a test is green before anything is done."""
+    graded = grade(tmp_path / "submissions", cases)
     tests = {}
-    for part in range(1, len(FILES) + 1):
-        tests |= graded["empty", part]
+    for part in parts:
+        tests |= graded[f"empty {part}"]
+        assert not any(graded[f"right {part}"].values()), graded[f"right {part}"]
     assert all(tests.values())
     assert all(any(test.startswith(start) for test in tests) for start in TESTS.values())
     assert tests["test_init_makes_A_and_B"].startswith("still empty: LoRALinear.")
     assert tests["test_accuracy_wants_whole_words"].startswith("still empty: ModelSampler.get_accuracy: ")
+    for name in TESTS:
+        assert any(f"still empty: {name}: " in message for message in graded[name].values() if message), name
 
 
-def test_right_answers_are_green(graded):
-    """Lost if it fails: a right answer is called wrong, a student's or the repository's own."""
-    for part in range(1, len(FILES) + 1):
-        wrong = {test: message for test, message in graded["right", part].items() if message}
-        assert not wrong
+def test_the_repository_passes_its_own_grader():
+    """Lost if it fails: the solution is not what is asked for."""
     options = ["-p", "no:cacheprovider", "--ignore=tools/homework_tests/test_6_accuracy.py"]
     done = run(["-m", "pytest"], *options, "tools/homework_tests")
     assert done.returncode == 0, done.stdout
-
-
-@pytest.mark.parametrize("name", TESTS)
-def test_each_exercise_alone_is_red(name, graded):
-    """Lost if it fails: a place that was left empty is not noticed where the others are filled."""
-    assert any(f"still empty: {name}: " in message for message in graded[name].values() if message)
 
 
 def test_notebook_runs_up_to_the_first_exercise(monkeypatch):

@@ -1,6 +1,7 @@
 """Wrong answers, each right but for one mistake: the grader's tests find it, and whatever they say of it is true.
 
-python -m pytest tests/tools/test_wrong_answers.py -m "soak or not soak"      # all of them; by default a handful
+python -m pytest tests/tools/test_wrong_answers.py             # a handful
+python -m pytest tests/tools/test_wrong_answers.py -m slow     # the others
 """
 
 import pytest
@@ -469,30 +470,21 @@ OTHERS = [
     ("nothing kept", SCORE, {"self.found": "found"}, ["does not set self.found"]),
 ]
 
-MISTAKES = HANDFUL + OTHERS
-IDS = [what.replace(" ", "_") for what, *_ in MISTAKES]
-MARKED = [pytest.param(i, id=IDS[i], marks=[pytest.mark.soak] if i >= len(HANDFUL) else []) for i in range(len(IDS))]
 
-
-@pytest.fixture(scope="module")
-def graded(request, tmp_path_factory):
-    """{i: {test: message}} of the mistakes that are run."""
-    cases = {}
-    for item in request.session.items:
-        if item.path == request.path:
-            i = item.callspec.params["i"]
-            _, name, change, _ = MISTAKES[i]
-            cases[i] = (with_answer(name, change), FILES.index(exercises()[name]) + 1)
-    return grade(tmp_path_factory.mktemp("mistakes") / "submissions", cases)
-
-
-@pytest.mark.parametrize("i", MARKED)
-def test_a_mistake_is_named(i, graded):
+@pytest.mark.parametrize(
+    "mistakes", [HANDFUL, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["handful", "others"]
+)
+def test_a_mistake_is_named(mistakes, tmp_path):
     """Lost if it fails: a student with this mistake is called right, or is sent after a mistake that is not there."""
-    *_, phrases = MISTAKES[i]
-    messages = [message for message in graded[i].values() if message]
-    assert messages
-    for phrase in phrases:
-        assert any(phrase in message for message in messages), messages
-    for message in messages:
-        assert any(phrase in message for phrase in phrases), message
+    cases = {}
+    for what, name, change, _ in mistakes:
+        cases[what] = (with_answer(name, change), FILES.index(exercises()[name]) + 1)
+    graded = grade(tmp_path / "submissions", cases)
+    untrue, missing = [], []
+    for what, _, _, phrases in mistakes:
+        messages = [message for message in graded[what].values() if message]
+        missing += [(what, phrase) for phrase in phrases if not any(phrase in message for message in messages)]
+        untrue += [(what, message) for message in messages if not any(phrase in message for phrase in phrases)]
+        assert messages, f"{what}: nothing is wrong with it"
+    assert not missing
+    assert not untrue

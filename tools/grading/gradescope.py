@@ -34,7 +34,7 @@ def write_autograder(out: str, copy: Path) -> None:
     files = {f"handout/{path.relative_to(copy).as_posix()}": path for path in copy.rglob("*") if path.is_file()}
     files |= {f"tools/{path.relative_to(here.parent).as_posix()}": path for path in here.glob("*.py")}
     files["tools/__init__.py"] = here.parent / "__init__.py"
-    with zipfile.ZipFile(out, "x", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(out, "x", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, text in (("setup.sh", SETUP), ("run_autograder", RUN)):
             info = zipfile.ZipInfo(name, time.localtime()[:6])
             info.external_attr = 0o100755 << 16  # an executable file

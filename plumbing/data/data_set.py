@@ -1,0 +1,173 @@
+"""A labelled data set: its source, its labels' words, its splits, and its examples as files of the cache."""
+
+import collections
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from plumbing.data.labels import Asked, name_labels
+from plumbing.data.records import read_records, splits_to_draw, survey_rows
+from plumbing.data.sources import SPLITS, find_source
+from plumbing.data.token_cache import Examples, ExampleWriter, cache_folder, read_meta, whole_folder, write_meta
+from plumbing.data.tokenizer import count_last, start_encoding
+from plumbing.program.errors import UserError
+
+CACHE_VERSION = 6  # increase it when a change of code gives other tokens for the same data and settings
+PART = 5_000  # records that are tokenised at once
+
+
+class DataSet:
+    """A data set whose labels have their words.
+
+    asked: what is known of the words. fields: the columns of text and label. After that `label_names` are the words
+    of the classes, `word_of` tells the word of each label as the data writes it, `drawn` the splits that the seed
+    draws, since the data does not name them, `digest` the content. Prints what a user should know of the data.
+    Raises ValueError or OSError for data that cannot be used.
+    """
+
+    def __init__(self, asked: Asked, fields: tuple[str, str]):
+        self.fields = fields
+        self.dataset = asked.dataset
+        self.source = find_source(asked.dataset, fields)
+        self.digest = hashlib.sha256(self.source.digest.encode()).hexdigest()[:16]
+        folder = cache_folder("survey", json.dumps([CACHE_VERSION, self.source.digest, fields]))
+        survey = read_meta(folder)
+        if survey is None:
+            survey = survey_rows(self.source)
+            survey["class_names"] = [part.class_names().get(fields[1]) for part in self.source.parts]
+            with whole_folder(folder) as new:
+                write_meta(new, **survey)
+        self.survey = survey
+        self.tally = survey["tally"]
+        if not self.tally:
+            raise UserError(f"dataset={self.dataset}: no row in it, it is empty")
+        named = name_labels(self.tally, survey["class_names"], self._place, asked)
+        self.label_names, self.word_of, self.class_of, unused, notes = named
+        self.drawn = splits_to_draw({split for _, split, *_ in self.tally})
+        self._print_notes(unused, notes)
+
+    def _place(self, part, row):
+        return self.source.parts[part].place(row)
+
+    def _print_notes(self, unused, label_notes):
+        """What a user should know of rows and labels, at every start."""
+        used = collections.defaultdict(collections.Counter)  # {split, as the data names it: {class: rows}}
+        n_rows = sum(n for *_, n, _ in self.tally)
+        for part, split, label, n, _ in self.tally:
+            if (part, label) in self.class_of:
+                used[split][self.class_of[part, label]] += n
+        self.n_used = sum(map(sum, (counts.values() for counts in used.values())))
+        notes = []
+        if unused:
+            reasons = ", ".join(f"{reason}: {n}" for reason, n in sorted(unused.items()))
+            notes.append(f"{self.n_used:,} of {n_rows:,} rows are used ({reasons})")
+        if not self.n_used:
+            raise UserError(f"dataset={self.dataset}: no labelled row in it; {notes[0]}")
+        for split, n in self.survey["repeated"].items():
+            if n:
+                notes.append(f"the texts of {n:,} of {sum(used[split].values()):,} {split} rows stand in train too")
+        for split in used if "train" in used else ():
+            if alone := [i for i in sorted(used[split]) if i not in used["train"]]:
+                found = ", ".join(f"{self.label_names[i]} ({used[split][i]:,} rows)" for i in alone)
+                notes.append(f"{split} has labels that no row of train has: {found}")
+        for note in notes + label_notes:
+            print(f"note: {note}")
+
+    def load_examples(self, wanted, seed, prompt, fill, key, shares_prefix):
+        """({split: its Examples}, {split: what its meta.json says}), from the cache if the same was asked for before.
+
+        prompt: a `Prompt`. fill: records -> the texts to tokenise. key: all that decides what the tokens are, beside
+        data and seed. shares_prefix: whether the tokens that all prompts begin with may be run once.
+        """
+        classes = sorted(self.class_of.items())
+        key = [CACHE_VERSION, self.source.digest, self.fields, classes, seed, *key]
+        folder = cache_folder("examples", json.dumps(key))
+        metas = {split: read_meta(os.path.join(folder, split)) for split in wanted}
+        missing = [split for split in wanted if metas[split] is None]
+        if missing:
+            metas |= self._tokenise(folder, missing, seed, prompt, fill, shares_prefix)
+        splits = {split: Examples(os.path.join(folder, split)) for split in wanted}
+        print(f"data: {self._describe_splits(next(iter(metas.values()))['rows'])}")
+        return splits, metas
+
+    def _describe_splits(self, rows):
+        """Which files and how many rows make each split, and what is not read."""
+        found = []
+        for split, n in rows.items():
+            named = "train" if split in self.drawn else split
+            numbers = sorted({part for part, its, *_ in self.tally if its == named})
+            files = [self.source.parts[part].name for part in numbers]
+            files = " and ".join(files) if len(files) < 4 else f"{files[0]} to {files[-1]} ({len(files)} files)"
+            found.append(f"{split} {n:,} rows {'drawn from' if split in self.drawn else 'of'} {files}")
+        passed_over = self.source.passed_over + [f"the column split of {name}" for name in self.survey["unread"]]
+        return ", ".join(found) + (f"; not read: {', '.join(passed_over)}" if passed_over else "")
+
+    def _tokenise(self, folder, wanted, seed, prompt, fill, shares_prefix):
+        """Writes the wanted splits as files for `Examples`. Returns what each one's meta.json says."""
+        counts = dict.fromkeys(SPLITS, 0)
+        with contextlib.ExitStack() as stack:  # closes the pool and all writers at the end, after an error too
+            pool = stack.enter_context(ThreadPoolExecutor())
+            writers = {split: ExampleWriter(stack, os.path.join(folder, split)) for split in wanted}
+            parts = self._parts(seed, counts, writers)
+            begun = ((split, part, start_encoding(fill(part), pool)) for split, part in parts)
+            # pairwise asks for the next part, which starts its threads, before it hands out this one. So the threads
+            # tokenise the next part while this one is written. None follows the last part.
+            for (split, part, futures), _ in itertools.pairwise(itertools.chain(begun, [None])):
+                ids, lengths = map(np.concatenate, zip(*(future.result() for future in futures)))
+                write_part(writers[split], part, ids, lengths, prompt)
+            for split, writer in writers.items():
+                if writer.n == 0:
+                    self._refuse_empty(split)
+            rows = {split: n for split, n in counts.items() if n}
+            return {split: writer.finish(shares_prefix, rows=rows) for split, writer in writers.items()}
+
+    def _parts(self, seed, counts, wanted):
+        """(split, records of that split), PART of them at once. counts: how many rows each split has, at the end."""
+        parts = collections.defaultdict(list)
+        for split, rec in read_records(self.source, self.class_of, self.drawn, seed):
+            counts[split] += 1
+            if split in wanted:
+                parts[split].append(rec)
+                if len(parts[split]) == PART:
+                    yield split, parts.pop(split)
+        yield from parts.items()
+
+    def _refuse_empty(self, split):
+        problem = f"dataset={self.dataset}: no labelled row in its {split} split"
+        if split not in self.drawn:
+            raise ValueError(problem)
+        raise ValueError(
+            f"{problem}: its {self.n_used} rows (equal texts count once) are too few to draw it from; type another "
+            "--seed, or name the splits by files (train.csv, validation.csv, test.csv) or by a column named split"
+        )
+
+
+def write_part(writer, records, ids, lengths, prompt):
+    """Adds records to a writer: what prompt.make_example does for each of them, for all at once. ids: the tokens of
+    their texts, with end-of-text after each; lengths: how many each text has."""
+    labels = np.array([rec["label"] for rec in records])
+    texts = [rec["text"] for rec in records]
+    if prompt.classify:
+        ids = np.delete(ids, np.cumsum(lengths + 1) - 1)
+        sizes = n_prompt = lengths
+    else:
+        sizes = lengths + 1
+        n_bytes = np.array([len(name.encode()) for name in prompt.label_names])
+        n_prompt = lengths - count_last(ids, np.cumsum(sizes) - 1, n_bytes[labels])
+    ends = np.cumsum(sizes)
+    rest = 0
+    pieces = []
+    n_prompt, sizes = n_prompt.copy(), sizes.copy()
+    for i in np.flatnonzero((lengths > prompt.room) | (n_prompt == 0)).tolist():  # too long, or nothing: one by one
+        start = ends[i] - sizes[i]
+        ex, was_cut = prompt.make_example(texts[i], int(labels[i]), ids[start : start + lengths[i]].tolist())
+        pieces += [ids[rest:start], np.array(ex.tokens)]
+        rest = ends[i]
+        texts[i], sizes[i], n_prompt[i] = ex.text, len(ex.tokens), ex.n_prompt
+        writer.n_cut += was_cut
+    writer.add(np.concatenate([*pieces, ids[rest:]]), sizes, n_prompt, labels, texts)
