@@ -83,14 +83,14 @@ def fingerprint_base(name: str) -> dict[str, str] | None:
 
 
 def take_some(stored, n=64):
-    """Up to n values at the begin, the middle and the end of a stored tensor, as float32. The rest is not read."""
+    """A stored vector, or n values of the first, the middle and the last row of a matrix, as float32: the rest of it
+    is not read."""
     size = stored.get_shape()
-    parts = []
-    for share in (0, 1, 2):
-        at = [share * max(0, length - 1) // 2 for length in size[:-1]]
-        first = share * max(0, size[-1] - n) // 2
-        parts.append(stored[(*(slice(i, i + 1) for i in at), slice(first, first + n))])
-    return torch.cat([part.flatten().float() for part in parts])
+    if len(size) != 2:
+        return stored[:].flatten().float()
+    rows, columns = size
+    places = [(0, 0), (rows // 2, max(0, columns - n) // 2), (rows - 1, max(0, columns - n))]
+    return torch.cat([stored[row : row + 1, start : start + n].flatten().float() for row, start in places])
 
 
 def check_same_weights(name: str, then: dict | None, out_dir: str) -> None:
