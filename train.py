@@ -30,7 +30,7 @@ from plumbing.adapters.layers import lora_arguments
 from plumbing.adapters.own_lora import check_frozen, check_start
 from plumbing.adapters.peft_format import ADAPTER_WEIGHTS, save_adapter
 from plumbing.adapters.trainable import parameter_report, train_also
-from plumbing.gpt2.base import check_base_stays, check_same_weights, check_vocabulary, fingerprint_base
+from plumbing.gpt2.base import check_base, check_base_stays, fingerprint_base
 from plumbing.gpt2.batch import Batch
 from plumbing.gpt2.files import context_size
 from plumbing.gpt2.memory import check_weights
@@ -260,11 +260,7 @@ def set_up(config: Config) -> Run:
         raise ValueError(f"--predict={config.predict} is for generate.py --init_from=resume, after the training")
     processes, dtype = set_up_machine(config)
     torch.manual_seed(config.seed)
-    if config.run:
-        check_same_weights(config.init_from, config.run.base, config.out_dir)
-    else:
-        check_vocabulary(config.init_from)
-        check_base_stays(config)
+    check_base(config)
     loader = make_loader(config, context_size(config.init_from))
     check_same_data(config, loader)
     n_classes = len(loader.label_names) if config.task == "classify" else 0

@@ -15,6 +15,15 @@ N_TOKENS = 50257  # of GPT-2's vocabulary
 PADDED = 50304  # nanoGPT's vocabulary: the next multiple of 64
 
 
+def check_base(config) -> None:
+    """Raises ValueError for a base that a run cannot begin with, or that is no longer the one it began with."""
+    if config.run:
+        check_same_weights(config.init_from, config.run.base, config.out_dir)
+    else:
+        check_vocabulary(config.init_from)
+        check_base_stays(config)
+
+
 def check_vocabulary(name: str) -> None:
     """Raises ValueError for a base of another vocabulary than GPT-2's, whose token ids are all that is used here."""
     if name == "scratch":

@@ -21,7 +21,7 @@ from lora import load_adapter, save_adapter
 from model import GPT
 from plumbing.data.tokenizer import gpt2_encoding
 from plumbing.gpt2.base import check_base_stays, check_same_weights, check_vocabulary, fingerprint_base
-from tools import anatomy
+from tools import anatomy, pretrain
 
 
 @pytest.fixture
@@ -400,3 +400,8 @@ def test_a_base_of_other_words_is_refused_before_training(place, capfd):
     with pytest.raises(ValueError, match=r"vocab\.txt"):
         ModelSampler(init_from=str(base), device="cpu")
     assert not (place / "words").exists()
+    (base / "vocab.txt").unlink()
+    set_vocabulary(base, 21128)
+    config = configure([f"--init_from={base}", f"--out_dir={place}/text"], cls=pretrain.PretrainConfig)
+    with pytest.raises(ValueError, match="21128"):
+        pretrain.set_up(config)
