@@ -119,6 +119,18 @@ def test_an_adapter_with_nan_is_refused(checkpoint, tmp_path, leaf, value):
     assert torch.equal(model(tokens(2, 9))[0], before)
 
 
+def test_anatomy_names_a_base_with_nan(place, capsys):
+    """Lost if it fails: the singular values of nothing end in a traceback."""
+    base = shutil.copytree(place / "base", place / "base-nan")
+    here(flags(place, "run-nan", init_from=base, rank=2, alpha=8, max_iters=1))
+    rewrite(base, lambda tensors: tensors["transformer.h.0.attn.c_attn.weight"][5].fill_(float("nan")))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        anatomy.main([str(place / "run-nan")])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and str(base / "model.safetensors") in err
+
+
 def test_infinity_in_an_old_causal_mask_is_none(checkpoint, base):
     """Lost if it fails: an old file is refused for a mask that is not read."""
     rewrite(base, lambda tensors: tensors.update({"h.0.attn.masked_bias": torch.tensor(float("-inf"))}))
