@@ -47,7 +47,8 @@ def forgiving_output():
             stdout = sys.stdout
             pipe = Pipe(stdout.fileno())
             options = {"line_buffering": stdout.line_buffering, "write_through": stdout.write_through}
-            sys.stdout = io.TextIOWrapper(io.BufferedWriter(pipe), stdout.encoding, "backslashreplace", **options)
+            buffer = pipe if stdout.write_through else io.BufferedWriter(pipe)  # python -u shows each line at once
+            sys.stdout = io.TextIOWrapper(buffer, stdout.encoding, "backslashreplace", **options)
     try:
         yield
     except KeyboardInterrupt:
@@ -62,5 +63,5 @@ def forgiving_output():
 
 def reader_has_gone() -> bool:
     """Whether nobody reads any more what this program prints. Then what only prints need not go on."""
-    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
-    return getattr(raw, "reader_has_gone", False)
+    buffer = getattr(sys.stdout, "buffer", None)
+    return getattr(getattr(buffer, "raw", buffer), "reader_has_gone", False)

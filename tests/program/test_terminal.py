@@ -78,6 +78,30 @@ def test_a_sweeps_plan_may_be_cut_off(place):
     assert codes[1] == 0 and out.count(b"\n") == 2 and "Traceback" not in err and "BrokenPipe" not in err
 
 
+UNBUFFERED = """
+import sys
+from plumbing.program.terminal import forgiving_output, reader_has_gone
+with forgiving_output():
+    print("first")
+    sys.stdin.readline()
+    print("second")
+    print(reader_has_gone(), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_unbuffered_output_comes_at_once(reads):
+    """Lost if it fails: in a container with PYTHONUNBUFFERED=1 a run's lines come when it is over."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-u", "-c", UNBUFFERED], cwd=REPO, text=True, **pipes)
+    assert process.stdout.readline() == "first\n"  # while the program waits for its standard input
+    if not reads:
+        process.stdout.close()
+        process.stdout = None
+    _, err = process.communicate("go on\n", timeout=100)
+    assert err == f"{not reads}\n" and process.returncode == (0 if reads else 141)
+
+
 # --- notebooks -----------------------------------------------------------------------------------
 
 
