@@ -36,19 +36,23 @@ Sentiment: {label}"""
 
 @dataclass
 class Facts:
-    """What a run has found out. It stands in train_config.json beside the settings."""
+    """What a run has found out. It is stored in train_config.json beside the settings."""
 
-    base: dict[str, str] | None = None  # of its base's weights: fingerprint_base
-    model: dict[str, str] | None = None  # of its own, where it has trained them all and is done
+    base: dict[str, str] | None = None  # what tells the base's weights from others: fingerprint_base
+    model: dict[str, str] | None = None  # the same of the run's own weights, once full fine-tuning has finished
     data: str | None = None  # a digest of its data set's content; None where this config names another data set
     dtype: str | None = None  # of its arithmetic
     label_names: list[str] | None = None  # the words of its labels
-    word_of: dict[str, str] | None = None  # which of them a label of its data has
+    word_of: dict[str, str] | None = None  # {label as its data writes it: word}, {"0": "terrible", "1": "great"}
 
 
 @dataclass
 class Config:
-    """The defaults are the assignment's: those of configs/finetune_params_config.py."""
+    """The defaults are the assignment's: those of configs/finetune_params_config.py.
+
+    kept says what a resumed run does with its own value: MODEL, it keeps it in training and in scoring; RUN, in
+    training; CALL, it does not bring it along; and without kept its value holds until another one is typed.
+    """
 
     # --- model
     init_from: str = "gpt2-medium"  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, gpt2-mini, resume, a directory
@@ -69,6 +73,9 @@ class Config:
     template: str = setting(TEMPLATE, kept=RUN)  # {text} and {label}; {label} comes last
     loss_on: str = setting("label", one_of=("label", "all"), kept=RUN)  # all: every token is scored
     train_examples: int = setting(0, least=0, kept=RUN)  # training examples, chosen by the seed; 0: all
+    held_out: float = setting(
+        0.0, least=0, most=0.9, kept=RUN
+    )  # share of train that picks the best weights; 0: validation does
     balance_classes: bool = setting(False, kept=RUN)  # classify: rare classes weigh as much in the loss
     # --- training
     out_dir: str = setting("out", kept=CALL)  # where everything is written
@@ -105,7 +112,7 @@ class Config:
     temperature: float = setting(0.0, least=0)  # 0: the likeliest token; higher is more random
     top_k: int | None = setting(None, least=1)  # sample among the k likeliest tokens; None: all
 
-    # Of the run in out_dir, where init_from=resume: no setting. Then init_from is that run's own base.
+    # Facts about the run in out_dir, if init_from=resume; not a setting. Then init_from is that run's own base.
     run: Facts | None = dataclasses.field(default=None, metadata={"is_fact": True})
 
 
@@ -145,8 +152,8 @@ def load_run(out_dir: str, **settings) -> Config:
 
 
 def combine(typed, from_file, cls, trains):
-    """A cls of all settings: what was typed wins over a resumed run's own, this over the file, the file over the
-    defaults."""
+    """A cls of all settings: what was typed wins over a resumed run's settings, those win over the config file, and
+    the file wins over the defaults. With auto_resume they must equal the settings of the run in out_dir."""
     fields = fields_of(cls)
     values = from_file | typed
     out_dir = values.get("out_dir", fields["out_dir"].default if "out_dir" in fields else None)

@@ -1,9 +1,9 @@
 r"""Records -> prompts -> batches of token ids. Knows text and tokens, no model.
 
-One review's way through this file, with the template "Review: {text}\nSentiment: {label}":
+One review's path through this file, with the template "Review: {text}\nSentiment: {label}":
 
     record     {"text": "A joy.", "label": 1}
-    filled     "Review: A joy.\nSentiment: positive"        (the prompt is all before " positive")
+    filled     "Review: A joy.\nSentiment: positive"        (the prompt is everything before " positive")
     tokens     Review   :   A    joy   .   \n   Sent   iment   :     positive   <|endoftext|>
                14832    25  317  8716  13  198  31837  3681    25    3967       50256
     input      14832    25  317  8716  13  198  31837  3681    25    3967
@@ -26,7 +26,7 @@ from plumbing.data.token_cache import Example, take_turns
 from plumbing.data.tokenizer import end_of_text, gpt2_encoding
 from plumbing.gpt2.batch import IGNORE, Batch, pad
 
-ANSWER_TOKENS = 5  # so many tokens may be written after a prompt, or more where a label is longer
+ANSWER_TOKENS = 5  # at most this many tokens are written after a prompt, more if a label is longer
 
 
 # --- one record -> tokens --------------------------------------------------------------------------
@@ -37,7 +37,7 @@ class Prompt:
 
     block_size: the context in tokens. classify: the text is read alone, without a template. is_answered: the model
     writes after the prompt, up to max_new_tokens (None: enough for every label), and the context keeps room for it.
-    add_instruction: fills a record's template in place of ours.
+    add_instruction: the loader's own _add_instruction_finetuning, if there is a loader.
     Raises ValueError for a template or words that cannot be used.
     """
 
@@ -54,12 +54,14 @@ class Prompt:
         self.template = template
         self.label_names = label_names
         self.classify = classify
-        # The handout's method fills every prompt, those of new texts too. It reads nothing but template and words.
+        # The handout's method, below, fills every prompt, those of new texts too. There a Prompt stands in for the
+        # loader: it has the template and the words, which is all that the method reads.
         self.add_instruction = add_instruction or partial(CustomDataLoader._add_instruction_finetuning, self)
         self.encoding = gpt2_encoding()
         check_template(template)
-        # The most tokens that a filled template may have. One place is kept free: make_example puts end-of-text in
-        # front of an empty prompt. (The one at the end is only a target and needs no place.)
+        self.block_size = block_size
+        # The most tokens that a filled template may have: of 1,024 in training 1,023, since make_example puts
+        # end-of-text in front of an empty prompt; with an answer of 5 tokens to come 1,018.
         self.room = block_size if classify else block_size - 1
         self._check_words()
         if is_answered and not classify:
@@ -68,7 +70,8 @@ class Prompt:
             self.answer_tokens = max_new_tokens or max(ANSWER_TOKENS, longest - 1)  # end-of-text need not be written
             n_kept = max(self.answer_tokens, longest)
             if n_kept > block_size // 2:
-                raise ValueError(f"max_new_tokens={n_kept}: type at most {block_size // 2}, half the context")
+                what = f"max_new_tokens={n_kept}" if max_new_tokens else f"a label of {longest} tokens"
+                raise ValueError(f"{what}: at most {block_size // 2} have room, half the context")
             self.room -= n_kept
 
     def fill(self, text: str, label: int) -> str:
@@ -78,7 +81,9 @@ class Prompt:
         return self.add_instruction({"text": text, "label": label})["instr_tuned_text"]
 
     def make_example(self, text: str, label: int, tokens: list[int] | None = None) -> tuple[Example, bool]:
-        """(the Example of a record, whether its text was cut to fit). tokens: those of `fill`, if they are there."""
+        """(the Example of a record, whether its text was cut to fit). tokens: those of `fill`, if they are there. A
+        whole data set takes `write_part` of plumbing/data/data_set.py, which does the same for thousands of records
+        at once; a test compares the two."""
         if tokens is None:
             tokens = self.encoding.encode_ordinary(self.fill(text, label))
         is_too_long = len(tokens) > self.room
@@ -116,10 +121,10 @@ class Prompt:
         if self.classify:
             return text, tokens[: self.room]
         text_tokens = self.encoding.encode_ordinary(text)
-        # Again and again: a text that is cut, decoded and encoded once more may have more tokens than it was cut to.
+        # A loop, because a text that is cut, decoded and encoded again may have more tokens than it was cut to.
         while len(tokens) > self.room:
             if not text_tokens:
-                raise ValueError(f"template={self.template!r} alone is longer than the context of {self.room + 1}")
+                raise ValueError(f"template={self.template!r} alone is longer than the context of {self.block_size}")
             n_kept = max(0, len(text_tokens) - (len(tokens) - self.room))
             text_tokens = text_tokens[:n_kept]
             text = self.encoding.decode(text_tokens, errors="ignore")
@@ -163,13 +168,14 @@ class CustomDataLoader:
     dataset: rt_reviews, a file, a directory or a name on the hub. block_size: the model's context in tokens.
     label_names: words for the labels 0, 1, ..., with commas; None: as the data names them. loss_on: "label" (its
     tokens and end-of-text are scored) or "all" (every token is). wanted: the splits to load. train_examples: the
-    number of training examples, chosen by the seed; 0: all. is_answered and max_new_tokens: as for Prompt.
-    learned: the words of a run's classes, in its order; word_of: the word of each label, as its data writes it.
+    number of training examples, chosen by the seed; 0: all. held_out: the share of train that stands in for
+    validation, chosen by the seed. is_answered and max_new_tokens: as for Prompt.
+    learned and word_of: of a run, its classes in their order and the word for each label that its data holds, such as
+    ["terrible", "great"] and {"0": "terrible", "1": "great"}.
 
     After that `splits[name]` is a sequence of Example (tokens, n_prompt, label, text), `prefixes[name]` the first
-    tokens that all prompts of the split have in common, `label_names` a list, `word_of` the word of each label as the
-    data writes it, `prompt` the Prompt, `digest` a hash of the data set's content. The same arguments and content
-    give the same batches in the same order.
+    tokens that all prompts of the split have in common, `label_names` and `word_of` as above, `prompt` the Prompt,
+    `digest` a hash of the data set's content. The same arguments and content give the same batches in the same order.
 
     Raises ValueError or OSError, naming the value, for data or a template that cannot be used.
     """
@@ -189,6 +195,7 @@ class CustomDataLoader:
         classify: bool = False,
         balance_classes: bool = False,
         train_examples: int = 0,
+        held_out: float = 0.0,
         is_answered: bool = False,
         max_new_tokens: int | None = None,
         learned: list[str] | None = None,
@@ -204,10 +211,16 @@ class CustomDataLoader:
         self.is_answered = is_answered
         self.max_new_tokens = max_new_tokens
         check_template(template)
-        # Of several processes that start at once, one tokenises.
+        # If several processes start at once, one of them tokenises.
         with take_turns(dataset):
             asked = Asked(dataset, label_names, learned, word_of, classify)
             self._load(asked, (text_field, label_field), wanted)
+        if held_out and "train" in wanted:
+            n = max(1, round(held_out * len(self.splits["train"])))
+            held, self.splits["train"] = self.splits["train"].divide(n, seed)
+            if "validation" in wanted:  # generate.py, which scores one split, takes the data's own
+                self.splits["validation"] = held
+                self.prefixes["validation"] = self.prefixes["train"]
         if "train" in wanted and 0 < train_examples < len(self.splits["train"]):
             self.splits["train"] = self.splits["train"].choose(train_examples, seed)
         self.class_weights = None
@@ -235,11 +248,13 @@ class CustomDataLoader:
         return ex.tokens[:-1], [IGNORE] * (n_given - 1) + ex.tokens[n_given:]
 
     def batch(self, split: str, indices) -> Batch:
-        """The examples with these indices as one Batch; short rows are filled up with end-of-text, not scored."""
+        """The examples with these indices as one Batch. Short rows are filled up with end-of-text on the right, where
+        it needs no mask: no token looks to its right, and it is not scored."""
         examples = [self.splits[split][i] for i in indices]
-        # All prompts begin alike, those above with "Review:". What they share goes through the model once a batch, as
-        # `prefix`, and the rows hold the rest. train.py's default template begins with "Classify the sentiment of the
-        # following movie review as positive or negative.\n\nReview:". Those 18 tokens are a third of each row.
+        # All prompts begin alike, the one above with "Review:". What they share goes through the model once a batch,
+        # as `prefix`, and the rows hold the rest. configurator.py's default template begins with "Classify the
+        # sentiment of the following movie review as positive or negative.\n\nReview:". Those 18 tokens are a third of
+        # each row.
         prefix = self.prefixes[split] if len(examples) > 1 else []  # with one row there is nothing to save
         P = len(prefix)
         inputs = []
@@ -314,7 +329,7 @@ class CustomDataLoader:
             self.max_new_tokens,
             self._add_instruction_finetuning,
         )
-        # All that decides what the tokens are. The sample shows an edited template or method.
+        # Everything that determines the tokens. The sample shows an edited template or method.
         sample = self.prompt.fill("A joy.", 1)
         key = [self.template, self.label_names, self.loss_on, self.prompt.room, self.classify, sample]
         # Where every token is scored, the prefix is scored in each row, so it stays there. A classifier's input has
@@ -341,7 +356,7 @@ def cut(values, size):
     return [values[i : i + size] for i in range(0, len(values), size)]
 
 
-# --- of a config -----------------------------------------------------------------------------------
+# --- from a config ---------------------------------------------------------------------------------
 
 
 def make_loader(config, block_size: int, wanted: Collection[str] = ("train", "validation"), **options):
@@ -361,7 +376,7 @@ def make_loader(config, block_size: int, wanted: Collection[str] = ("train", "va
 
 
 READ_FROM_CONFIG = ("dataset", "batch_size", "text_field", "label_field", "label_names", "loss_on", "seed")
-READ_FROM_CONFIG += ("balance_classes", "train_examples")
+READ_FROM_CONFIG += ("balance_classes", "train_examples", "held_out")
 
 
 def make_prompt(config, block_size: int, label_names: list[str]) -> Prompt:

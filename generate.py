@@ -61,8 +61,8 @@ class ModelSampler:
         ModelSampler(init_from="gpt2-medium").get_accuracy()  # without tuning
 
     out_dir: the run's folder. init_from: "resume" for that run, or a base. device to top_k, and settings: other keys
-    of Config (dataset, split ...); what is not named is as in the run. config: one that `configure` made, in place of
-    all of these.
+    of Config (dataset, split ...); anything not given, or None, is taken from the run. config: one that `configure`
+    made, in place of all of these.
 
     Data and model are loaded when they are first needed. Raises ValueError (a UserError for a wrong setting) or
     OSError, naming what cannot be used.
@@ -105,6 +105,7 @@ class ModelSampler:
         labels = self.loader.splits[self.config.split].labels.tolist()  # [1, 0, ...]
         names = self.loader.label_names  # ["negative", "positive"]
         self.generated = self.answer_split()  # [" positive", " a film", ...]
+        # The first label in the first 40 characters, as a whole word, in any capitals; None if there is none.
         self.found = [find_label(text, names) for text in self.generated]  # [1, None, ...]
         self.result = tabulate(self.found, labels, names)  # accuracy = sum(found == label) / n, and more
         return self.result["accuracy"]
@@ -128,7 +129,8 @@ class ModelSampler:
         answers = [{"text": text, "predicted": None, "generated": None, "share": None} for text in texts]
         asked = [answer for answer in answers if answer["text"] is not None]  # the same dicts: filled in below
         prompts = self.make_prompts([answer["text"] for answer in asked])
-        for answer, text, shares in zip(asked, *self.answer(prompts, self.prompt, wants_shares=True)):
+        texts, all_shares = self.answer(prompts, self.prompt, wants_shares=True)
+        for answer, text, shares in zip(asked, texts, all_shares):
             answer["generated"] = text
             label = find_label(text, names)
             if label is not None:
@@ -150,10 +152,12 @@ class ModelSampler:
 
     def score_classes(self, text: str) -> dict[str, float]:
         """{label: share} that a classifier gives to a text; the shares sum to 1."""
+        if self.config.task != "classify":
+            raise ValueError("this model writes its labels: predict([text]) gives the share of the one it writes")
         self.load_prompt()
         self.load_model()
-        _, (shares,) = self.answer(self.make_prompts([text]), self.prompt)  # of one text
-        return dict(zip(self.prompt.label_names, shares))
+        _, all_shares = self.answer(self.make_prompts([text]), self.prompt)
+        return dict(zip(self.prompt.label_names, all_shares[0]))
 
     # --- prompts -> answers
 
@@ -181,9 +185,12 @@ class ModelSampler:
         prefix = shared_start(prompts)
         cache = KVCache()
         if prefix:  # the tokens that every prompt begins with go through the model once
-            self.model.hidden(torch.tensor([prefix], device=self.device), cache)  # writes keys and values into cache
+            # Called for what it writes into cache: keys and values.
+            self.model.hidden(torch.tensor([prefix], device=self.device), cache)
         for indices in order_by_length(prompts, self.config.batch_size):  # prompts of like length together
-            last, past = read_prompts(self.model, [prompts[i][len(prefix) :] for i in indices], cache)  # last: (B, 1)
+            # All tokens but the last of each prompt go into past, where the padding of short prompts is hidden. The
+            # last ones (B, 1) are what score_labels and generate read first; both leave past as it is.
+            last, past = read_prompts(self.model, [prompts[i][len(prefix) :] for i in indices], cache)
             if wants_shares:
                 for i, row in zip(indices, score_labels(self.model, last, past, prompt.answers()).tolist()):
                     shares[i] = row
@@ -243,14 +250,14 @@ class ModelSampler:
             dtype = pick_dtype(self.device, config.dtype, mixed=getattr(LoRALinear, "mixes_dtypes", False))
             n_classes = len(self.find_label_names()) if config.task == "classify" else 0
             torch.manual_seed(config.seed)  # an untuned classifier's head is drawn as train.py draws it
-            self.model = load_model(config, self.device, dtype, n_classes)
+            self.model = open_model(config, self.device, dtype, n_classes)
             torch.manual_seed(config.seed)
 
 
 # --- the model -------------------------------------------------------------------------------------
 
 
-def load_model(config: Config, device: str, dtype: torch.dtype, n_classes: int = 0) -> GPT:
+def open_model(config: Config, device: str, dtype: torch.dtype, n_classes: int = 0) -> GPT:
     """The model of a config, ready to generate: a base, or the best weights of the run in out_dir."""
     has_adapter = config.run is not None and config.rank > 0
     if config.run:
@@ -265,12 +272,12 @@ def load_model(config: Config, device: str, dtype: torch.dtype, n_classes: int =
 
 
 def checkpoint_of(config):
-    """Where a config's whole weights lie: the base's, or those of a run that trained them all."""
+    """Where a config's full weights are stored: the base's, or those of a run that trained them all."""
     return config.out_dir if config.run and config.rank == 0 else config.init_from
 
 
 def check_classes(config):
-    """Raises ValueError for a base whose classes nobody has trained. Only its accuracy tells something."""
+    """Raises ValueError for an untrained classification head. Only its accuracy is meaningful."""
     if not config.run and not read_config(find_checkpoint(config.init_from)[0]).get("n_classes"):
         raise ValueError(f"init_from={config.init_from}: a language model has no classes; train.py adds them")
 
@@ -312,7 +319,7 @@ def predict_texts(config: Config) -> None:
     """Answers the texts of a file, into a file of the same kind; or those of standard input, as lines of JSON."""
     with one_line_errors():
         if config.start is not None:
-            raise ValueError("--predict and --start are two things to do: type one of them")
+            raise ValueError("--predict and --start cannot be combined: type one of them")
         predict_file(config, score_folder(config), lambda: ModelSampler(config=config))
 
 

@@ -71,14 +71,16 @@ class LoRALinear(MergeableLinear):  # nn.Linear with merge: weight = W0 + delta,
     # task
     def train(self, mode: bool = True):  # model.train() unmerges every layer, model.eval() merges it
         super().train(mode)
+        # Both take the function, not its value: merge calls it unless the weight is merged already, and unmerge only
+        # if somebody has set has_weights_merged by hand, so that no W0 was put aside.
         if self.is_lora() and mode:
-            self.unmerge(self.delta_weight)  # weight = W0, of which merge keeps a copy
+            self.unmerge(self.delta_weight)  # weight = W0, which merge has put aside
         elif self.is_lora():
             self.merge(self.delta_weight)  # weight = W0 + (alpha / r) B A: inference costs what the base costs
         return self
 
     # task
-    def eval(self):  # nn.Module's own does the same; here it is in sight
+    def eval(self):  # nn.Module's own does the same; spelled out here
         return self.train(False)
 
 

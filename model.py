@@ -4,8 +4,9 @@
 blocks, tanh-GELU, learned positions, the output head tied to the word embedding. Module names are Hugging Face's
 (`transformer.h.0.attn.c_attn` ...), so checkpoints map by name.
 
-Shapes: B rows of T tokens, C = n_embd, H heads of D = C / H, V = vocab_size. The numbers behind them are those of
-gpt2-medium and 8 reviews of 52 tokens: B = 8, T = 52, C = 1024, H = 16, D = 64, V = 50257.
+Shapes: B rows of T tokens, C = n_embd, H heads of D = C / H, V = vocab_size. Between the layers x is flat, a row for
+each token: (R, C), R = B T (a shared prefix, further down, adds rows of its own). The numbers behind the shapes are
+those of gpt2-medium and 8 reviews of 52 tokens: B = 8, T = 52, R = 416, C = 1024, H = 16, D = 64, V = 50257.
 """
 
 import math
@@ -23,7 +24,7 @@ from plumbing.gpt2.files import find_checkpoint, read_config, read_weights, writ
 from plumbing.gpt2.kv_cache import KVCache, causal_mask, put_before
 from plumbing.program.errors import compile_pattern
 
-LONG = 512  # tokens: from there on attention written out takes more time and memory than torch's fused kernel
+LONG = 512  # tokens: beyond this, attention written out takes more time and memory than torch's fused kernel
 
 
 @dataclass
@@ -86,11 +87,11 @@ class Attention(nn.Module):
         self.c_proj = LoRALinear(C, C, **config.lora(f"{name}.c_proj"))
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, seen, scored=None):  # (B T, C) -> (B T, C), or (N, C) of the scored places
+    def forward(self, x, seen, scored=None):  # (R, C) -> (R, C), or (N, C) of the scored places
         qkv = self.c_attn(x).view(len(x), 3, self.n_head, -1)  # (416, 1024) -> (416, 3072) -> (416, 3, 16, 64)
         dropout = self.dropout if self.training else 0.0
         if seen.P:
-            y = attend_with_prefix(qkv, seen, dropout)  # below
+            y = attend_with_prefix(qkv, seen, dropout)  # (R, C); below
         else:
             q, k, v = split_heads(qkv, seen.B)  # each (8, 16, 52, 64)
             if seen.past is not None:
@@ -132,7 +133,7 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, eps=1e-5)
         self.mlp = MLP(config, layer)
 
-    def forward(self, x, seen, scored=None):  # (B T, C) -> (B T, C), or (N, C) of the scored places
+    def forward(self, x, seen, scored=None):  # (R, C) -> (R, C), or (N, C) of the scored places
         y = self.attn(self.ln_1(x), seen, scored)
         if scored is not None:  # only now: the keys and values of attention came from every token
             x = x[scored]
@@ -149,7 +150,7 @@ class Seen:
 
     The prompts of a batch begin with the same P tokens, the prefix. It goes through each layer once, in the same
     matrix multiplications as the rows: x is (P + B T, C), first the prefix, then the rows. Of 8 reviews that begin
-    with the same 12 of their 52 tokens, 12 + 8 * 40 = 332 tokens are computed, not 8 * 52 = 416. Without dropout
+    with the same 18 of their 52 tokens, R = 18 + 8 * 34 = 290 tokens are computed, not 8 * 52 = 416. Without dropout
     every number and gradient is the same, to rounding. (A pass of its own for the prefix, through a KVCache, took 1
     to 16 % longer on two CPU cores.)
     """
@@ -260,15 +261,16 @@ class GPT(nn.Module):
         n_before = P + (0 if past is None else past.length)
         if n_before + T > self.config.block_size:
             raise ValueError(f"{n_before + T} tokens exceed the context of {self.config.block_size}")
+        if past is not None and P:
+            raise ValueError("a prefix or a past, not both")
         t = self.transformer
-        like = torch.empty(0, dtype=self.compute_dtype or t.wte.weight.dtype, device=idx.device)
-        if P:
-            pos = torch.arange(P, P + T, device=idx.device).expand(B, T)
-            mask = causal_mask(T, P + T, like)
-        else:
-            pos, mask = (past or KVCache()).place(B, T, like)
-        tokens = idx.flatten()  # (B T,)
-        pos = pos.flatten()
+        like = torch.empty(0, dtype=self.compute_dtype or t.wte.weight.dtype, device=idx.device)  # x is to be like it
+        pos = torch.arange(P, P + T, device=idx.device)  # (T,): where each row's tokens stand
+        mask = causal_mask(T, P + T, like) if P else None
+        if past is not None:  # the rows go on after its tokens, and may look at them
+            pos, mask = past.place(B, T, like)
+        tokens = idx.flatten()  # (R,)
+        pos = pos.expand(B, T).flatten()
         if P:
             tokens = torch.cat([prefix.flatten(), tokens])  # (P + B T,)
             pos = torch.cat([torch.arange(P, device=idx.device), pos])
@@ -345,8 +347,9 @@ class GPT(nn.Module):
         return torch.multinomial(logits.softmax(-1), 1)[:, 0]
 
     def exact_logits(self, x, words=None):  # (B, C), (B, m) -> (B, V)
-        """Logits to compare. Near -100, where the real GPT-2's lie, bfloat16's numbers are 0.5 apart: two words often
-        get the same logit. So those of the 16 likeliest words, and of `words`, are computed again in float32."""
+        """Logits to compare. bfloat16 has 8 bits: near -100, where the real GPT-2's logits lie, its numbers are 0.5
+        apart, and two words often get the same one. So those of the 16 likeliest words (more than ever were within
+        one step of the best), and of `words`, are computed again in float32."""
         logits = self.head(x)
         precise = torch.promote_types(logits.dtype, torch.float32)
         if logits.dtype == precise:

@@ -7,7 +7,7 @@
 
 In out_dir: adapter_model.safetensors and adapter_config.json (the best adapter, PEFT's format) or, without
 LoRA, model.safetensors and config.json; checkpoint.pt (to resume from), train_config.json, metrics.jsonl,
-loss.png. Training knows losses alone; generate.py finds the accuracy.
+loss.png, README.md. Training only computes losses; generate.py finds the accuracy.
 """
 
 import contextlib
@@ -71,7 +71,7 @@ class Run:
     model: GPT
     params: list[nn.Parameter]  # those that train
     optimizers: list
-    # For float16, whose small numbers end at 6e-8. The scaler multiplies the loss, and so all gradients, by a large
+    # For float16, whose smallest number is 6e-8. The scaler multiplies the loss, and so all gradients, by a large
     # number, and divides the gradients by it before the step. In another dtype it changes nothing.
     scaler: torch.amp.GradScaler
 
@@ -119,8 +119,9 @@ def run_updates(run: Run, progress: Progress) -> None:
             it = progress.iter
             is_last = it >= config.max_iters
 
-            evaluation_is_due = it % config.eval_interval == 0 or is_last
-            if evaluation_is_due and it != progress.evaluated_at:  # a resumed run may have done it
+            is_due = it % config.eval_interval == 0 or is_last
+            is_done = it == progress.evaluated_at  # by the run that is resumed
+            if (is_due and not is_done) or progress.best == math.inf:
                 speed = watch.updates_per_s(it)
                 metrics = record(run, progress, evaluate(run), speed)
                 wandb.log(metrics, it)
@@ -129,9 +130,10 @@ def run_updates(run: Run, progress: Progress) -> None:
             if is_last:
                 break
 
-            # A checkpoint is saved before the step: the weights have just given a finite loss and gradient, so a run
-            # that resumes from them does not resume from NaN. It computes this gradient again.
-            loss, was_skipped = update(run, next(batches), it, before_step=saver.save_if_due)
+            # A checkpoint is saved before the step (after a signal the program ends there, too): the weights have
+            # just given a finite loss and gradient, so a run that resumes from them does not resume from NaN. It
+            # computes this gradient again.
+            loss, was_skipped = update(run, next(batches), it, before_step=saver.save_or_stop)
             progress.losses.append(loss)
             progress.skipped += was_skipped
             progress.iter += 1
@@ -336,7 +338,7 @@ def open_folder(run: Run) -> Progress:
     config = run.config
     is_first = run.processes.is_first
     progress = Progress()
-    # The first process decides and reads for all: another machine may not see its disk.
+    # The first process decides and reads for all (the others add 0): another machine may not see its disk.
     if run.processes.total(config.run is not None and is_first):
         progress = load_checkpoint(config.out_dir, run.model, run.optimizers, run.scaler, run.processes)
     if config.max_iters < progress.iter:
@@ -345,7 +347,7 @@ def open_folder(run: Run) -> Progress:
             "type at least that many, or start another run with another --out_dir"
         )
     if progress.eval_iters not in (None, config.eval_iters):
-        print0(run, f"note: with eval_iters={config.eval_iters} losses are of other batches: the best starts anew")
+        print0(run, f"note: eval_iters={config.eval_iters} gives losses of other batches, so the best one is reset")
         progress.best = math.inf
     progress.eval_iters = config.eval_iters
     if is_first:
@@ -404,6 +406,10 @@ def save_best(run: Run) -> None:
 
 
 def print_start(run: Run, progress: Progress) -> None:
+    if run.config.wandb_run_name and not run.config.wandb_log:
+        print0(
+            run, f"note: wandb_run_name={run.config.wandb_run_name} is not used: type --wandb_log=True to log there"
+        )
     print0(run, parameter_report(run.model))
     dtype = str(run.dtype).removeprefix("torch.")
     updates = f"from update {progress.iter} to {run.config.max_iters}"

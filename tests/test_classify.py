@@ -201,3 +201,20 @@ def test_the_untuned_classifier_has_an_accuracy(place):
     batch = run.loader.batch("validation", range(len(run.loader.splits["validation"])))
     logits, _ = run.model.eval()(batch.idx, batch.targets)
     assert logits.argmax(-1).tolist() == sampler.found
+
+
+def test_weights_are_chosen_on_a_part_of_train_and_scored_on_validation(place):
+    """Lost if it fails: the best of many evaluations is scored on the examples that it was the best of."""
+    settings = {"held_out": 0.2, "split": "validation"}
+    loader = set_up(configure(flags(place, "held-out", **settings))).loader
+    every = make_loader(configure(flags(place, "none")), 64)
+    train_texts = [ex.text for ex in loader.splits["train"]]
+    held_texts = [ex.text for ex in loader.splits["validation"]]
+    assert len(held_texts) == round(0.2 * len(every.splits["train"]))
+    assert sorted(train_texts + held_texts) == sorted(ex.text for ex in every.splits["train"])
+    sampler = ModelSampler(config=configure(flags(place, "held-out", **settings), trains=False))
+    sampler.load_data()
+    scored = [ex.text for ex in sampler.loader.splits["validation"]]
+    assert scored == [ex.text for ex in every.splits["validation"]]
+    few = make_loader(configure(flags(place, "none", train_examples=10, **settings)), 64)
+    assert {ex.text for ex in few.splits["train"]} <= set(train_texts)

@@ -295,7 +295,7 @@ def test_a_reader_that_leaves_takes_no_file_along(tiny, films, tmp_path, unbuffe
 
 def test_a_wrong_data_set_shows_before_the_model_is_loaded(tiny, tmp_path, monkeypatch, capsys):
     """Lost if it fails: a mistyped --dataset is told after a large model was read."""
-    monkeypatch.setattr(generate, "load_model", None)  # not reached
+    monkeypatch.setattr(generate, "open_model", None)  # not reached
     with pytest.raises(SystemExit) as stop:
         score(f"--init_from={tiny[1]}", "--dataset=gone.csv", f"--out_dir={tmp_path}")
     assert stop.value.code == 2 and "gone.csv" in capsys.readouterr().err

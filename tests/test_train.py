@@ -216,7 +216,7 @@ def test_a_rank_stabilised_run_crosses_to_peft_and_resumes(place, monkeypatch):
     layer = theirs.base_model.model.transformer.h[0].attn.c_attn
     assert layer.use_rslora["default"] and layer.scaling["default"] == pytest.approx(3 / math.sqrt(5))
     assert json.loads((place / "stable" / "adapter_config.json").read_text())["lora_alpha"] == 3
-    ours = generate.load_model(configure(resume(place, "stable"), trains=False), "cpu", torch.float32)
+    ours = generate.open_model(configure(resume(place, "stable"), trains=False), "cpu", torch.float32)
     idx = torch.arange(600, 640)[None]
     with torch.no_grad():
         torch.testing.assert_close(ours(idx)[0][:, -1], theirs(idx).logits[:, -1], rtol=0, atol=1e-4)

@@ -42,7 +42,7 @@ from plumbing.program.settings import setting
 from plumbing.program.terminal import forgiving_output
 from plumbing.running.machine import pick_device, pick_dtype
 from tools.report.page import make_markdown
-from tools.runs.measure import describe_machine, load_model, peak_memory, spread, time_latency, timed
+from tools.runs.measure import describe_machine, make_untrained, peak_memory, spread, time_latency, timed
 from train import set_up, update
 
 PARTS = "train,score,start,latency,peak,neighbour"
@@ -261,7 +261,7 @@ def score_ours(config):
     """generate.py's own scoring; here the shared prefix is run anew for each batch."""
     sampler = ModelSampler(config=config)
     sampler.load_data()
-    sampler.model = load_model(config)
+    sampler.model = make_untrained(config)
     examples = sampler.loader.splits["test"]
 
     def score(indices):

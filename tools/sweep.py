@@ -35,7 +35,7 @@ from tools.report import claims
 from tools.report.questions import write_report
 from tools.runs.measure import describe_machine, spread, time_latency, timed
 from tools.runs.ray_runs import run_on_ray
-from tools.runs.run import AGAINST, CLAIM, FULL, LORA, UNTUNED, Run, run_here
+from tools.runs.run import AGAINST, CLAIM, FULL, LORA, UNTUNED, PlannedRun, run_here
 from train import evaluate, set_up, update
 
 KINDS = "untuned,lora,full,lr_alpha,latency"
@@ -94,7 +94,7 @@ def check(config):
 # --- which runs ------------------------------------------------------------------------------------
 
 
-def plan(config: SweepConfig) -> list[Run]:
+def plan(config: SweepConfig) -> list[PlannedRun]:
     """The runs in their order."""
     base = Config(**{name: getattr(config, name) for name in fields_of(Config)})
     runs = []
@@ -102,7 +102,7 @@ def plan(config: SweepConfig) -> list[Run]:
     def add(name, method, seed, **settings):
         folder = os.path.join(config.sweep_dir, name)
         settings = {"seed": seed, "out_dir": folder, "wandb_run_name": name} | settings
-        runs.append(Run(name, method, replace(base, **settings)))
+        runs.append(PlannedRun(name, method, replace(base, **settings)))
 
     kinds = config.only.split(",")
     ranks = read_numbers(config, "ranks", 1)

@@ -107,6 +107,8 @@ def merged_weight(layer) -> torch.Tensor:
     if w0 is None and getattr(layer, "has_weights_merged", False):
         return layer.weight.detach()  # merged in place, by a lora.py of one's own
     w0 = layer.weight if w0 is None else w0
-    delta = layer.lora_scaling * (layer.lora_B @ layer.lora_A)  # (out, in)
+    delta = (
+        layer.delta_weight() if hasattr(layer, "delta_weight") else layer.lora_scaling * layer.lora_B @ layer.lora_A
+    )
     delta = delta.t() if is_conv1d(layer) else delta
     return (w0 + delta).to(w0.dtype)

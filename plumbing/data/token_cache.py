@@ -57,8 +57,13 @@ class Examples(collections.abc.Sequence):
     def choose(self, n, seed):
         """n of these examples, each at most once, in the files' order. The choice follows from the seed and from the
         number of examples alone; a larger n holds those of a smaller one."""
+        return self.divide(n, seed)[0]
+
+    def divide(self, n, seed):
+        """(n of these examples, the others)."""
+        rows = np.arange(len(self)) if self.chosen is None else self.chosen
         shuffled = np.random.default_rng(seed).permutation(len(self))
-        return Examples(self.folder, np.sort(shuffled[:n]))
+        return tuple(Examples(self.folder, rows[np.sort(places)]) for places in (shuffled[:n], shuffled[n:]))
 
     def __len__(self):
         return len(self.lengths)

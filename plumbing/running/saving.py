@@ -35,8 +35,8 @@ class Saver:
             self.save()
             self.saved_at = time.monotonic()
 
-    def save_if_due(self) -> None:
-        """Ends the program after a signal in any of the processes."""
+    def save_or_stop(self) -> None:
+        """Saves if it is due. Saves and ends the program after a signal in any of the processes."""
         config = self.run.config
         it = self.progress.iter
         n_stopped = self.run.processes.total(self.signals.received is not None)

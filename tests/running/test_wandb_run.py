@@ -13,7 +13,7 @@ import time
 
 import psutil
 import pytest
-from conftest import REPO, finish, flags, read_metrics, start
+from conftest import REPO, finish, flags, here, read_metrics, start
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -26,6 +26,12 @@ def hanging(place):
         # Seconds to wait: for the run, for an answer; and no telemetry of wandb's own, which waits for 20 more.
         env |= {"WANDB_INIT_TIMEOUT": "1", "WANDB_HTTP_TIMEOUT": "1", "WANDB_ERROR_REPORTING": "false"}
         yield start("train.py", *flags(place, "wandb-hangs", **settings), **env)
+
+
+def test_a_name_without_logging_is_noted(place, capsys):
+    """Otherwise the handout's --wandb_run_name does nothing, without a word."""
+    here(flags(place, "named", rank=2, alpha=8, max_iters=1, wandb_run_name="r2"))
+    assert capsys.readouterr().out.count("--wandb_log=True") == 1
 
 
 def test_wandb_offline_writes_a_run(place):

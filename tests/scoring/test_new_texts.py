@@ -385,7 +385,7 @@ def save(folder, name, content):
 def test_a_mistake_is_one_line_before_the_model_is_loaded(tiny, tmp_path, capsys, monkeypatch, name, content, words):
     """Lost if it fails: a file's last row ends an hour of answers, or a mistake ends in a traceback."""
     path = tmp_path / name if content is None else save(tmp_path, name, content)
-    monkeypatch.setattr(generate, "load_model", None)  # not reached
+    monkeypatch.setattr(generate, "open_model", None)  # not reached
     with pytest.raises(SystemExit) as stop:
         predict(tiny[1], tmp_path / "out", path)
     err = capsys.readouterr().err

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from configurator import Config, configure
 from tools import sweep
 from tools.report import questions
-from tools.runs.run import AGAINST, Run
+from tools.runs.run import AGAINST, PlannedRun
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +296,9 @@ def test_what_a_curve_shows_is_computed(tmp_path, losses, says):
         (tmp_path / name).mkdir()
         lines = [json.dumps({"iter": 10 * i, "val_loss": loss + add}) for i, loss in enumerate(losses)]
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines))
-    run, other = (Run(n, "LoRA", Config(rank=r, out_dir=str(tmp_path / n))) for n, r in (("one", 1), ("other", 8)))
+    run, other = (
+        PlannedRun(n, "LoRA", Config(rank=r, out_dir=str(tmp_path / n))) for n, r in (("one", 1), ("other", 8))
+    )
     text = questions.describe_curve(run, other)
     assert says in text and f"lowest, {min(losses):.4f}, at update {10 * losses.index(min(losses))} of 40" in text
     assert "lies above r = 8's at 0 of 4 evaluations; its best loss is 0.1000 lower" in text

@@ -261,7 +261,7 @@ def show(e: Estimate, digits: int = 4) -> str:
 
 
 def gather(runs: dict, config, full_lr: float, turns: dict) -> Results:
-    """Results from the runs that are done, {name: Run}."""
+    """Results from the runs that are done, {name: PlannedRun}."""
     losses, accuracies, folders = {}, {}, {}
     n_test = 0
     for setting, n in tqdm(plan(), unit="run", desc="validation losses", disable=None):

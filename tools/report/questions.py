@@ -17,7 +17,7 @@ from tools.report import claims
 from tools.report.page import write_page
 from tools.report.paint import draw, paint_over_rank
 from tools.report.verdicts import bootstrap, seed_deviation
-from tools.runs.run import AGAINST, CLAIM, FULL, LORA, UNTUNED, Run, count_parameters
+from tools.runs.run import AGAINST, CLAIM, FULL, LORA, UNTUNED, PlannedRun, count_parameters
 
 
 @dataclass
@@ -25,38 +25,38 @@ class Results:
     """What the questions are answered from."""
 
     config: Config  # the sweep's
-    runs: list[Run]  # all that were planned, without those of the claims
+    runs: list[PlannedRun]  # all that were planned, without those of the claims
     failed: dict[str, str]  # {name: reason}
     speeds: dict | None  # latency.json
 
     @cached_property
-    def done(self) -> list[Run]:
+    def done(self) -> list[PlannedRun]:
         return [run for run in self.runs if run.done()]
 
-    def of(self, method: str) -> list[Run]:
+    def of(self, method: str) -> list[PlannedRun]:
         """The runs of a method that are done."""
         return [run for run in self.done if run.method == method]
 
     @cached_property
-    def lora(self) -> dict[int, list[Run]]:
+    def lora(self) -> dict[int, list[PlannedRun]]:
         """{rank: its runs that are done}, without ranks that have none."""
         return group_by(self.of(LORA), lambda run: run.config.rank)
 
     @property
-    def default(self) -> list[Run]:
+    def default(self) -> list[PlannedRun]:
         """LoRA's runs of the configuration's rank or, if it is not among the ranks, of the largest."""
         ranks = [run.config.rank for run in self.runs if run.method == LORA]
         rank = self.config.rank if self.config.rank in ranks else max(ranks, default=0)
         return self.lora.get(rank, [])
 
-    def plot_curves(self, name: str, alt: str, groups: dict[str, list[Run]]) -> tuple:
+    def plot_curves(self, name: str, alt: str, groups: dict[str, list[PlannedRun]]) -> tuple:
         """The validation curves of {name: runs}, as a part of the page."""
         curves = {title: [run.curve for run in group] for title, group in groups.items()}
         paint = partial(draw_curves, curves=curves, what="validation loss")
         return draw(self.config.sweep_dir, name, alt, paint)
 
 
-def write_report(config, runs: list[Run], failed: dict, speeds: dict | None, full_lr: float) -> None:
+def write_report(config, runs: list[PlannedRun], failed: dict, speeds: dict | None, full_lr: float) -> None:
     """report.md, report.html and their pictures in config.sweep_dir. full_lr: that of full fine-tuning."""
     results = Results(config, [run for run in runs if run.method != CLAIM], failed, speeds)
     summary = summarize(results)

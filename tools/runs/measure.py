@@ -67,7 +67,7 @@ def describe_machine(device: str) -> dict:
 # --- latency ---------------------------------------------------------------------------------------
 
 
-def load_model(config, unmerged: bool = False) -> GPT:
+def make_untrained(config, unmerged: bool = False) -> GPT:
     """As generate.py loads a tuned model: its adapters are merged, unless told otherwise."""
     model = GPT.from_pretrained(config.init_from, lora_rank=config.rank, lora_alpha=config.alpha)
     mark_only_lora_as_trainable(model)
@@ -82,9 +82,9 @@ def time_latency(config, job: str, n_turns: int) -> dict[str, list[float]]:
     device = pick_device(config.device)
     idx = torch.arange(1000, 1052, device=device)[None]  # (1, 52)
     models = {
-        "base": load_model(replace(config, rank=0)),
-        "unmerged": load_model(config, unmerged=True),
-        "merged": load_model(config),
+        "base": make_untrained(replace(config, rank=0)),
+        "unmerged": make_untrained(config, unmerged=True),
+        "merged": make_untrained(config),
     }
     seconds = {name: [] for name in models}
     for _ in range(1 + n_turns):

@@ -31,7 +31,7 @@ CLAIM = "a claim's training"
 
 
 @dataclass
-class Run:
+class PlannedRun:
     """One training and its score. method: one of the five above."""
 
     name: str
@@ -159,7 +159,7 @@ def start_program(program: str, flags: list[str], log: str, environment: dict) -
             raise RuntimeError(f"{program} ended with exit code {child.returncode}: {errors[-1].strip()}")
 
 
-def run_here(runs: list[Run], environment: dict) -> Iterator[tuple[str, str | None, str | None]]:
+def run_here(runs: list[PlannedRun], environment: dict) -> Iterator[tuple[str, str | None, str | None]]:
     """Makes runs one after another. Yields (name, place, None) where one begins and (name, None, reason) where it
     ends; the reason is None if all is well."""
     for run in runs:
