@@ -28,6 +28,7 @@ from plumbing.gpt2.base import check_same_weights, check_vocabulary
 from plumbing.gpt2.files import context_size, find_checkpoint, read_config
 from plumbing.gpt2.kv_cache import KVCache
 from plumbing.program.errors import one_line_errors
+from plumbing.program.files import make_folder
 from plumbing.program.terminal import forgiving_output
 from plumbing.running.checkpoint import check_same_data
 from plumbing.running.machine import keep_memory, pick_device, pick_dtype
@@ -301,7 +302,7 @@ def score_split(config: Config) -> None:
         sampler = ModelSampler(config=config)
         sampler.load_data()
         sampler.load_model()
-        os.makedirs(folder, exist_ok=True)
+        make_folder(folder)
     began = time.perf_counter()
     sampler.get_accuracy()
     seconds = time.perf_counter() - began

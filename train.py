@@ -30,13 +30,15 @@ from plumbing.adapters.layers import lora_arguments
 from plumbing.adapters.own_lora import check_frozen, check_start
 from plumbing.adapters.peft_format import ADAPTER_WEIGHTS, save_adapter
 from plumbing.adapters.trainable import parameter_report, train_also
-from plumbing.gpt2.base import check_base_stays, check_same_weights, check_vocabulary, fingerprint_base
+from plumbing.gpt2.base import check_base, check_base_stays, fingerprint_base
 from plumbing.gpt2.batch import Batch
 from plumbing.gpt2.files import context_size
 from plumbing.gpt2.memory import check_weights
 from plumbing.program.errors import one_line_errors
+from plumbing.program.files import make_folder
 from plumbing.program.settings import settings_of
 from plumbing.program.stored_run import write_run
+from plumbing.program.terminal import forgiving_output
 from plumbing.running.checkpoint import (
     CHECKPOINT,
     Progress,
@@ -260,11 +262,7 @@ def set_up(config: Config) -> Run:
         raise ValueError(f"--predict={config.predict} is for generate.py --init_from=resume, after the training")
     processes, dtype = set_up_machine(config)
     torch.manual_seed(config.seed)
-    if config.run:
-        check_same_weights(config.init_from, config.run.base, config.out_dir)
-    else:
-        check_vocabulary(config.init_from)
-        check_base_stays(config)
+    check_base(config)
     loader = make_loader(config, context_size(config.init_from))
     check_same_data(config, loader)
     n_classes = len(loader.label_names) if config.task == "classify" else 0
@@ -353,7 +351,7 @@ def open_folder(run: Run) -> Progress:
         progress.best = math.inf
     progress.eval_iters = config.eval_iters
     if is_first:
-        os.makedirs(config.out_dir, exist_ok=True)
+        make_folder(config.out_dir)
         if config.run is None:
             for old in (CHECKPOINT, "metrics.jsonl"):  # an earlier run's files, which a resume would go on with
                 with contextlib.suppress(FileNotFoundError):
@@ -442,4 +440,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with forgiving_output():
+        main(sys.argv[1:])

@@ -17,6 +17,7 @@ import plumbing.running.threads  # noqa: F401  (before torch, which reads these 
 
 # isort: split
 from plumbing.program.errors import UserError, one_line_errors
+from plumbing.program.terminal import forgiving_output
 from tools.report.directions import SHARE, Adapter, Base, check_run, mean_similarity, random_similarity, study
 from tools.report.page import write_page
 from tools.report.paint import draw, paint_similarity, paint_spectra, paint_stress
@@ -148,4 +149,5 @@ def name_of(folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with forgiving_output():
+        main(sys.argv[1:])

@@ -39,6 +39,7 @@ from plumbing.data.tokenizer import end_of_text, gpt2_encoding
 from plumbing.program.errors import one_line_errors
 from plumbing.program.files import ROOT, write_json
 from plumbing.program.settings import setting
+from plumbing.program.terminal import forgiving_output
 from plumbing.running.machine import pick_device, pick_dtype
 from tools.report.page import make_markdown
 from tools.runs.measure import describe_machine, make_untrained, peak_memory, spread, time_latency, timed
@@ -551,4 +552,5 @@ MEASURES = {
 }
 
 if __name__ == "__main__":
-    main(configure(sys.argv[1:], cls=BenchConfig, trains=False))
+    with forgiving_output():
+        main(configure(sys.argv[1:], cls=BenchConfig, trains=False))

@@ -24,6 +24,7 @@ from plumbing.data.tokenizer import END, end_of_text, gpt2_encoding
 from plumbing.program.errors import UserError, one_line_errors
 from plumbing.program.files import put_in_place
 from plumbing.program.stored_run import RUN_CONFIG
+from plumbing.program.terminal import forgiving_output
 from plumbing.scoring.accuracy import SCORED
 from plumbing.scoring.model_card import base_name, data_section, front_matter, result_section, settings_section
 
@@ -192,4 +193,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with forgiving_output():
+        main(sys.argv[1:])

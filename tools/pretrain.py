@@ -28,10 +28,11 @@ from model import GPT, GPTConfig
 from plumbing.data.readers import read_columns
 from plumbing.data.token_cache import cache_folder, hash_files, read_meta, whole_folder, write_meta
 from plumbing.data.tokenizer import end_of_text, gpt2_encoding
-from plumbing.gpt2.base import check_base_stays, check_same_weights
+from plumbing.gpt2.base import check_base, check_base_stays
 from plumbing.gpt2.batch import Batch
 from plumbing.program.errors import one_line_errors
 from plumbing.program.settings import CALL, MODEL, RUN, setting
+from plumbing.program.terminal import forgiving_output
 from plumbing.running.checkpoint import check_same_data, locked_folder
 from plumbing.running.endings import explain_failure
 from plumbing.running.optimizers import build_optimizers
@@ -241,6 +242,7 @@ def lowercase_spaced(text):
 def set_up(config: PretrainConfig) -> Run:
     """Text, model and optimizers. Raises ValueError or OSError for what cannot be had."""
     processes, dtype = set_up_machine(config)
+    check_base(config)
     torch.manual_seed(config.seed)
     if config.init_from == "scratch":
         sizes = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "block_size")}
@@ -258,8 +260,6 @@ def set_up(config: PretrainConfig) -> Run:
         seed=config.seed,
     )
     check_same_data(config, loader)
-    if config.run:
-        check_same_weights(config.init_from, config.run.base, config.out_dir)
     run = make_run(config, processes, dtype, loader, model)
     run.optimizers = add_muon(config, model)
     return run
@@ -280,4 +280,5 @@ def main(config: PretrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(configure(sys.argv[1:], cls=PretrainConfig))
+    with forgiving_output():
+        main(configure(sys.argv[1:], cls=PretrainConfig))

@@ -27,8 +27,9 @@ from plumbing.data.token_cache import cache_folder
 from plumbing.gpt2.base import check_vocabulary
 from plumbing.gpt2.files import find_checkpoint
 from plumbing.program.errors import one_line_errors
-from plumbing.program.files import write_json
+from plumbing.program.files import make_folder, write_json
 from plumbing.program.settings import fields_of, setting
+from plumbing.program.terminal import forgiving_output
 from plumbing.running.machine import pick_device, pick_dtype
 from tools.report import claims
 from tools.report.questions import write_report
@@ -66,7 +67,7 @@ def main(config: SweepConfig) -> None:
         if config.dry_run:
             list_runs(runs)
             return
-        os.makedirs(config.sweep_dir, exist_ok=True)
+        make_folder(config.sweep_dir)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failed = make_runs(config, runs)
     speeds = measure_latency(config) if {"latency", "claims"} & set(config.only.split(",")) else None
@@ -244,4 +245,5 @@ def measure_latency(config):
 
 
 if __name__ == "__main__":
-    main(configure(sys.argv[1:], cls=SweepConfig, trains=False))
+    with forgiving_output():
+        main(configure(sys.argv[1:], cls=SweepConfig, trains=False))

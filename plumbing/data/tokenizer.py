@@ -8,7 +8,7 @@ import re
 import numpy as np
 import tiktoken
 
-from plumbing.program.files import ASSETS
+from plumbing.program.files import find_asset
 
 END = "<|endoftext|>"
 
@@ -17,7 +17,7 @@ END = "<|endoftext|>"
 def gpt2_encoding() -> tiktoken.Encoding:
     """GPT-2's byte-pair encoding: 50,257 tokens, end-of-text is the last."""
     ranks = {}
-    with open(os.path.join(ASSETS, "gpt2.tiktoken"), "rb") as f:
+    with open(find_asset("gpt2.tiktoken"), "rb") as f:
         for line in f:
             token, rank = line.split()
             ranks[base64.b64decode(token)] = int(rank)

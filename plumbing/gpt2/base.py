@@ -9,10 +9,19 @@ import re
 import torch
 
 from plumbing.gpt2.files import MASK, find_checkpoint, full_name, read_config
-from plumbing.program.files import ASSETS, open_tensors
+from plumbing.program.files import find_asset, open_tensors
 
 N_TOKENS = 50257  # of GPT-2's vocabulary
 PADDED = 50304  # nanoGPT's vocabulary: the next multiple of 64
+
+
+def check_base(config) -> None:
+    """Raises ValueError for a base that a run cannot begin with, or that is no longer the one it began with."""
+    if config.run:
+        check_same_weights(config.init_from, config.run.base, config.out_dir)
+    else:
+        check_vocabulary(config.init_from)
+        check_base_stays(config)
 
 
 def check_vocabulary(name: str) -> None:
@@ -44,7 +53,7 @@ def is_gpt2s(path):
             vocabulary = json.load(f)
         if isinstance(vocabulary["model"], dict):  # tokenizer.json; in vocab.json "model" is a word
             vocabulary = vocabulary["model"]["vocab"]
-        with open(os.path.join(ASSETS, "gpt2.tiktoken"), "rb") as f:
+        with open(find_asset("gpt2.tiktoken"), "rb") as f:
             tokens = [base64.b64decode(line.split()[0]) for line in f]
         plain = [i for i in range(0, len(tokens), 97) if re.fullmatch(rb" ?[!-~]+", tokens[i])]
         return all(vocabulary[tokens[i].decode().replace(" ", "Ġ")] == i for i in plain)
@@ -83,14 +92,14 @@ def fingerprint_base(name: str) -> dict[str, str] | None:
 
 
 def take_some(stored, n=64):
-    """Up to n values at the begin, the middle and the end of a stored tensor, as float32. The rest is not read."""
+    """A stored vector, or n values of the first, the middle and the last row of a matrix, as float32: the rest of it
+    is not read."""
     size = stored.get_shape()
-    parts = []
-    for share in (0, 1, 2):
-        at = [share * max(0, length - 1) // 2 for length in size[:-1]]
-        first = share * max(0, size[-1] - n) // 2
-        parts.append(stored[(*(slice(i, i + 1) for i in at), slice(first, first + n))])
-    return torch.cat([part.flatten().float() for part in parts])
+    if len(size) != 2:
+        return stored[:].flatten().float()
+    rows, columns = size
+    places = [(0, 0), (rows // 2, max(0, columns - n) // 2), (rows - 1, max(0, columns - n))]
+    return torch.cat([stored[row : row + 1, start : start + n].flatten().float() for row, start in places])
 
 
 def check_same_weights(name: str, then: dict | None, out_dir: str) -> None:

@@ -7,8 +7,8 @@ import re
 import torch
 
 from plumbing.program.files import (
-    ASSETS,
     check_finite,
+    find_asset,
     find_copy,
     read_tensors,
     write_json,
@@ -22,7 +22,6 @@ HUB_MODELS = {  # what a user types: the repository on the hub
     "gpt2-large": "openai-community/gpt2-large",
     "gpt2-xl": "openai-community/gpt2-xl",
 }
-MINI = os.path.join(ASSETS, "gpt2-mini")
 CONV1D = re.compile(r"(attn\.c_attn|c_proj|mlp\.c_fc)\.weight$")  # stored by Hugging Face as (in, out)
 
 
@@ -33,7 +32,7 @@ def find_checkpoint(name):
         # transformers fills the cache under the short name, if that was typed there.
         directory = fetch_model(f"init_from={name}", (HUB_MODELS[name], name), ["config.json", "model.safetensors"])
     elif name == "gpt2-mini":
-        directory = MINI
+        directory = find_asset("gpt2-mini")
     elif os.path.isdir(name):
         directory = name
     else:

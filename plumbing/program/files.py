@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -15,6 +16,30 @@ from plumbing.program.errors import first_line
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # of the repository
 ASSETS = os.path.join(ROOT, "assets")
+
+
+def find_asset(name: str) -> str:
+    """The path of what ships with the repository. Raises FileNotFoundError where it was installed without."""
+    path = os.path.join(ASSETS, name)
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            f"{path} is missing: type pip install -e . in a copy of the repository, and keep the copy"
+        )
+    return path
+
+
+def make_folder(path: str) -> None:
+    """With the folders above it. Raises ValueError for a link into nowhere, OSError for what else is in the way."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except (FileExistsError, FileNotFoundError):
+        parts = itertools.accumulate(os.path.abspath(path).split(os.sep), lambda a, b: f"{a}{os.sep}{b}")
+        link = next((part for part in parts if os.path.islink(part) and not os.path.exists(part)), None)
+        if link is None:
+            raise
+        raise ValueError(
+            f"{link} is a link to {os.readlink(link)}, which is not there: make it, or type another --out_dir"
+        ) from None
 
 
 def find_cache() -> str:

@@ -38,11 +38,18 @@ def load_data_set(what: str, repo_ids: tuple[str, ...]):
         ask_hub(what, repo_ids[0], "dataset")
         return datasets.load_dataset(repo_ids[0])
     except Exception as e:  # the library raises many kinds
-        datasets.config.HF_HUB_OFFLINE = True
+        failed = e
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True
+    try:
         for repo_id in repo_ids:
             with contextlib.suppress(Exception):
                 return datasets.load_dataset(repo_id)
-        explain(what, repo_ids[0], e)
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+    if str(failed).startswith(what):  # ask_hub's
+        raise failed
+    raise ValueError(f"{what}: the hub has not given it ({first_line(failed)})") from failed
 
 
 def ask_hub(what, repo_id, kind):
@@ -61,8 +68,6 @@ def explain(what, repo_id, error) -> NoReturn:
     where the hub is out of reach."""
     from huggingface_hub import constants, get_token
 
-    if str(error).startswith(what):
-        raise error
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status == 401 and get_token():
         raise ValueError(f"{what}: the hub does not know your token (401): type hf auth login, or unset HF_TOKEN")

@@ -37,13 +37,18 @@ class Pipe(io.RawIOBase):
 def forgiving_output():
     """Around a whole program: it prints as above, and Ctrl-C ends it without a traceback. The exit codes are those
     that a shell expects: 128 + the signal's number, 141 where the output's reader has gone."""
-    stdout = sys.stdout
-    stdout.reconfigure(errors="backslashreplace")
+    before = sys.stdout, sys.stderr
+    # A stream that the shell has closed (2>&-) is None here.
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in before)  # noqa: SIM115
     pipe = None
-    if not stdout.isatty():
-        pipe = Pipe(stdout.fileno())
-        options = {"line_buffering": stdout.line_buffering, "write_through": stdout.write_through}
-        sys.stdout = io.TextIOWrapper(io.BufferedWriter(pipe), stdout.encoding, "backslashreplace", **options)
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook, which shows all and never goes
+        sys.stdout.reconfigure(errors="backslashreplace")
+        if not sys.stdout.isatty():
+            stdout = sys.stdout
+            pipe = Pipe(stdout.fileno())
+            options = {"line_buffering": stdout.line_buffering, "write_through": stdout.write_through}
+            buffer = pipe if stdout.write_through else io.BufferedWriter(pipe)  # python -u shows each line at once
+            sys.stdout = io.TextIOWrapper(buffer, stdout.encoding, "backslashreplace", **options)
     try:
         yield
     except KeyboardInterrupt:
@@ -51,11 +56,12 @@ def forgiving_output():
         sys.exit(128 + signal.SIGINT)
     finally:
         sys.stdout.flush()
+        sys.stdout, sys.stderr = before
     if pipe and pipe.reader_has_gone:
         sys.exit(128 + 13)  # SIGPIPE, which Windows does not have
 
 
 def reader_has_gone() -> bool:
     """Whether nobody reads any more what this program prints. Then what only prints need not go on."""
-    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
-    return getattr(raw, "reader_has_gone", False)
+    buffer = getattr(sys.stdout, "buffer", None)
+    return getattr(getattr(buffer, "raw", buffer), "reader_has_gone", False)

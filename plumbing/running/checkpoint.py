@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock, SoftFileLock, Timeout
 
 from plumbing.program.errors import first_line, one_line_errors
-from plumbing.program.files import add_to_check, whole_file
+from plumbing.program.files import add_to_check, make_folder, whole_file
 
 CHECKPOINT = "checkpoint.pt"
 KEYS = {"progress", "trained", "optimizers", "scaler"}
@@ -168,7 +168,7 @@ def locked_folder(out_dir: str):
 def lock_folder(out_dir: str) -> FileLock:
     """A lock on out_dir, until it is released or this process ends, however it ends. Raises ValueError if another run
     is in it, OSError if it is no folder."""
-    os.makedirs(out_dir, exist_ok=True)
+    make_folder(out_dir)
     lock = FileLock(os.path.join(out_dir, ".lock"))
     reason = None
     try:

@@ -32,7 +32,7 @@ from plumbing.data.readers import (
     to_text,
 )
 from plumbing.program.errors import UserError, first_line
-from plumbing.program.files import whole_file
+from plumbing.program.files import make_folder, whole_file
 from plumbing.program.terminal import reader_has_gone
 
 ANSWER = ("predicted", "generated", "share")  # the columns that are added
@@ -91,7 +91,7 @@ def predict_file(config, folder: str, load: Callable) -> None:
         sampler.load_model()
     size = 50 * config.batch_size  # texts in memory: sorted by length, they make 50 batches of little padding
     found = collections.Counter()
-    began = time.time()
+    began = time.monotonic()
     with tqdm(total=n, disable=None, unit="text", leave=path != STDIN) as bar:
 
         def predict(texts):
@@ -108,11 +108,11 @@ def predict_file(config, folder: str, load: Callable) -> None:
         print(f"note: {sampler.n_cut} texts were cut to fit the context", file=sys.stderr)
     if path != STDIN:
         counts = ", ".join(f"{name} {count}" for name, count in found.most_common(10))
-        print(f"{n} texts: {counts}; {n / (time.time() - began):.1f} texts/s; written: {target}")
+        print(f"{n} texts: {counts}; {n / (time.monotonic() - began):.1f} texts/s; written: {target}")
 
 
 def write_file(path, target, text_field, predict, size):
-    os.makedirs(os.path.dirname(target), exist_ok=True)
+    make_folder(os.path.dirname(target))
     with whole_file(target) as f:
         if kind_of(path) == "parquet":
             write_parquet(path, f, text_field, predict, size)

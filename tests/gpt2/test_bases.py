@@ -21,7 +21,7 @@ from lora import load_adapter, save_adapter
 from model import GPT
 from plumbing.data.tokenizer import gpt2_encoding
 from plumbing.gpt2.base import check_base_stays, check_same_weights, check_vocabulary, fingerprint_base
-from tools import anatomy
+from tools import anatomy, pretrain
 
 
 @pytest.fixture
@@ -117,6 +117,18 @@ def test_an_adapter_with_nan_is_refused(checkpoint, tmp_path, leaf, value):
     rewrite(tmp_path, spoil, "adapter_model.safetensors")
     assert "adapter_model.safetensors" in error_line(lambda: load_adapter(model, str(tmp_path)))
     assert torch.equal(model(tokens(2, 9))[0], before)
+
+
+def test_anatomy_names_a_base_with_nan(place, capsys):
+    """Lost if it fails: the singular values of nothing end in a traceback."""
+    base = shutil.copytree(place / "base", place / "base-nan")
+    here(flags(place, "run-nan", init_from=base, rank=2, alpha=8, max_iters=1))
+    rewrite(base, lambda tensors: tensors["transformer.h.0.attn.c_attn.weight"][5].fill_(float("nan")))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        anatomy.main([str(place / "run-nan")])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and str(base / "model.safetensors") in err
 
 
 def test_infinity_in_an_old_causal_mask_is_none(checkpoint, base):
@@ -400,3 +412,8 @@ def test_a_base_of_other_words_is_refused_before_training(place, capfd):
     with pytest.raises(ValueError, match=r"vocab\.txt"):
         ModelSampler(init_from=str(base), device="cpu")
     assert not (place / "words").exists()
+    (base / "vocab.txt").unlink()
+    set_vocabulary(base, 21128)
+    config = configure([f"--init_from={base}", f"--out_dir={place}/text"], cls=pretrain.PretrainConfig)
+    with pytest.raises(ValueError, match="21128"):
+        pretrain.set_up(config)

@@ -3,6 +3,7 @@
 python -m pytest tests/program/test_files.py
 """
 
+import itertools
 import json
 import os
 import time
@@ -10,8 +11,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import flags, here, resume
 
+import generate
+import train
+from configurator import configure
 from plumbing.data.token_cache import whole_folder
+from plumbing.data.tokenizer import gpt2_encoding
+from plumbing.gpt2.files import find_checkpoint
+from plumbing.program import files
 from plumbing.program.errors import one_line_errors
 from plumbing.program.files import write_json
 
@@ -59,3 +67,57 @@ def test_a_file_that_stays_open_elsewhere_is_one_line(tmp_path, windows, capsys)
     assert str(path) in error and "close the program that has it open" in error and error.count("\n") == 1
     assert json.loads(path.read_text()) == "old"
     assert os.listdir(tmp_path) == ["file.json"]
+
+
+# --- folders and what ships ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inside", ["", "/run"])
+def test_a_link_into_nowhere_as_out_dir_is_one_line(place, tmp_path, capsys, inside):
+    """Lost if it fails: a link to a disk that is not mounted is "File exists"."""
+    os.symlink(tmp_path / "not-mounted", tmp_path / "link")
+    for program in ("train", "generate"):
+        argv = flags(place, "link", out_dir=f"{tmp_path}/link{inside}", rank=2, alpha=8, max_iters=2)
+        with pytest.raises(SystemExit) as stop:
+            train.main(argv) if program == "train" else generate.main(configure(argv, trains=False))
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1, err
+        assert str(tmp_path / "link") in err and str(tmp_path / "not-mounted") in err
+    (tmp_path / "not-mounted").mkdir()  # as the line says
+    train.main(flags(place, "link", out_dir=f"{tmp_path}/link{inside}", rank=2, alpha=8, max_iters=2))
+    assert (tmp_path / "not-mounted" / inside.strip("/") / "adapter_model.safetensors").exists()
+
+
+def test_an_install_without_what_ships_says_what_to_do(monkeypatch, tmp_path, capsys):
+    """Lost if it fails: after a plain `pip install .` the first command ends in a path that nobody knows."""
+    monkeypatch.setattr(files, "ASSETS", str(tmp_path / "assets"))
+    gpt2_encoding.cache_clear()
+    for use in (gpt2_encoding, lambda: find_checkpoint("gpt2-mini")):
+        with pytest.raises(SystemExit) as stop, one_line_errors():
+            use()
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and "pip install -e ." in err
+
+
+# --- the clock -----------------------------------------------------------------------------------
+
+
+def test_a_clock_that_is_set_back_changes_nothing(place, monkeypatch):
+    """Lost if it fails: where the clock is set back during a run without LoRA, no checkpoint is saved for hours, or a
+    speed is negative."""
+    now = itertools.count(2e9, -1000)
+    monkeypatch.setattr(time, "time", lambda: next(now))
+    monkeypatch.setattr("plumbing.running.saving.FULL_SAVE_SECONDS", 0)
+    monkeypatch.setattr(train, "save_best", lambda run: None)  # the weights, not the checkpoint
+    saved = []
+    monkeypatch.setattr("plumbing.running.saving.save_checkpoint", lambda *args: saved.append(args[1].iter))
+    monkeypatch.setattr(train, "print_end", lambda *args: None)
+    metrics = here(flags(place, "clock", rank=0, max_iters=4, eval_interval=1))
+    assert saved == [0, 1, 2, 3, 4]
+    assert all(line["examples_per_s"] > 0 for line in metrics[1:])
+    monkeypatch.undo()
+    now = itertools.count(2e9, -1000)
+    here(flags(place, "clock-lora", rank=2, alpha=8, max_iters=2))
+    monkeypatch.setattr(time, "time", lambda: next(now))
+    generate.main(configure(resume(place, "clock-lora"), trains=False))
+    assert json.loads((place / "clock-lora" / "accuracy.json").read_text())["seconds"] >= 0

@@ -16,6 +16,7 @@ from plumbing.adapters.peft_format import ADAPTER_CONFIG, find_adapter, rank_and
 from plumbing.gpt2.base import check_same_weights
 from plumbing.gpt2.files import HUB_MODELS, find_checkpoint
 from plumbing.program.errors import UserError, first_line
+from plumbing.program.files import check_finite
 from plumbing.program.hub import fetch_model
 from plumbing.program.stored_run import RUN_CONFIG, read_run
 
@@ -163,6 +164,7 @@ class Base:
         key = self._find(f"{module}.weight")
         with self._open(self.files[key]) as f:
             W0 = f.get_tensor(key)
+        check_finite(W0, key, self.files[key])
         W0 = W0.t() if is_transposed else W0
         if W0.shape != (n_out, n_in):
             shape = tuple(W0.shape)
