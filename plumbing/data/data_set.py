@@ -46,13 +46,11 @@ class DataSet:
         self.tally = survey["tally"]
         if not self.tally:
             raise UserError(f"dataset={self.dataset}: no row in it, it is empty")
-        named = name_labels(self.tally, survey["class_names"], self._place, asked)
+        places = [part.place for part in self.source.parts]
+        named = name_labels(self.tally, survey["class_names"], places, asked)
         self.label_names, self.word_of, self.class_of, unused, notes = named
         self.drawn = splits_to_draw({split for _, split, *_ in self.tally})
         self._print_notes(unused, notes)
-
-    def _place(self, part, row):
-        return self.source.parts[part].place(row)
 
     def _print_notes(self, unused, label_notes):
         """What a user should know of rows and labels, at every start."""

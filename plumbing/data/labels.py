@@ -64,11 +64,11 @@ class Asked(NamedTuple):
         return split_names(self.label_names) if self.label_names else self.learned
 
 
-def name_labels(tally, class_names, place, asked: Asked) -> tuple:
+def name_labels(tally, class_names, places, asked: Asked) -> tuple:
     """How the labels of a data set become classes.
 
     tally: (part, split, label or None for a row without a text, number of rows, its first row). class_names: for each
-    part the words of the labels 0, 1, ..., where it brings them, or None. place(part, row): for messages.
+    part the words of the labels 0, 1, ..., where it brings them, or None. places[part](row): for messages.
 
     Returns the words of the classes; the word of each label, as the data writes it; the class of each (part, label);
     how many rows have no label or text, by reason; notes, what the user should know. Raises ValueError for labels
@@ -99,22 +99,21 @@ def name_labels(tally, class_names, place, asked: Asked) -> tuple:
         if names and is_whole(spelling):
             if not 0 <= int(spelling) < len(names):
                 raise ValueError(
-                    f"{place(part, row)}: the label {spelling} is none of the file's own words' "
+                    f"{places[part](row)}: the label {spelling} is none of the file's own words' "
                     f"({', '.join(names)}, from 0 on)"
                 )
             word = names[int(spelling)]
             own_words.add(word)
         meant[part, label] = word
         counts[word] += n
-        first.setdefault(word, (part, row))
-    places = {label: functools.partial(place, *at) for label, at in first.items()}
-    names, word_of, notes = choose_words(counts, own_words, places, class_names[0], asked)
+        first.setdefault(word, functools.partial(places[part], row))  # where it stands, if that is asked
+    names, word_of, notes = choose_words(counts, own_words, first, class_names[0], asked)
     names = asked.learned or names
     classes = {plain_number(name): i for i, name in enumerate(names)}
     final = {label: word_of.get(plain_number(label), label) for label in counts}
     for label, word in final.items():
         if plain_number(word) not in classes:
-            refuse_unknown(label, names, places[label](), asked)
+            refuse_unknown(label, names, first[label](), asked)
     written = {label: word for label, word in final.items() if label in own_words and fold(label) != fold(word)}
     if written:
         pairs = ", ".join(f"{label} is written as {word}" for label, word in sorted(written.items()))
@@ -195,10 +194,7 @@ def name_numbers(labels, places, asked):
         return words, readings[0], [note] if pairs and "0" not in readings[0] else []
     nameless = min(value for value in values if not 0 <= value < len(words))
     remedy = "type one word for each of them, in order"
-    if values[0] == 0:
-        remedy = "the words are those of 0, 1, 2 and so on: type one for each"
-    elif values[0] < 0:
-        remedy += ", or take the rows with a negative number out if it means that they have no label"
+    remedy += ", or take the rows with a negative number out if they have no label" if values[0] < 0 else ""
     where = next(places[label]() for label in labels if plain_number(label) == str(nameless))
     raise ValueError(
         f"label_names={','.join(words)}: no word for the label {nameless} of {asked.dataset}, first in {where}; the "
@@ -248,19 +244,15 @@ def refuse_unlearned(label_names, learned):
 
 
 def refuse_unknown(label, names, where, asked):
-    problem = f"{asked.dataset} has the label {label!r} too, first in {where}"
     words = ",".join(names)
+    problem = f"{asked.dataset} has the label {label!r} too, first in {where}"
+    remedy = f"and the train file has {words}: change one of the two"
     if asked.learned:
-        raise ValueError(
-            f"{problem}, and the run has learned {words}: write those, or say which is which by "
-            f"--label_names={label.strip()}=WORD,..."
-        )
-    if asked.label_names:
-        raise ValueError(
-            f"label_names={words}: {problem}; add it to label_names, take its rows out, or type --label_names=None "
-            "for the data's own words"
-        )
-    raise ValueError(f"{problem}, and the train file has {words}: one of the two is to be changed")
+        remedy = f"and the run has learned {words}: say which is which by --label_names={label.strip()}=WORD,..."
+    elif asked.label_names:
+        problem = f"label_names={words}: {problem}"
+        remedy = "add it to label_names, take its rows out, or type --label_names=None for the data's own words"
+    raise ValueError(f"{problem}; {remedy}")
 
 
 def refuse_mixture(labels, places, dataset):

@@ -133,7 +133,7 @@ def collect_columns(rows, needed, path):
                 value = to_text(value, key, column, where)
             values.append(value)
         columns.append(text_array(values))
-    names = {name for _, row in rows for name in row if is_split(name)}
+    names = {name for _, row in rows for name in row if is_split(name) and name not in needed}
     splits = [next((row[name] or "" for name in names if name in row), "train") for _, row in rows]
     return [*columns, text_array(splits) if names else None]
 

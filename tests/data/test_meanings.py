@@ -489,13 +489,25 @@ def test_excels_first_line_names_the_separator(tmp_path):
 
 # --- by Arrow, and by the strict reader ----------------------------------------------------------
 
+RAW_LINES = (
+    "a,b\n",
+    '"a"b,c\n',
+    '"a","b"\r\n',
+    'a"b,"c"\n',
+    '"a""b",c\r',
+    '"a\n,b",c\n',
+    "  \n",
+    "\n",
+    '"a,b\n',
+    'a,b"\n',
+)
 CELL = st.text(st.sampled_from('ab,;"\n\r é'), max_size=6)
 
 
 @settings(**COMMON, max_examples=300)
 @given(
     lines=st.lists(st.lists(CELL, min_size=2, max_size=2), max_size=12),
-    raw=st.text(st.sampled_from('ab,"\n\r '), max_size=30),
+    raw=st.lists(st.sampled_from(RAW_LINES) | st.text(st.sampled_from('ab,"\n\r '), max_size=9)).map("".join),
     is_raw=st.booleans(),
 )
 def test_arrow_reads_what_the_strict_reader_reads(tmp_path_factory, lines, raw, is_raw):
