@@ -75,7 +75,8 @@ def check_base_stays(config) -> None:
 
 def fingerprint_base(name: str) -> dict[str, str] | None:
     """What tells a base's weights from others of the same sizes: {dtype: SHA-256 of some values of every tensor,
-    rounded to it}; None for "scratch". The same weights in other files, or in another order, give the same."""
+    rounded to it}; None for "scratch". The same weights in other files, or in another order, give the same.
+    (Runs keep it: who takes other values gives the fact another name, so that older runs still open.)"""
     if name == "scratch":
         return None
     samples = {}
