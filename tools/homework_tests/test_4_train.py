@@ -11,7 +11,10 @@ from train import build_model
 
 def trainable(**settings):
     """Names of the parameters that train and of those that do not."""
-    model = build_model(make_config(init_from="gpt2-mini", **settings), "cpu", torch.float32)
+    try:
+        model = build_model(make_config(init_from="gpt2-mini", **settings), "cpu", torch.float32)
+    except ValueError as e:  # build_model looks itself at what trains
+        raise AssertionError(f"with rank={settings['rank']}: {str(e).rpartition('as_trainable ')[2]}") from e
     trains = {name for name, param in model.named_parameters() if param.requires_grad}
     return trains, {name for name, _ in model.named_parameters()} - trains
 
