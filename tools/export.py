@@ -71,7 +71,8 @@ def finish_config(directory, prompt: Prompt):
         config["label2id"] = {name: i for i, name in enumerate(prompt.label_names)}
     else:
         writing = {f"{word}_token_id": end_of_text() for word in ("bos", "eos", "pad")}
-        writing |= {"do_sample": False, "max_new_tokens": prompt.answer_tokens}
+        # top_k=1 is the likeliest token for those that sample unless they are told not to: vLLM, and pipeline.
+        writing |= {"top_k": 1, "max_new_tokens": prompt.answer_tokens}
         write(directory, "generation_config.json", json.dumps(writing, indent=2))
     write(directory, "config.json", json.dumps(config, indent=2))
 
