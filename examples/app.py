@@ -86,7 +86,8 @@ def build(folder):
         if not text.strip():
             yield *[None] * len(models), "Type a text first."
             return
-        ex, was_cut = prompt.make_example(text.strip(), 0)
+        text = text.strip().encode("utf-8", "replace").decode()  # half an emoji becomes "?"
+        ex, was_cut = prompt.make_example(text, 0)
         text = gpt2_encoding().decode(ex.tokens, errors="ignore") if prompt.classify else ex.text  # may be cut
         notes = [f"Only the first {len(text):,} characters were read: the model takes no more."] if was_cut else []
         found = [score(sampler, [text]) for sampler in models.values()]
