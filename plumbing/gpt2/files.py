@@ -56,7 +56,7 @@ def find_checkpoint(name):
 
 
 def context_size(name):
-    """Tokens that a checkpoint's positions reach;"""
+    """Tokens that a model's positions reach."""
     return read_config(find_checkpoint(name)[0])["block_size"]
 
 

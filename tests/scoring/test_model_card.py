@@ -119,7 +119,7 @@ def test_a_score_on_other_data_is_not_the_runs(place):
     path = place / "lora" / "README.md"
     score(place / "lora")
     ours = path.read_bytes()
-    (place / "other.csv").write_text((place / "films.csv").read_text().replace("bad", "worse"))
+    (place / "other.csv").write_text((place / "films.csv").read_text() + "one film more,bad,train\n")
     for flag in (f"--dataset={place / 'other.csv'}", "--template={text} =\n{label}"):
         argv = ["--init_from=resume", f"--out_dir={place / 'lora'}", flag, "--label_names=None", "--split=train"]
         generate.main(configure(argv, trains=False))

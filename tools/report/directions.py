@@ -192,7 +192,10 @@ def find_base(name):
         return name
     if name in HUB_MODELS or name == "gpt2-mini":
         return os.path.dirname(find_checkpoint(name)[0])
-    return fetch_model(f"base={name} is not a directory here", (name,), ["*.safetensors"])
+    try:
+        return fetch_model(f"base={name} is not a directory here", (name,), ["*.safetensors"])
+    except (ValueError, OSError) as e:
+        raise UserError(f"{first_line(e, 300)}; type --base=DIRECTORY") from e
 
 
 def check_run(directory, base):
