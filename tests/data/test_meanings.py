@@ -574,7 +574,7 @@ def digest_of(loader):
     return digest.hexdigest()[:32]
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("kind", [pytest.param("csv", marks=pytest.mark.slow), "parquet"])
 def test_a_start_from_the_cache_imports_no_arrow(tmp_path, kind):
     """Lost if it fails: each start of a run waits for a library that it does not use."""
     path = write_csv(tmp_path / "rows.csv", some_rows(60))

@@ -161,7 +161,7 @@ def run_python(code, home, address, **more):
         for name, value in os.environ.items()
         if not name.upper().startswith(("HF_", "HUGGING")) and not name.upper().endswith("_PROXY")
     }
-    env |= {"HF_ENDPOINT": address, "HF_HOME": str(home), "OMP_NUM_THREADS": "1"} | more
+    env |= {"HF_ENDPOINT": address, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_ETAG_TIMEOUT": "2"} | more
     began = time.monotonic()
     code = f"from plumbing.program.errors import one_line_errors\nwith one_line_errors():\n    {code}"
     done = subprocess.run(
