@@ -68,7 +68,7 @@ class DataSet:
             raise UserError(f"dataset={self.dataset}: no labelled row in it; {notes[0]}")
         for split, n in self.survey["repeated"].items():
             if n:
-                notes.append(f"the texts of {n:,} of {sum(used[split].values()):,} {split} rows stand in train too")
+                notes.append(f"the texts of {n:,} of {sum(used[split].values()):,} {split} rows also appear in train")
         for split in used if "train" in used else ():
             if alone := [i for i in sorted(used[split]) if i not in used["train"]]:
                 found = ", ".join(f"{self.label_names[i]} ({used[split][i]:,} rows)" for i in alone)

@@ -14,7 +14,7 @@ def survey_rows(source) -> dict:
 
     tally    [part, split, label, how many rows, the first of them] for each label of each split of each part; rows
              without a text have None for a label
-    repeated how many rows of a named split have a text that stands in train too, {split: rows}
+    repeated how many rows of a named split have a text that also appears in train, {split: rows}
     unread   parts whose split their name tells, so that their column named split does not count
 
     Raises ValueError for rows that cannot be used.

@@ -445,8 +445,8 @@ def test_texts_of_test_that_stand_in_train_are_counted(tmp_path, capsys, as_colu
     for _ in range(2):
         load(tmp_path)
         out = capsys.readouterr().out
-        assert "note: the texts of 2 of 40 test rows stand in train too\n" in out
-        assert "note: the texts of 1 of 40 validation rows stand in train too\n" in out
+        assert "note: the texts of 2 of 40 test rows also appear in train\n" in out
+        assert "note: the texts of 1 of 40 validation rows also appear in train\n" in out
 
 
 def test_labels_that_train_does_not_have_are_told(tmp_path, capsys):
