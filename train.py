@@ -361,7 +361,8 @@ def open_folder(run: Run) -> Progress:
 
 
 def find_facts(run: Run) -> Facts:
-    base = fingerprint_base(run.config.init_from)
+    before = run.config.run  # check_base has compared a resumed run's base with this
+    base = before.base if before and before.base else fingerprint_base(run.config.init_from)
     dtype = str(run.dtype).removeprefix("torch.")
     loader = run.loader
     words = {"label_names": loader.label_names, "word_of": loader.word_of}
