@@ -12,10 +12,14 @@ import os
 import resource
 import runpy
 import sys
+import threading
 
 # What train.py and generate.py import, but for the repository itself: not huggingface_hub, which looks at variables.
 for name in ("filelock", "matplotlib.pyplot", "numpy", "safetensors.torch", "tiktoken.load", "torch", "tqdm"):
     importlib.import_module(name)
+
+# A process killed while it prints must not keep a lock that the next one waits for: tqdm's own is shared with forks.
+sys.modules["tqdm"].tqdm.set_lock(threading.RLock())
 
 
 def write(path, number):

@@ -4,13 +4,14 @@ with that of an unbroken run, bit for bit.
     python tests/running/soak.py 300        kills; half of them with LoRA, half training all weights
 """
 
-import contextlib
+import faulthandler
 import json
 import os
 import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -24,6 +25,11 @@ import train
 from configurator import configure
 from model import GPT, GPTConfig
 
+# A process killed while it prints must not keep a lock that the next one waits for: tqdm's own is shared with forks.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0  # no thread
+LIMIT = 100  # seconds of one attempt; most take one
+
 
 def prepare(folder):
     torch.manual_seed(0)
@@ -32,21 +38,6 @@ def prepare(folder):
         {"text": f"film {i} was {'good' if i % 2 else 'bad'}", "label": "yes" if i % 2 else "no"} for i in range(60)
     ]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-
-
-class Quiet(contextlib.nullcontext):
-    """A progress bar that shows nothing: tqdm's own starts a thread."""
-
-    def __init__(self, **options):
-        super().__init__(self)
-
-    write = staticmethod(lambda text: None)
-
-    def update(self):
-        pass
-
-    def set_postfix(self, **values):
-        pass
 
 
 def attempt(argv, seconds=None, step=None):
@@ -59,6 +50,7 @@ def attempt(argv, seconds=None, step=None):
         return status == 0
     code = 1
     try:
+        faulthandler.dump_traceback_later(LIMIT, exit=True)
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         left = [step]
@@ -79,7 +71,6 @@ def attempt(argv, seconds=None, step=None):
             signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process at any instant, as SIGKILL does
             signal.setitimer(signal.ITIMER_REAL, seconds)
         train.plot_losses = lambda metrics, path: None  # matplotlib takes most of so short a run's time
-        train.tqdm = Quiet
         train.train(configure(argv))
         code = 0
     except SystemExit as e:
