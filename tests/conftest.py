@@ -217,7 +217,9 @@ def sweep_here(argv):
     from tools.runs import run as programs
 
     def fork(command, env, stdin, stdout, stderr):
-        (begin,) = (i for i, word in enumerate(command) if word.endswith(("train.py", "generate.py")))
+        (begin,) = (
+            i for i, word in enumerate(command) if word.endswith(("train.py", "generate.py", "measured_run.py"))
+        )
         return Forked(command[begin:], REPO, env, None, log=stdout.name)
 
     with pytest.MonkeyPatch.context() as patch:

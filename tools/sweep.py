@@ -3,6 +3,7 @@
     python -m tools.sweep configs/finetune_params_config.py --seeds=1,2,3
     python -m tools.sweep configs/finetune_params_config.py --ray=auto    on many machines: docs/machines.md
     python -m tools.sweep configs/finetune_mini_config.py --dry_run       the runs and their estimated minutes
+    python -m tools.sweep configs/finetune_mini_config.py --only=claims --jobs=auto    what the papers claim
 
 Each run is train.py and then generate.py in a folder of its own. Runs that are done are kept, a run that was stopped
 goes on where it stopped, and one that fails has its reason in the report while the others go on (exit code 1).
@@ -13,32 +14,41 @@ import math
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass, replace
 from statistics import mean
 
 import plumbing.running.threads  # noqa: F401  (before torch, which reads these settings once)
 
 # isort: split
+import numpy as np
+import torch
 from tqdm import tqdm
 
 from configurator import Config, configure
+from generate import ModelSampler
 from plumbing.data.sources import find_source
 from plumbing.data.token_cache import cache_folder
 from plumbing.gpt2.base import check_vocabulary
 from plumbing.gpt2.files import find_checkpoint
 from plumbing.program.errors import one_line_errors
-from plumbing.program.files import make_folder, write_json
+from plumbing.program.files import make_folder, whole_file, write_json
 from plumbing.program.settings import fields_of, setting
 from plumbing.program.terminal import forgiving_output
 from plumbing.running.machine import pick_device, pick_dtype
 from tools.report import claims
 from tools.report.questions import write_report
 from tools.runs.measure import describe_machine, spread, time_latency, timed
+from tools.runs.measured_run import measure_text
 from tools.runs.ray_runs import run_on_ray
 from tools.runs.run import AGAINST, CLAIM, FULL, LORA, UNTUNED, PlannedRun, run_here
 from train import evaluate, set_up, update
 
 KINDS = "untuned,lora,full,lr_alpha,latency"
+SMALL = 2e8  # bytes of a base of which a core trains its own
+BESIDE = (
+    0.15  # minutes that a claim's training takes beside its updates, to start and to be measured; seen on 2 cores
+)
 
 
 @dataclass
@@ -51,9 +61,10 @@ class SweepConfig(Config):
     seeds: str = "1"  # each run is made with each of these seeds, with commas
     full_lr: float = 0.0  # learning rate of full fine-tuning; 0: a fifth of lr
     only: str = KINDS  # what is run, with commas; and claims, the trainings that test what the LoRA papers claim
-    jobs: int = setting(
-        1, least=1
-    )  # runs side by side on a machine, by Ray: each with a GPU or its share of the cores
+    minutes: float = setting(60, least=0)  # for the claims: as many seeds, from the first of `seeds` on, as fit
+    jobs: str = (
+        "1"  # runs side by side, by Ray, each with a GPU or its share of the cores; auto: what suits this machine
+    )
     ray: str | None = None  # auto: Ray's cluster, or a new one on this machine; HOST:PORT: that one
     sweep_dir: str | None = None  # where everything is written; None: out_dir with "-sweep"
     dry_run: bool = False  # only list the runs and their estimated minutes
@@ -65,14 +76,22 @@ def main(config: SweepConfig) -> None:
         check(config)
         runs = plan(config)
         if config.dry_run:
-            list_runs(runs)
+            list_runs(config, runs)
             return
         make_folder(config.sweep_dir)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failed = make_runs(config, runs)
-    speeds = measure_latency(config) if {"latency", "claims"} & set(config.only.split(",")) else None
+    if asks_claims(config):
+        of_claims, minutes = make_claims(config, failed)
+    speeds = measure_latency(config) if "latency" in config.only or asks_claims(config) else None
     with one_line_errors():
-        write_report(config, runs, failed, speeds, full_rate(config))
+        chapter = None
+        if asks_claims(config):
+            by_name = {run.name: run for run in of_claims}
+            seeds = claim_seeds(config, minutes)
+            found = claims.gather(by_name, seeds, config, full_rate(config), measure_base(config), speeds["turns"])
+            chapter = claims.judge_all(found), found, minutes
+        write_report(config, runs, failed, speeds, chapter)
     print(f"written: {config.sweep_dir}/report.html, {config.sweep_dir}/report.md")
     if failed:
         print("\n".join(f"error: {name}: {reason}" for name, reason in failed.items()), file=sys.stderr)
@@ -87,8 +106,26 @@ def check(config):
         raise ValueError(f"only={config.only}: no part {min(unknown)!r}; type some of {KINDS},claims")
     pick_dtype(pick_device(config.device), config.dtype)
     check_vocabulary(config.init_from)
-    if "claims" in config.only.split(","):
+    if asks_claims(config):
         claims.check_splits(config)
+    count_jobs(config)
+
+
+def asks_claims(config):
+    return "claims" in config.only.split(",")
+
+
+def count_jobs(config):
+    """How many runs are made side by side. A small model does not keep several cores busy: two trainings of gpt2-mini
+    with a thread each are half as fast again as one with two threads."""
+    if config.jobs.isdecimal() and int(config.jobs):
+        return int(config.jobs)
+    if config.jobs != "auto":
+        raise ValueError(f"jobs={config.jobs}: type a number from 1 on, or auto")
+    if pick_device(config.device).startswith("cuda"):
+        return torch.cuda.device_count()
+    is_small = os.path.getsize(find_checkpoint(config.init_from)[0]) < SMALL
+    return len(os.sched_getaffinity(0)) if is_small and hasattr(os, "sched_getaffinity") else 1
 
 
 # --- which runs ------------------------------------------------------------------------------------
@@ -96,7 +133,7 @@ def check(config):
 
 def plan(config: SweepConfig) -> list[PlannedRun]:
     """The runs in their order."""
-    base = Config(**{name: getattr(config, name) for name in fields_of(Config)})
+    base = as_config(config)
     runs = []
 
     def add(name, method, seed, **settings):
@@ -120,10 +157,31 @@ def plan(config: SweepConfig) -> list[PlannedRun]:
         for name, times in (("double-lr-half-alpha", 2), ("half-lr-double-alpha", 0.5)):
             settings = {"rank": rank, "lr": rate(config, rank) * times, "alpha": config.scale * rank / times}
             add(f"lora-r{rank}-{name}-seed{seeds[0]}", AGAINST, seeds[0], **settings)
-    for training, n in claims.plan() if "claims" in kinds else ():
-        settings = claims.make_settings(training, config, full_rate(config), config.scale)
-        add(claims.run_name(training, n), CLAIM, seeds[0] + n, **settings)
     return runs
+
+
+def plan_claims(config, seeds):
+    """The claims' trainings, seed by seed."""
+    base = as_config(config)
+    runs = []
+    for seed in seeds:
+        for training in claims.list_settings():
+            name = claims.run_name(training, seed)
+            settings = claims.make_settings(training, config, full_rate(config), config.scale)
+            settings |= {"seed": seed, "out_dir": os.path.join(config.sweep_dir, name), "wandb_run_name": name}
+            runs.append(PlannedRun(name, CLAIM, replace(base, **settings)))
+    return runs
+
+
+def claim_seeds(config, minutes):
+    """The seeds whose trainings fit into the claims' time, two at least. minutes: what those of one seed take."""
+    first = read_numbers(config, "seeds", 0)[0]
+    return list(range(first, first + max(2, int(config.minutes / minutes))))
+
+
+def as_config(config):
+    """The settings of its trainings."""
+    return Config(**{name: getattr(config, name) for name in fields_of(Config)})
 
 
 def read_numbers(config, key, least):
@@ -157,10 +215,18 @@ def default_rank(config):
 # --- how long they will take -----------------------------------------------------------------------
 
 
-def list_runs(runs):
+def list_runs(config, runs):
     """Prints the runs and about how long each will take."""
     speeds = {}  # {kind of run: (seconds of an update, of an evaluation)}
     total = 0.0
+    if asks_claims(config):
+        of_claims = plan_claims(config, claim_seeds(config, math.inf)[:1])
+        torch.set_num_threads(max(1, torch.get_num_threads() // count_jobs(config)))
+        minutes = sum(estimate_minutes(run.config, speeds) + BESIDE for run in of_claims) / count_jobs(config)
+        seeds = claim_seeds(config, minutes)
+        print(f"claims: {len(of_claims)} trainings a seed, about {minutes:.0f} min; {len(seeds)} seeds fit")
+        for line in claims.describe_plan(len(seeds)):
+            print(line)
     for run in runs:
         says = "done"
         if not run.done():
@@ -173,7 +239,7 @@ def list_runs(runs):
 
 def estimate_minutes(config, speeds):
     """Of a run's training and evaluation. Runs of one kind are measured once."""
-    kind = (config.rank == 0, config.batch_size, config.gradient_accumulation_steps)
+    kind = (config.rank == 0, config.batch_size, config.gradient_accumulation_steps, config.loss_on)
     if kind not in speeds:
         speeds[kind] = measure_speed(config)
     update_seconds, evaluation_seconds = speeds[kind]
@@ -214,10 +280,40 @@ def start_runs(config, runs):
     """The events of run_here or, for several runs side by side, of run_on_ray."""
     environment = {key: value for key, value in os.environ.items() if key.startswith("WANDB_")}
     environment["WANDB_RUN_GROUP"] = os.path.basename(os.path.normpath(config.sweep_dir))
-    if not runs or not (config.ray or config.jobs > 1):
+    jobs = count_jobs(config)
+    if not runs or not (config.ray or jobs > 1):
         return run_here(runs, environment)
     on_gpu = config.device in ("auto", "cuda")
-    return run_on_ray(runs, config.ray, config.jobs, on_gpu, find_sources(config), environment)
+    return run_on_ray(runs, config.ray, jobs, on_gpu, find_sources(config), environment)
+
+
+def make_claims(config, failed):
+    """Makes the claims' trainings: those of the first seed, which tell how long a seed takes, and then those of as
+    many seeds as fit. Adds to `failed`. Returns the runs, and the minutes of a seed."""
+    path = os.path.join(config.sweep_dir, "claims.json")
+    runs = plan_claims(config, claim_seeds(config, math.inf)[:1])
+    if not os.path.exists(path):
+        n_left = sum(not run.done() for run in runs)
+        began = time.monotonic()
+        failed |= make_runs(config, runs)
+        write_json(path, {"minutes": (time.monotonic() - began) / 60 * len(runs) / max(1, n_left)})
+    with open(path, encoding="utf-8") as f:
+        minutes = json.load(f)["minutes"]
+    runs = plan_claims(config, claim_seeds(config, minutes))
+    failed |= make_runs(config, runs)
+    return runs, minutes
+
+
+def measure_base(config):
+    """The untuned model's loss of each text."""
+    path = os.path.join(config.sweep_dir, "base_text.npy")
+    if not os.path.exists(path):
+        sampler = ModelSampler(config=as_config(config))
+        sampler.load_model()
+        losses = measure_text(sampler)
+        with whole_file(path) as f:
+            np.save(f, losses)
+    return np.load(path)
 
 
 def find_sources(config):
@@ -236,7 +332,7 @@ def measure_latency(config):
     path = os.path.join(config.sweep_dir, "latency.json")
     if not os.path.exists(path):
         rank = default_rank(config)
-        seconds = time_latency(replace(config, rank=rank, alpha=config.scale * rank), "generate", 11)
+        seconds = time_latency(replace(config, rank=rank, alpha=config.scale * rank), "generate", 21)
         turns = {name: [32 / s for s in times] for name, times in seconds.items()}
         found = {"rank": rank, "machine": describe_machine(pick_device(config.device)), "turns": turns}
         write_json(path, found | {name: spread(speeds) for name, speeds in turns.items()})

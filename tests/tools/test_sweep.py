@@ -110,9 +110,10 @@ def test_the_report_opens_with_what_it_found(whole):
     rows = [row for row in table(whole, "2.6") if row["method"] != "no tuning"]
     top = max(rows, key=lambda row: float(row["test accuracy"].split()[0]))
     summary = (whole / "report.md").read_text().split("\n\n")[1]
-    name = f"LoRA with r = {top['r']}" if top["r"] else top["method"]
-    assert summary.startswith(f"Best is {name}: {top['test accuracy']} of 15 test examples (95 % interval ")
-    assert f"It trains {top['trained']} of " in summary and " full fine-tuning (" in summary
+    tied = [row for row in rows if row["test accuracy"] == top["test accuracy"]]
+    names = " and ".join(f"LoRA with r = {row['r']}" if row["r"] else row["method"] for row in tied)
+    assert summary.startswith(f"Best is {names}: {top['test accuracy']} of 15 test examples (95 % interval ")
+    assert f" trains {top['trained']} of " in summary and " full fine-tuning (" in summary
     assert questions.compare_points(0.79964, 0.79956) == "as good as"  # both are shown as 80.0 %
     assert questions.compare_points(0.7904, 0.7812) == "0.9 points above"
     assert questions.compare_points(0.7812, 0.7904) == "0.9 points below"
@@ -130,7 +131,7 @@ def test_lora_and_full_are_compared_over_the_same_examples(whole):
         # At least as wide as the same examples' differences alone make it, by the usual formula.
         paired = (lora - full).mean(axis=0)
         assert high - low > 0.9 * 2 * 1.96 * paired.std() / 15**0.5 and low < gap < high
-    assert "examples and seeds leave" in sentence
+    assert "seed by seed and example by example" in sentence
     row = table(whole, "2.6")[1]
     losses = [[m["val_loss"] for m in read_lines(whole / f"lora-r1-seed{s}" / "metrics.jsonl")] for s in (1, 2)]
     assert row["validation loss"] == f"{sum(map(min, losses)) / 2:.4f}"
@@ -285,9 +286,16 @@ def ours(temp):
 @pytest.mark.parametrize(
     "losses, says",
     [
-        ([8, 4, 2, 1.5, 1.2], "still falls at the end: by 0.3000 over its last quarter"),
+        ([8, 4, 2, 1.5, 1.2], "still falls at the end: by 0.3000 since update 30"),
         ([8, 1, 0.5, 0.6, 0.7], "has risen by 0.2000 since"),
-        ([8, 1, 0.5, 0.5, 0.5], "flat at the end"),
+        ([8, 1, 0.5, 0.5, 0.5], "flat at the end: since update 30 it has changed by 0.0000"),
+        (
+            [8, 0.3, 0.263, 0.201],
+            "still falls at the end: by 0.0620 since update 20",
+        ),  # one evaluation in the last quarter
+        ([8, 1], "at update 10 of 10. It lies"),  # and not a word on its end
+        ([1, 2, 3], "Training has not lowered it"),
+        ([1, 1, 1], "Training has not lowered it"),
     ],
 )
 def test_what_a_curve_shows_is_computed(tmp_path, losses, says):
@@ -299,9 +307,14 @@ def test_what_a_curve_shows_is_computed(tmp_path, losses, says):
     run, other = (
         PlannedRun(n, "LoRA", Config(rank=r, out_dir=str(tmp_path / n))) for n, r in (("one", 1), ("other", 8))
     )
+    n = len(losses) - 1
     text = questions.describe_curve(run, other)
-    assert says in text and f"lowest, {min(losses):.4f}, at update {10 * losses.index(min(losses))} of 40" in text
-    assert "lies above r = 8's at 0 of 4 evaluations; its best loss is 0.1000 lower" in text
+    assert (
+        says in text and f"lowest, {min(losses):.4f}, at update {10 * losses.index(min(losses))} of {10 * n}" in text
+    )
+    assert f"lies above r = 8's at 0 of {n} evaluations. Its best loss is 0.1000 below that of r = 8." in text
+    assert "lies above" not in questions.describe_curve(run, run)
+    assert questions.compare(0.20004, 0.20001) == "the same as"
 
 
 @pytest.mark.parametrize(

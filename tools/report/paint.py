@@ -147,11 +147,11 @@ def paint_over_rank(ax, colors, lines: dict, levels: dict, what: str):
 
 
 def paint_differences(ax, colors, rows: list, what: str = "difference of the losses"):
-    """Differences with their 95 % intervals, [(name, Estimate)], one below the other, beside a line at zero."""
-    for y, (name, e) in enumerate(rows):
-        ax.plot([e.low, e.high], [y, y], color=colors[0], linewidth=2)
-        ax.plot(e.value, y, "o", color=colors[0])
-        ax.annotate(name, (e.value, y), (0, 7), textcoords="offset points", ha="center", annotation_clip=False)
+    """Differences with their intervals, [(name, value, low, high)], one below the other, beside a line at zero."""
+    for y, (name, value, low, high) in enumerate(rows):
+        ax.plot([low, high], [y, y], color=colors[0], linewidth=2)
+        ax.plot(value, y, "o", color=colors[0])
+        ax.annotate(name, (value, y), (0, 7), textcoords="offset points", ha="center", annotation_clip=False)
     ax.axvline(0, color=colors[1], linestyle="--", linewidth=1.2)
     ax.set(xlabel=what, ylim=(len(rows) - 0.5, -0.6))
     ax.set_yticks([])

@@ -9,15 +9,19 @@ from statistics import mean
 import numpy as np
 
 from configurator import Config
+from dataloader import make_loader
+from generate import ModelSampler
 from plumbing.adapters.peft_format import ADAPTER_WEIGHTS
 from plumbing.program.errors import first_line
+from plumbing.program.files import whole_file
 from plumbing.scoring.accuracy import wilson
 from plumbing.scoring.loss_plot import draw_curves
 from tools.report import claims
 from tools.report.page import write_page
 from tools.report.paint import draw, paint_over_rank
-from tools.report.verdicts import bootstrap, seed_deviation
-from tools.runs.run import AGAINST, CLAIM, FULL, LORA, UNTUNED, PlannedRun, count_parameters
+from tools.report.verdicts import estimate
+from tools.runs.measured_run import losses_of
+from tools.runs.run import AGAINST, FULL, LORA, UNTUNED, PlannedRun, count_parameters
 
 
 @dataclass
@@ -56,19 +60,18 @@ class Results:
         return draw(self.config.sweep_dir, name, alt, paint)
 
 
-def write_report(config, runs: list[PlannedRun], failed: dict, speeds: dict | None, full_lr: float) -> None:
-    """report.md, report.html and their pictures in config.sweep_dir. full_lr: that of full fine-tuning."""
-    results = Results(config, [run for run in runs if run.method != CLAIM], failed, speeds)
+def write_report(config, runs: list[PlannedRun], failed: dict, speeds: dict | None, of_claims: tuple | None) -> None:
+    """report.md, report.html and their pictures in config.sweep_dir. of_claims: the claims' verdicts, results and the
+    minutes of a seed."""
+    results = Results(config, runs, failed, speeds)
     summary = summarize(results)
     parts = []
     for title, needs, answer in QUESTIONS:
         if needs(results):
             parts += [("h2", title), *answer(results)]
-    if of_claims := {run.name: run for run in runs if run.method == CLAIM}:
-        found = claims.gather(of_claims, config, full_lr, speeds.get("turns", {}))
-        judged = claims.judge_all(found)
-        parts += claims.write_chapter(judged, found, partial(draw, config.sweep_dir))
-        summary.append(claims.count_verdicts(judged))
+    if of_claims:
+        parts += claims.write_chapter(*of_claims, partial(draw, config.sweep_dir))
+        summary.append(claims.count_verdicts(of_claims[0]))
     if failed:
         parts += [("h2", "Runs that failed"), ("table", [["run", "reason"], *map(list, failed.items())])]
     head = [("h1", "LoRA fine-tuning: the report")]
@@ -110,9 +113,9 @@ def answer_latency(results):
     rows = [[name, f"{v['median']:.1f}", f"{v['low']:.1f} to {v['high']:.1f}"] for name, v in shown.items()]
     base, unmerged, merged = (v["median"] for v in shown.values())
     text = (
-        f"r = {results.speeds['rank']}, one text, 32 tokens after 52. Beside the base, the unmerged model runs at "
-        f"{percent(unmerged / base)} of the speed, for its adapters' extra products, the merged one at "
-        f"{percent(merged / base)}: its matrices have the base's shapes."
+        f"r = {results.speeds['rank']}, one text, 32 tokens after 52. The unmerged model computes its adapters' extra "
+        f"products and runs at {percent(unmerged / base)} of the base's speed. The merged one's matrices have the "
+        f"base's shapes; it runs at {percent(merged / base)}."
     )
     return [("table", [["model", "tokens/s (median)", "lowest to highest"], *rows]), ("p", text)]
 
@@ -169,10 +172,13 @@ def answer_rank(results):
     accuracies = {rank: [100 * run.accuracy for run in group] for rank, group in results.lora.items()}
     levels = {method: 100 * mean_accuracy(results.of(method)) for method in (FULL, UNTUNED) if results.of(method)}
     paint = partial(paint_over_rank, lines={LORA: accuracies}, levels=levels, what="test accuracy (%)")
-    top = max(results.lora.values(), key=mean_accuracy)
-    text = f"r = {top[0].config.rank} is best with {percent(mean_accuracy(top))}"
+    best = round(max(map(mean_accuracy, results.lora.values())), 3)  # as it is shown
+    top = [str(rank) for rank, group in results.lora.items() if round(mean_accuracy(group), 3) == best]
+    text = f"r = {' and '.join(top)}: {percent(best)}"
+    if len(results.lora) > len(top):
+        text += ", the highest of these ranks"
     if results.of(FULL):
-        text += f", {compare_points(mean_accuracy(top), mean_accuracy(results.of(FULL)))} full fine-tuning"
+        text += f", {compare_points(best, mean_accuracy(results.of(FULL)))} full fine-tuning"
     picture = draw(results.config.sweep_dir, "accuracy.svg", "test accuracy over the rank", paint)
     return [picture, ("p", f"{text}.")]
 
@@ -197,7 +203,8 @@ def answer_lr_alpha(results):
     picture = results.plot_curves("lr-alpha.svg", "validation loss, learning rate against alpha", groups)
     apart = np.ptp([run.best_loss for run in three.values()])
     gained = own[0].curve[0][1] - own[0].best_loss
-    text = f"Their best losses lie {apart:.4f} apart, {percent(apart / gained, 2)} of what training gained."
+    text = f"Their best losses lie {apart:.4f} apart"
+    text += f", {percent(apart / gained, 2)} of what training gained." if gained > 0 else "."
     if len(own) > 1:
         text += f" The seed alone moves it by {np.ptp([run.best_loss for run in own]):.4f}."
     text += (
@@ -215,24 +222,25 @@ def summarize(results):
     groups = [group for group in (*results.lora.values(), results.of(FULL)) if group]
     if not groups:
         return []
-    top = max(groups, key=mean_accuracy)
+    top = max(groups, key=lambda group: round(mean_accuracy(group), 3))
+    tied = [name_of(group) for group in groups if percent(mean_accuracy(group)) == percent(mean_accuracy(top))]
     trained, total = count_parameters(top[0].config)
     sentences = [
-        f"Best is {name_of(top)}: {percent(mean_accuracy(top))} of {top[0].score['n']} test examples (95 % interval "
-        f"{show_interval(top)}).",
-        f"It trains {trained:,} of {total:,} parameters ({percent(trained / total)}) in "
+        f"Best is {' and '.join(tied)}: {percent(mean_accuracy(top))} of {top[0].score['n']} test examples (95 % "
+        f"interval {show_interval(top)}).",
+        f"{'It' if len(tied) == 1 else 'The first'} trains {trained:,} of {total:,} parameters "
+        f"({percent(trained / total)}) in "
         f"{mean(run.minutes for run in top):.1f} minutes.",
     ]
     full = results.of(FULL)
     if results.lora and full:
         lora = max(results.lora.values(), key=mean_accuracy)
         trained, _ = count_parameters(lora[0].config)
-        gap = mean_loss(lora) - mean_loss(full)
-        loss = f"{abs(gap):.4f} {'higher' if gap > 0 else 'lower'}" if round(gap, 4) else "the same"
+        loss = compare(mean_loss(lora), mean_loss(full))
         sentences.append(
             f"{name_of(lora)} is {compare_points(mean_accuracy(lora), mean_accuracy(full))} full fine-tuning "
             f"({percent(mean_accuracy(full))}) at {percent(trained / total, 2)} of its parameters; its best "
-            f"validation loss is {loss}."
+            f"validation loss is {loss} full fine-tuning's."
         )
     return sentences
 
@@ -248,21 +256,40 @@ def compare_points(accuracy, other):
 def compare_losses(results):
     """LoRA's validation losses minus those of full fine-tuning, over the same examples."""
     config = results.config
+    groups = {0: results.of(FULL), **results.lora}
+    shared = set.intersection(*({run.config.seed for run in group} for group in groups.values()))
+    if len(shared) < 2:
+        return "With one seed nothing can be said about the difference of the losses: type --seeds=1,2,3."
     losses = {}
     try:
         if claims.draws_validation(config):
             return "The seed draws the validation split, so validation losses are not compared example by example."
-        for rank, group in {0: results.of(FULL), **results.lora}.items():
-            losses[rank] = np.stack([claims.losses_of_run(run.folder, config.device) for run in group])
+        for rank, group in groups.items():
+            paired = [run for run in group if run.config.seed in shared]
+            losses[rank] = np.stack([losses_of_run(run.folder, config.device) for run in paired])
     except (ValueError, OSError, RuntimeError) as e:  # data that is gone, or no memory: the rest needs neither
         return f"Validation losses could not be compared example by example here: {first_line(e)}"
-    deviation = seed_deviation(losses)
-    gaps = {r: bootstrap(lambda means, r=r: means[r] - means[0], losses, deviation) for r in losses if r}
-    seeds = " and seeds" if deviation else ""
+    gaps = {r: estimate(lambda means, r=r: means[r] - means[0], losses) for r in losses if r}
     return (
-        "LoRA's validation loss minus full fine-tuning's, example by example, with the 95 % interval that "
-        f"examples{seeds} leave: " + ", ".join(f"r = {r} {claims.show(gap)}" for r, gap in gaps.items()) + "."
+        "LoRA's validation loss minus full fine-tuning's, seed by seed and example by example, with the 95 % "
+        "interval that these leave: " + ", ".join(f"r = {r} {claims.show(gap)}" for r, gap in gaps.items()) + "."
     )
+
+
+def losses_of_run(folder, device):
+    """The validation losses of a finished run's best weights, example by example; kept in its folder as
+    val_losses.npy."""
+    path = os.path.join(folder, "val_losses.npy")
+    weights = [os.path.join(folder, name) for name in (ADAPTER_WEIGHTS, "model.safetensors")]
+    written = max(os.path.getmtime(file) for file in weights if os.path.exists(file))
+    if not os.path.exists(path) or os.path.getmtime(path) < written:
+        sampler = ModelSampler(folder, device=device)
+        sampler.load_model()
+        loader = make_loader(sampler.config, sampler.block_size, wanted=("validation",))
+        losses = losses_of(sampler, loader, "validation", range(len(loader.splits["validation"])))
+        with whole_file(path) as f:
+            np.save(f, losses)
+    return np.load(path)
 
 
 def describe_curve(run, other=None):
@@ -271,23 +298,32 @@ def describe_curve(run, other=None):
     first = curve[0][1]
     last_at, last = curve[-1]
     low_at, low = min(curve, key=lambda point: point[1])
-    fall = next(loss for it, loss in curve if it >= 0.75 * last_at) - last
-    text = f"r = {run.config.rank} begins at {first:.4f} and is lowest, {low:.4f}, at update {low_at} of {last_at}. "
-    if last > low * 1.01:
-        text += f"It has risen by {last - low:.4f} since: it overfits, and the best weights are kept."
-    elif fall > last * 0.01:
-        text += f"It still falls at the end: by {fall:.4f} over its last quarter."
+    text = f"r = {run.config.rank} begins at {first:.4f} and is lowest, {low:.4f}, at update {low_at} of {last_at}."
+    # Where the last quarter begins or, with few evaluations, at the last one before it.
+    since, before = max(point for point in curve if point[0] <= 0.75 * last_at)
+    if low_at == 0:
+        text += " Training has not lowered it."
+    elif last > low * 1.01:
+        text += f" It has risen by {last - low:.4f} since, and the best weights are kept."
+    elif since == 0:
+        pass  # one evaluation after the start tells nothing about the end
+    elif before - last > last * 0.01:
+        text += f" It still falls at the end: by {before - last:.4f} since update {since}."
     else:
-        text += f"It is flat at the end: its last quarter changes it by {abs(fall):.4f}."
+        text += f" It is flat at the end: since update {since} it has changed by {abs(before - last):.4f}."
     if other and other is not run:
         theirs = dict(other.curve)
         above = [loss > theirs[it] for it, loss in curve if it and it in theirs]
-        gap = low - other.best_loss
-        text += (
-            f" It lies above r = {other.config.rank}'s at {sum(above)} of {len(above)} evaluations; its best loss is "
-            f"{abs(gap):.4f} {'higher' if gap > 0 else 'lower'}."
-        )
+        if above:
+            text += f" It lies above r = {other.config.rank}'s at {sum(above)} of {len(above)} evaluations."
+        text += f" Its best loss is {compare(low, other.best_loss)} that of r = {other.config.rank}."
     return text
+
+
+def compare(loss, other):
+    """How a loss compares with another one, as both are shown."""
+    gap = round(loss, 4) - round(other, 4)
+    return f"{abs(gap):.4f} {'above' if gap > 0 else 'below'}" if abs(gap) > 5e-5 else "the same as"
 
 
 HEAD = ["method", "r", "alpha", "lr", "trained", "share", "validation loss", "test accuracy", "95 % interval"]

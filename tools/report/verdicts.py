@@ -1,4 +1,4 @@
-"""What a few runs can tell apart: intervals for what is measured, and one of three verdicts from an interval."""
+"""What a few runs can tell apart: an interval over seeds and examples, a verdict from it, Holm's correction."""
 
 import math
 from collections.abc import Callable
@@ -10,91 +10,171 @@ HOLDS = "holds here"
 FAILS = "does not hold here"
 OPEN = "not told apart by this data"
 MISSING = "not measured"
-NEAREST = "closest_observation"
+LEVEL = 0.05  # of all verdicts together
+N_BLOCKS = 40  # groups of examples
+
+
+# --- an estimate and its interval ------------------------------------------------------------------
 
 
 @dataclass
 class Estimate:
-    """A figure and its 95 % interval."""
+    """A figure with its standard error and that error's degrees of freedom. No freedom: nothing is known of it."""
 
     value: float
-    low: float
-    high: float
+    error: float = math.inf
+    freedom: float = 0.0
+
+    def half_width(self, level: float = LEVEL) -> float:
+        """Half of the interval that misses the true value with probability `level`."""
+        return student(level, self.freedom) * self.error if self.freedom else math.inf
+
+    def interval(self, level: float = LEVEL) -> tuple[float, float]:
+        half = self.half_width(level)
+        return self.value - half, self.value + half
 
 
-def judge(estimate: Estimate, at_least: float = -math.inf, at_most: float = math.inf) -> str:
-    """The verdict on the claim that the figure lies from at_least to at_most: it holds if the whole interval does, it
-    does not hold if no part of the interval does; otherwise this data cannot tell."""
-    if at_least <= estimate.low and estimate.high <= at_most:
-        return HOLDS
-    if estimate.high < at_least or estimate.low > at_most:
-        return FAILS
-    return OPEN
+def student_mass(freedom: float) -> tuple[np.ndarray, np.ndarray]:
+    """(t, P(|T| < t)) of Student's distribution on a grid. In the angle atan(t / sqrt(freedom)) the density is a
+    power of the cosine, over a range that is finite."""
+    angles = np.linspace(0, math.pi / 2, 20_001)[:-1]
+    density = np.cos(angles) ** (freedom - 1)
+    mass = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return np.tan(angles) * math.sqrt(freedom), mass / mass[-1]
 
 
-def seed_deviation(losses: dict) -> float:
-    """The standard deviation of a run's mean loss over seeds, pooled over all settings {setting: (seeds, examples)}
-    that have several; 0 if none has."""
-    squares = 0.0
-    freedom = 0
-    for runs in losses.values():
-        means = runs.mean(axis=1)
-        squares += ((means - means.mean()) ** 2).sum()
-        freedom += len(means) - 1
-    return math.sqrt(squares / freedom) if freedom else 0.0
+def student(level: float, freedom: float) -> float:
+    """t with P(|T| > t) = level."""
+    t, mass = student_mass(max(freedom, 1))
+    return float(np.interp(1 - level, mass, t))
 
 
-def bootstrap(statistic: Callable, losses: dict, deviation: float, n_draws: int = 1000, seed: int = 0) -> Estimate:
-    """statistic({setting: mean loss}) with the interval that examples and seeds leave it.
-
-    losses: {setting: (seeds, examples)}, the same examples in each. Each draw takes the examples anew with
-    replacement, the same ones for all settings (Efron 1979), so what is hard for all cancels out; and it moves each
-    setting's mean by chance as another seed would, by `deviation` / sqrt(its number of seeds).
-    """
-    rng = np.random.default_rng(seed)
-    settings = list(losses)
-    table = np.stack([losses[setting].mean(axis=0) for setting in settings])  # (settings, examples)
-    spread = deviation / np.sqrt([len(losses[setting]) for setting in settings])  # (settings,)
-    n = table.shape[1]
-    counts = rng.multinomial(n, np.full(n, 1 / n), size=n_draws)  # (draws, examples): how often each is taken
-    means = counts @ table.T / n + spread * rng.standard_normal((n_draws, len(settings)))
-    values = [statistic(dict(zip(settings, row))) for row in means]
-    value = statistic(dict(zip(settings, table.mean(axis=1))))
-    return Estimate(value, *interval(values))
+def student_tail(t: float, freedom: float) -> float:
+    """P(|T| > t)."""
+    grid, mass = student_mass(max(freedom, 1))
+    return float(1 - np.interp(t, grid, mass))
 
 
-def bootstrap_mean(values, n_draws: int = 1000, seed: int = 0) -> Estimate:
-    """The mean of some measurements, such as one of each layer, with its bootstrap interval."""
+def estimate_mean(values) -> Estimate:
+    """The mean of independent measurements, such as one a seed, with its t interval."""
     values = np.asarray(values, dtype=float)
-    places = np.random.default_rng(seed).integers(len(values), size=(n_draws, len(values)))
-    return Estimate(float(values.mean()), *interval(values[places].mean(axis=1)))
+    n = len(values)
+    if n < 2:
+        return Estimate(float(values.mean()))
+    return Estimate(float(values.mean()), float(values.std(ddof=1)) / math.sqrt(n), n - 1)
 
 
-def interval(values) -> tuple[float, float]:
-    """From the 2.5 % to the 97.5 % quantile. Some values may be infinite: nothing is interpolated. A nan tells
-    nothing, so it widens the interval at both ends."""
-    values = np.asarray(values, dtype=float)
-    low = np.quantile(np.nan_to_num(values, nan=-math.inf, posinf=math.inf, neginf=-math.inf), 0.025, method=NEAREST)
-    high = np.quantile(np.nan_to_num(values, nan=math.inf, posinf=math.inf, neginf=-math.inf), 0.975, method=NEAREST)
-    return float(low), float(high)
+def estimate_table(table) -> Estimate:
+    """The mean of a table (seeds, blocks of examples), where other seeds and other examples would give another one.
+
+    Two crossed random effects. With the mean squares of seeds, of blocks and of what is left, the variance of the
+    mean is (MS_seeds + max(MS_blocks - MS_rest, 0)) / (S G): what differs by seed and example at once is in both,
+    and counted once. Obuchowski and Rockette 1995 and Hillis 2007 read many readers' many cases like this. The
+    degrees of freedom are Satterthwaite's."""
+    S, G = table.shape
+    mean = float(table.mean())
+    if S < 2:
+        return Estimate(mean)
+    of_seeds, of_blocks = table.mean(1), table.mean(0)
+    seeds = G * of_seeds.var(ddof=1)
+    blocks = S * of_blocks.var(ddof=1)
+    rest = ((table - of_seeds[:, None] - of_blocks + mean) ** 2).sum() / ((S - 1) * (G - 1))
+    freedoms = [(seeds, S - 1)]
+    if blocks > rest:
+        freedoms += [(blocks, G - 1), (rest, (S - 1) * (G - 1))]
+    total = seeds + max(blocks - rest, 0)
+    freedom = total**2 / sum(x**2 / n for x, n in freedoms) if total else S - 1
+    return Estimate(mean, math.sqrt(total / (S * G)), freedom)
 
 
-def find_best_rate(rates: list[float], losses: list[float]) -> float:
-    """The learning rate of the lowest loss: the vertex of the parabola, over the logarithm of the rate, through the
-    lowest point and its neighbours. 0 or infinity if the lowest point is the first or the last: the best rate lies
-    there or beyond."""
-    i = int(np.argmin(losses))
-    if i == 0:
-        return 0.0
-    if i == len(rates) - 1:
-        return math.inf
-    x = np.log(rates[i - 1 : i + 2])
-    curvature, slope, _ = np.polyfit(x - x[1], losses[i - 1 : i + 2], 2)
-    return float(np.exp(x[1] - slope / (2 * curvature))) if curvature > 0 else rates[i]
+def estimate(statistic: Callable, losses: dict) -> Estimate:
+    """statistic({setting: mean loss, one a seed}), a function of arrays, over paired seeds and paired examples.
+
+    losses: {setting: (S, N)}, the same S seeds and N examples in each. Examples lie in blocks; each block's
+    pseudo-value is what leaving it out changes (Tukey's jackknife), for each seed. For a difference of losses that is
+    the block's own difference."""
+    n = next(iter(losses.values())).shape[1]
+    block_of = np.arange(n) % min(N_BLOCKS, n)
+    member = np.eye(block_of.max() + 1)[block_of]  # (N, G)
+    sizes = member.sum(0)  # (G,)
+    G = len(sizes)
+    without = {s: (x.sum(1, keepdims=True) - x @ member) / (n - sizes) for s, x in losses.items()}  # (S, G)
+    whole = {s: x.mean(1, keepdims=True) for s, x in losses.items()}  # (S, 1)
+    return estimate_table(G * statistic(whole) - (G - 1) * statistic(without))
 
 
-def ratio(a: float, b: float) -> float:
-    """a / b for rates that may be 0 or infinite; nan where both lie beyond on the same side."""
-    if a == b and (a == 0 or math.isinf(a)):
-        return math.nan
-    return math.inf if b == 0 else a / b
+# --- the best of a curve ---------------------------------------------------------------------------
+
+
+@dataclass
+class Vertex:
+    """The lowest point of losses over learning rates that double from one to the next: of the parabola through the
+    lowest point, over all seeds and examples, and its two neighbors. Which these are, and how much the parabola
+    curves, is taken from all runs; so each seed's own lowest point is a smooth function of its losses."""
+
+    names: list  # the settings, by learning rate
+    middle: int  # the place of the lowest
+    curvature: float
+
+    @classmethod
+    def of(cls, curve: list, losses: dict) -> "Vertex | None":
+        """None if the lowest is the first or the last: the best rate lies there or beyond."""
+        means = [float(losses[name].mean()) for name in curve]
+        i = int(np.argmin(means))
+        if i in (0, len(curve) - 1):
+            return None
+        return cls(curve, i, means[i - 1] - 2 * means[i] + means[i + 1])
+
+    def _slope(self, losses):
+        return (losses[self.names[self.middle + 1]] - losses[self.names[self.middle - 1]]) / 2
+
+    def place(self, losses: dict):
+        """log2 of the best rate over the curve's first."""
+        return self.middle - self._slope(losses) / self.curvature
+
+    def loss(self, losses: dict):
+        """The lowest loss."""
+        return losses[self.names[self.middle]] - self._slope(losses) ** 2 / (2 * self.curvature)
+
+
+# --- verdicts --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Part:
+    """Says that a figure lies from at_least to at_most."""
+
+    estimate: Estimate
+    at_least: float = -math.inf
+    at_most: float = math.inf
+
+    def p_values(self) -> tuple[float, float]:
+        """(of "holds", of "does not hold"): the smallest level at which the whole interval lies there, and at which
+        no part of it does."""
+        e = self.estimate
+        if not e.freedom:
+            return 1.0, 1.0
+        inside = min(e.value - self.at_least, self.at_most - e.value)
+        ts = (x / e.error if e.error else math.inf for x in (inside, -inside))
+        return tuple(student_tail(t, e.freedom) if x > 0 else 1.0 for x, t in zip((inside, -inside), ts))
+
+
+def judge(parts: list[Part]) -> tuple[str, float]:
+    """(HOLDS or FAILS, the p value) of a claim: whichever is nearer. It holds if each part does, and does not hold if
+    one does not; of several that may fail by chance, each has its share of the level."""
+    holds, fails = zip(*(part.p_values() for part in parts))
+    p_holds, p_fails = max(holds), min(1.0, len(parts) * min(fails))
+    return (HOLDS, p_holds) if p_holds <= p_fails else (FAILS, p_fails)
+
+
+def correct(p_values: list[float], n_claims: int, level: float = LEVEL) -> list[float]:
+    """The level at which each of several claims is judged, so that a false verdict is among all of them with a
+    probability of at most `level` (Holm 1979): the clearest one at level / n_claims, the next at level /
+    (n_claims - 1), and after the first that is open no further one is easier."""
+    levels = [0.0] * len(p_values)
+    strictest = n_claims
+    for i in sorted(range(len(p_values)), key=p_values.__getitem__):
+        levels[i] = level / strictest
+        if p_values[i] <= levels[i]:
+            strictest -= 1
+    return levels

@@ -28,6 +28,7 @@ LORA = "LoRA"
 FULL = "full fine-tuning"
 AGAINST = "LoRA, lr against alpha"
 CLAIM = "a claim's training"
+MEASURES = "measures.npz"  # of a claim's training: what measured_run.py finds
 
 
 @dataclass
@@ -48,8 +49,10 @@ class PlannedRun:
         goes_on = self.reached() is not None
         if not goes_on:
             with contextlib.suppress(FileNotFoundError):
-                os.remove(self.path("accuracy.json"))  # another run's
+                os.remove(self.path(MEASURES if self.method == CLAIM else "accuracy.json"))  # another run's
         training = flags(replace(self.config, out_dir=folder, auto_resume=goes_on))
+        if self.method == CLAIM:
+            return [["tools/runs/measured_run.py", *training]]
         return [["train.py", *training], ["generate.py", "--init_from=resume", f"--out_dir={folder}"]]
 
     def reached(self) -> int | None:
@@ -59,6 +62,8 @@ class PlannedRun:
         return self.metrics[-1]["iter"] if same and self.metrics else None
 
     def done(self) -> bool:
+        if self.method == CLAIM:
+            return os.path.exists(self.path(MEASURES)) and self.reached() == self.config.max_iters
         score = self.score
         if not score:
             return False
@@ -139,7 +144,7 @@ TIED = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); e = sys.executabl
 
 @contextlib.contextmanager
 def start_program(program: str, flags: list[str], log: str, environment: dict) -> Iterator[subprocess.Popen]:
-    """train.py or generate.py as a process, its output added to the file `log`. At the block's end it has ended: by
+    """A program of ours as a process, its output added to the file `log`. At the block's end it has ended: by
     itself, or by SIGTERM, on which a training saves. Raises RuntimeError, with its last words, if it failed."""
     tie = ["-c", TIED] if sys.platform == "linux" else []
     command = [sys.executable, *tie, os.path.join(ROOT, program), *flags]
