@@ -45,10 +45,8 @@ from tools.runs.run import AGAINST, CLAIM, FULL, LORA, UNTUNED, PlannedRun, run_
 from train import evaluate, set_up, update
 
 KINDS = "untuned,lora,full,lr_alpha,latency"
-SMALL = 2e8  # bytes of a base of which a core trains its own
-BESIDE = (
-    0.15  # minutes that a claim's training takes beside its updates, to start and to be measured; seen on 2 cores
-)
+SMALL = 2e8  # bytes of a base that a core can train by itself
+BESIDE = 0.15  # minutes of a claim's training beside its updates: to start and to be measured, seen on 2 cores
 
 
 @dataclass
@@ -62,9 +60,7 @@ class SweepConfig(Config):
     full_lr: float = 0.0  # learning rate of full fine-tuning; 0: a fifth of lr
     only: str = KINDS  # what is run, with commas; and claims, the trainings that test what the LoRA papers claim
     minutes: float = setting(60, least=0)  # for the claims: as many seeds, from the first of `seeds` on, as fit
-    jobs: str = (
-        "1"  # runs side by side, by Ray, each with a GPU or its share of the cores; auto: what suits this machine
-    )
+    jobs: str = "1"  # runs side by side, by Ray, each with a GPU or its share of the cores; auto: what suits
     ray: str | None = None  # auto: Ray's cluster, or a new one on this machine; HOST:PORT: that one
     sweep_dir: str | None = None  # where everything is written; None: out_dir with "-sweep"
     dry_run: bool = False  # only list the runs and their estimated minutes
@@ -81,16 +77,10 @@ def main(config: SweepConfig) -> None:
         make_folder(config.sweep_dir)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failed = make_runs(config, runs)
-    if asks_claims(config):
-        of_claims, minutes = make_claims(config, failed)
+    of_claims = make_claims(config, failed) if asks_claims(config) else None
     speeds = measure_latency(config) if "latency" in config.only or asks_claims(config) else None
     with one_line_errors():
-        chapter = None
-        if asks_claims(config):
-            by_name = {run.name: run for run in of_claims}
-            seeds = claim_seeds(config, minutes)
-            found = claims.gather(by_name, seeds, config, full_rate(config), measure_base(config), speeds["turns"])
-            chapter = claims.judge_all(found), found, minutes
+        chapter = judge_claims(config, *of_claims, speeds["turns"]) if of_claims else None
         write_report(config, runs, failed, speeds, chapter)
     print(f"written: {config.sweep_dir}/report.html, {config.sweep_dir}/report.md")
     if failed:
@@ -124,8 +114,9 @@ def count_jobs(config):
         raise ValueError(f"jobs={config.jobs}: type a number from 1 on, or auto")
     if pick_device(config.device).startswith("cuda"):
         return torch.cuda.device_count()
-    is_small = os.path.getsize(find_checkpoint(config.init_from)[0]) < SMALL
-    return len(os.sched_getaffinity(0)) if is_small and hasattr(os, "sched_getaffinity") else 1
+    if os.path.getsize(find_checkpoint(config.init_from)[0]) > SMALL:
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 # --- which runs ------------------------------------------------------------------------------------
@@ -302,6 +293,14 @@ def make_claims(config, failed):
     runs = plan_claims(config, claim_seeds(config, minutes))
     failed |= make_runs(config, runs)
     return runs, minutes
+
+
+def judge_claims(config, runs, minutes, turns):
+    """What a report tells of the claims: verdicts, results, the minutes of a seed."""
+    by_name = {run.name: run for run in runs}
+    seeds = claim_seeds(config, minutes)
+    results = claims.gather(by_name, seeds, config, full_rate(config), measure_base(config), turns)
+    return claims.judge_all(results), results, minutes
 
 
 def measure_base(config):

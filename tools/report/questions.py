@@ -113,9 +113,9 @@ def answer_latency(results):
     rows = [[name, f"{v['median']:.1f}", f"{v['low']:.1f} to {v['high']:.1f}"] for name, v in shown.items()]
     base, unmerged, merged = (v["median"] for v in shown.values())
     text = (
-        f"r = {results.speeds['rank']}, one text, 32 tokens after 52. The unmerged model computes its adapters' extra "
-        f"products and runs at {percent(unmerged / base)} of the base's speed. The merged one's matrices have the "
-        f"base's shapes; it runs at {percent(merged / base)}."
+        f"r = {results.speeds['rank']}, one text, 32 tokens after 52. The unmerged model computes its adapters' "
+        f"extra products: it runs at {percent(unmerged / base)} of the base's speed. The merged one, with matrices of "
+        f"the base's shapes, runs at {percent(merged / base)}."
     )
     return [("table", [["model", "tokens/s (median)", "lowest to highest"], *rows]), ("p", text)]
 
