@@ -7,6 +7,7 @@ import os
 
 from plumbing.program.errors import UserError
 from plumbing.program.files import write_json
+from plumbing.program.settings import settings_of
 
 RUN_CONFIG = "train_config.json"
 
@@ -69,8 +70,9 @@ def find_changes(settings: dict, stored: dict) -> list[str]:
     return [key for key in keys if settings[key] != stored[key]]
 
 
-def refuse_another_run(settings, stored, out_dir):
+def refuse_another_run(config, stored, out_dir):
     """UserError where auto_resume would go on with a run of other settings."""
+    settings = settings_of(config)
     changes = [f"{key}={settings[key]} ({stored[key]} there)" for key in find_changes(settings, stored)]
     if changes:
         raise UserError(
