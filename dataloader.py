@@ -175,7 +175,8 @@ class CustomDataLoader:
 
     After that `splits[name]` is a sequence of Example (tokens, n_prompt, label, text), `prefixes[name]` the first
     tokens that all prompts of the split have in common, `label_names` and `word_of` as above, `prompt` the Prompt,
-    `digest` a hash of the data set's content. The same arguments and content give the same batches in the same order.
+    `digest` a hash of the data set's content, `drawn` the splits whose examples the seed chooses, since the data set
+    does not name them. The same arguments and content give the same batches in the same order.
 
     Raises ValueError or OSError, naming the value, for data or a template that cannot be used.
     """
@@ -201,20 +202,22 @@ class CustomDataLoader:
         learned: list[str] | None = None,
         word_of: dict[str, str] | None = None,
     ):
-        self.dataset = dataset
         self.template = template
         self.batch_size = batch_size
-        self.block_size = block_size
         self.loss_on = loss_on
         self.seed = seed
         self.classify = classify
-        self.is_answered = is_answered
-        self.max_new_tokens = max_new_tokens
         check_template(template)
         # If several processes start at once, one of them tokenises.
         with take_turns(dataset):
-            asked = Asked(dataset, label_names, learned, word_of, classify)
-            self._load(asked, (text_field, label_field), wanted)
+            data = DataSet(Asked(dataset, label_names, learned, word_of, classify), (text_field, label_field))
+            self.label_names = data.label_names
+            self.word_of = data.word_of
+            self.digest = data.digest
+            self.drawn = data.drawn
+            fill = self._add_instruction_finetuning
+            self.prompt = Prompt(template, data.label_names, block_size, classify, is_answered, max_new_tokens, fill)
+            self._load(data, wanted)
         if held_out and "train" in wanted:
             n = max(1, round(held_out * len(self.splits["train"])))
             held, self.splits["train"] = self.splits["train"].divide(n, seed)
@@ -312,44 +315,20 @@ class CustomDataLoader:
 
     # --- records -> examples, once, into files
 
-    def _load(self, asked: Asked, fields: tuple[str, str], wanted: Collection[str]):
-        """Sets label_names, prompt, splits and prefixes. The examples come from the cache, if the same was asked for
-        before; DataSet knows of files, splits and labels."""
-        data = DataSet(asked, fields)
-        self.label_names = data.label_names
-        self.word_of = data.word_of  # the word of each label, as the data writes it
-        self.digest = data.digest
-        self.drawn = data.drawn
-        self.prompt = Prompt(
-            self.template,
-            self.label_names,
-            self.block_size,
-            self.classify,
-            self.is_answered,
-            self.max_new_tokens,
-            self._add_instruction_finetuning,
-        )
+    def _load(self, data: DataSet, wanted: Collection[str]):
+        """Sets splits and prefixes. The examples come from the cache, if the same was asked for before."""
+        prompt = self.prompt
         # Everything that determines the tokens. The sample shows an edited template or method.
-        sample = self.prompt.fill("A joy.", 1)
-        key = [self.template, self.label_names, self.loss_on, self.prompt.room, self.classify, sample]
+        sample = prompt.fill("A joy.", 1)
+        key = [self.template, self.label_names, self.loss_on, prompt.room, self.classify, sample]
         # Where every token is scored, the prefix is scored in each row, so it stays there. A classifier's input has
         # no template, so no prefix.
         shares_prefix = self.loss_on == "label" and not self.classify
-        self.splits, metas = data.load_examples(wanted, self.seed, self.prompt, self._fill, key, shares_prefix)
+        self.splits, metas = data.load_examples(wanted, self.seed, prompt, key, shares_prefix)
         self.prefixes = {split: meta["prefix"] for split, meta in metas.items()}
         n_cut = sum(meta["n_cut"] for meta in metas.values())
         if n_cut:
-            print(f"note: {n_cut} texts were cut to fit the context of {self.block_size} tokens")
-
-    def _fill(self, records: list[dict]) -> list[str]:
-        """The texts that are tokenised."""
-        if self.classify:
-            return [rec["text"] for rec in records]
-        return [self._add_instruction_finetuning(rec)["instr_tuned_text"] for rec in records]
-
-    def split_is_drawn(self, split: str) -> bool:
-        """Whether the seed chooses the examples of this split. If not, the data set itself names them."""
-        return split in self.drawn
+            print(f"note: {n_cut} texts were cut to fit the context of {prompt.block_size} tokens")
 
 
 def cut(values, size):

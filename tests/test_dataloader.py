@@ -29,7 +29,7 @@ import tokenizers
 
 from configurator import Config
 from dataloader import CustomDataLoader, Prompt, make_loader
-from plumbing.data import sources, token_cache
+from plumbing.data import data_set, sources, token_cache
 from plumbing.data.tokenizer import gpt2_encoding
 from plumbing.program.files import ASSETS
 
@@ -311,13 +311,13 @@ def test_runs_that_start_at_once_tokenise_once(three_files, tmp_path, monkeypatc
     """Lost if it fails: eight runs on one machine each tokenise the same five million rows."""
     monkeypatch.setattr(token_cache, "CACHE", str(tmp_path / "cache"))
     written = []
-    plain = CustomDataLoader._fill
+    plain = data_set.write_part
 
-    def fill(loader, records):
+    def write_part(writer, records, *arguments):
         written.extend(records)
-        return plain(loader, records)
+        plain(writer, records, *arguments)
 
-    monkeypatch.setattr(CustomDataLoader, "_fill", fill)
+    monkeypatch.setattr(data_set, "write_part", write_part)
     with ThreadPoolExecutor(4) as pool:
         loaders = list(pool.map(CustomDataLoader, [three_files] * 4))
     assert len(written) == 300 + 40  # train and validation

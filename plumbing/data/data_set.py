@@ -76,11 +76,11 @@ class DataSet:
         for note in notes + label_notes:
             print(f"note: {note}")
 
-    def load_examples(self, wanted, seed, prompt, fill, key, shares_prefix):
+    def load_examples(self, wanted, seed, prompt, key, shares_prefix):
         """({split: its Examples}, {split: what its meta.json says}), from the cache if the same was asked for before.
 
-        prompt: a `Prompt`. fill: records -> the texts to tokenise. key: all that decides what the tokens are, beside
-        data and seed. shares_prefix: whether the tokens that all prompts begin with may be run once.
+        prompt: a `Prompt`. key: all that decides what the tokens are, beside data and seed. shares_prefix: whether
+        the tokens that all prompts begin with may be run once.
         """
         classes = sorted(self.class_of.items())
         key = [CACHE_VERSION, self.source.digest, self.fields, classes, seed, *key]
@@ -88,7 +88,7 @@ class DataSet:
         metas = {split: read_meta(os.path.join(folder, split)) for split in wanted}
         missing = [split for split in wanted if metas[split] is None]
         if missing:
-            metas |= self._tokenise(folder, missing, seed, prompt, fill, shares_prefix)
+            metas |= self._tokenise(folder, missing, seed, prompt, shares_prefix)
         splits = {split: Examples(os.path.join(folder, split)) for split in wanted}
         print(f"data: {self._describe_splits(next(iter(metas.values()))['rows'])}")
         return splits, metas
@@ -105,14 +105,15 @@ class DataSet:
         passed_over = self.source.passed_over + [f"the column split of {name}" for name in self.survey["unread"]]
         return ", ".join(found) + (f"; not read: {', '.join(passed_over)}" if passed_over else "")
 
-    def _tokenise(self, folder, wanted, seed, prompt, fill, shares_prefix):
+    def _tokenise(self, folder, wanted, seed, prompt, shares_prefix):
         """Writes the wanted splits as files for `Examples`. Returns what each one's meta.json says."""
         counts = dict.fromkeys(SPLITS, 0)
         with contextlib.ExitStack() as stack:  # closes the pool and all writers at the end, after an error too
             pool = stack.enter_context(ThreadPoolExecutor())
             writers = {split: ExampleWriter(stack, os.path.join(folder, split)) for split in wanted}
             parts = self._parts(seed, counts, writers)
-            begun = ((split, part, start_encoding(fill(part), pool)) for split, part in parts)
+            texts = ((split, part, [prompt.fill(rec["text"], rec["label"]) for rec in part]) for split, part in parts)
+            begun = ((split, part, start_encoding(filled, pool)) for split, part, filled in texts)
             # pairwise asks for the next part, which starts its threads, before it hands out this one. So the threads
             # tokenise the next part while this one is written. None follows the last part.
             for (split, part, futures), _ in itertools.pairwise(itertools.chain(begun, [None])):

@@ -89,7 +89,7 @@ def check_same_data(config, loader, scored: str | None = None) -> None:
     changed = f"dataset={config.dataset} has changed since the run in {config.out_dir} began"
     if scored is None:
         raise ValueError(f"{changed}; put its old content back, or start another run with another --out_dir")
-    if loader.split_is_drawn(scored):
+    if scored in loader.drawn:
         raise ValueError(
             f"{changed}, and the seed draws its {scored} split: some of its rows may have been trained on; put the "
             "old content back, or name the rows to score by a file test.csv or a column split"

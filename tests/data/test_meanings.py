@@ -342,7 +342,7 @@ def test_one_line_says_which_files_make_each_split(tmp_path, capsys):
     (tmp_path / "README.md").write_text("no data")
     for _ in range(2):  # the second time from the cache
         loader = CustomDataLoader(str(tmp_path))
-        assert len(loader.splits["validation"]) == 12 and not loader.split_is_drawn("validation")
+        assert len(loader.splits["validation"]) == 12 and "validation" not in loader.drawn
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("data: ")]
         counted = re.findall(r"(\w+) (\d+) rows (of|drawn from) train.csv", line)
         assert [name for name, _, how in counted if how == "drawn from"] == ["train", "test"]
@@ -409,7 +409,7 @@ def test_the_column_split_in_any_capitals(tmp_path, column, kind):
         frame = pd.DataFrame(rows)
         frame.to_parquet(path) if kind == "parquet" else frame.to_excel(path, index=False)
     loader = load(path)
-    assert not any(map(loader.split_is_drawn, ALL))
+    assert not loader.drawn
     assert [ex.text for ex in loader.splits["train"]] == [row["text"] for row in rows[::4]]
     assert len(loader.splits["validation"]) == 30 and len(loader.splits["test"]) == 15
     twice = [row | {"split": "train", "Split": "test"} for row in some_rows(60)]

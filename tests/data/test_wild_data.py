@@ -126,7 +126,7 @@ def test_whether_a_split_was_drawn(tmp_path, named, drawn, as_column):
         for split in named:
             write_csv(tmp_path / f"{split}.csv", parts[split])
     loader = CustomDataLoader(str(tmp_path), wanted=named)
-    assert [split for split in ALL if loader.split_is_drawn(split)] == list(drawn)
+    assert [split for split in ALL if split in loader.drawn] == list(drawn)
     again = CustomDataLoader(str(tmp_path), wanted=named, seed=8)
     for split in named:
         same = [ex.text for ex in loader.splits[split]] == [ex.text for ex in again.splits[split]]
@@ -138,7 +138,7 @@ def test_rt_reviews_and_text_name_their_splits(tmp_path):
     loader = CustomDataLoader("rt_reviews", wanted=("test",))
     (tmp_path / "book.txt").write_text("\n\n".join(f"paragraph {i} of a long book" for i in range(1000)))
     book = TextLoader(str(tmp_path / "book.txt"), context=8)
-    assert not any(source.split_is_drawn(split) for source in (loader, book) for split in ALL)
+    assert not loader.drawn and not book.drawn
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -656,14 +656,14 @@ def test_what_datasets_saved_is_read(tmp_path):
     }
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "all")
     loader = load(tmp_path / "all")
-    assert loader.label_names == ["neg", "pos"] and not any(map(loader.split_is_drawn, ALL))
+    assert loader.label_names == ["neg", "pos"] and not loader.drawn
     for split in ALL:
         expected = [(row["text"], row["label"]) for row in parts[split]]
         assert [(ex.text, ex.label) for ex in loader.splits[split]] == expected
     parts["train"].save_to_disk(tmp_path / "one")
     one = load(tmp_path / "one")
     assert pairs(one) == sorted((f"train {i}", ("neg", "pos")[i % 2]) for i in range(40))
-    assert all(map(one.split_is_drawn, ALL)) and one.digest != loader.digest
+    assert set(one.drawn) == set(ALL) and one.digest != loader.digest
     parts["train"].save_to_disk(tmp_path / "copy")
     assert load(tmp_path / "copy").digest == one.digest
     datasets.DatasetDict(unsupervised=parts["train"]).save_to_disk(tmp_path / "other")
