@@ -276,12 +276,8 @@ def set_up_machine(config: Config) -> tuple[Processes, torch.dtype]:
     if config.deterministic:
         compute_deterministically()
     processes = Processes(config)
-    # You may put a lora.py of your own in place of ours. Our layers can have A and B in float32 next to a bfloat16
-    # weight, and MergeableLinear, their base class, says so by mixes_dtypes. Where layers do not, all is computed in
-    # float32.
-    mixed = getattr(LoRALinear, "mixes_dtypes", False)
     before = config.run.dtype if config.run else None
-    return processes, pick_dtype(processes.device, config.dtype, mixed, before)
+    return processes, pick_dtype(processes.device, config.dtype, LoRALinear, before)
 
 
 def make_run(config: Config, processes: Processes, dtype: torch.dtype, loader, model: GPT) -> Run:
