@@ -121,14 +121,10 @@ def configure(argv: list[str], cls: type = Config, trains: bool = True):
 
 def make_config(**settings) -> Config:
     """The Config of a program, without a command line: settings by keyword, checked as those of a file are. With
-    init_from="resume" that of the run in out_dir, to generate with. Raises UserError or OSError."""
+    init_from="resume" that of the run in out_dir, to generate with. Raises UserError (no run, a damaged one) or
+    OSError."""
     values = dict(fit_value(key, value, fields_of(Config)) for key, value in settings.items())
     return combine(values, {}, Config, trains=False)
-
-
-def load_run(out_dir: str, **settings) -> Config:
-    """The Config of the run in out_dir, settings on top. Raises UserError if there is no run, or a damaged one."""
-    return make_config(init_from="resume", out_dir=out_dir, **settings)
 
 
 def combine(typed, from_file, cls, trains):

@@ -358,11 +358,5 @@ READ_FROM_CONFIG = ("dataset", "batch_size", "text_field", "label_field", "label
 READ_FROM_CONFIG += ("balance_classes", "train_examples", "held_out")
 
 
-def make_prompt(config, block_size: int, label_names: list[str]) -> Prompt:
-    """The Prompt of a config for texts that the model answers."""
-    classify = config.task == "classify"
-    return Prompt(read_template(config), label_names, block_size, classify, True, config.max_new_tokens)
-
-
 def read_template(config):
     return config.template.replace("\\n", "\n")  # a shell has no easy way to type a line break

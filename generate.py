@@ -18,8 +18,8 @@ import plumbing.running.threads  # noqa: F401  (before torch, which reads these 
 # isort: split
 import torch
 
-from configurator import Config, configure, load_run, make_config
-from dataloader import CustomDataLoader, Prompt, make_loader, make_prompt
+from configurator import Config, configure, make_config
+from dataloader import CustomDataLoader, Prompt, make_loader, read_template
 from plumbing.adapters.layers import lora_arguments
 from plumbing.adapters.peft_format import load_adapter
 from plumbing.data.labels import find_label, refuse_unlearned, split_names
@@ -208,10 +208,15 @@ class ModelSampler:
             self.prompt = loader.prompt
 
     def load_prompt(self) -> None:
-        """Sets `prompt`, for new texts. No data set is read, if the labels are known."""
-        check_classes(self.config)
+        """Sets `prompt`, for new texts. No data set is read, if the labels are known. Raises ValueError for an
+        untrained classification head: only its accuracy is meaningful."""
+        config = self.config
+        classify = config.task == "classify"
+        if classify and not config.run and not read_config(find_checkpoint(config.init_from)[0]).get("n_classes"):
+            raise ValueError(f"init_from={config.init_from}: a language model has no classes; train.py adds them")
         if self.prompt is None:
-            self.prompt = make_prompt(self.config, self.block_size, self.find_label_names())
+            names = self.find_label_names()
+            self.prompt = Prompt(read_template(config), names, self.block_size, classify, True, config.max_new_tokens)
 
     def find_label_names(self) -> list[str]:
         """Those that the run has learned, in its order, those that were typed, or the data's own."""
@@ -257,20 +262,16 @@ def checkpoint_of(config):
     return config.out_dir if config.run and config.rank == 0 else config.init_from
 
 
-def check_classes(config):
-    """Raises ValueError for an untrained classification head. Only its accuracy is meaningful."""
-    is_base = config.task == "classify" and not config.run
-    if is_base and not read_config(find_checkpoint(config.init_from)[0]).get("n_classes"):
-        raise ValueError(f"init_from={config.init_from}: a language model has no classes; train.py adds them")
-
-
 # --- the command line ------------------------------------------------------------------------------
 
 
 def main(config: Config) -> None:
     keep_memory()
-    if config.predict is not None:
-        predict_texts(config)
+    if config.predict is not None:  # the texts of a file, or of standard input
+        with one_line_errors():
+            if config.start is not None:
+                raise ValueError("--predict and --start cannot be combined: type one of them")
+            predict_file(config, score_folder(config), lambda: ModelSampler(config=config))
     elif config.start is not None:
         write_on(config)
     else:
@@ -293,16 +294,8 @@ def score_split(config: Config) -> None:
     answers = (sampler.loader.splits[config.split], sampler.generated, sampler.found, sampler.loader.label_names)
     write_score(folder, result, *answers)
     if config.run:
-        write_card(load_run(config.out_dir), sampler.loader, result)
+        write_card(make_config(init_from="resume", out_dir=config.out_dir), sampler.loader, result)
     print_score(folder, result, *answers)
-
-
-def predict_texts(config: Config) -> None:
-    """Answers the texts of a file, into a file of the same kind; or those of standard input, as lines of JSON."""
-    with one_line_errors():
-        if config.start is not None:
-            raise ValueError("--predict and --start cannot be combined: type one of them")
-        predict_file(config, score_folder(config), lambda: ModelSampler(config=config))
 
 
 def write_on(config: Config) -> None:

@@ -19,7 +19,7 @@ import pytest
 from conftest import REPO
 
 import configurator
-from configurator import Config, configure, load_run, make_config
+from configurator import Config, configure, make_config
 from plumbing.program.errors import UserError
 from plumbing.program.settings import ALIASES, HINTS, MODEL, fields_of, setting, settings_of
 from plumbing.program.stored_run import write_run
@@ -634,7 +634,7 @@ def test_a_program_makes_the_config_that_flags_make(run_dir):
         ["--init_from=gpt2", "--rank=8", "--temperature=1", "--top_k=200"]
     )
     argv = ["--init_from=resume", f"--out_dir={run_dir}", "--dataset=other.csv"]
-    run = load_run(run_dir, dataset="other.csv")
+    run = make_config(init_from="resume", out_dir=run_dir, dataset="other.csv")
     assert run == configure(argv, trains=False) and run.run and run.rank == 8
 
 

@@ -17,7 +17,7 @@ import tempfile
 
 import torch
 
-from configurator import load_run
+from configurator import make_config
 from dataloader import Prompt
 from generate import ModelSampler
 from plumbing.data.tokenizer import END, end_of_text, gpt2_encoding
@@ -43,7 +43,7 @@ def export(run: str, out: str, dtype: str = "float32") -> None:
         raise UserError(f"{run} is no run ({RUN_CONFIG} is missing): type the folder that train.py has written")
     if os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise UserError(f"{out} is not empty: type the name of a new folder")
-    sampler = ModelSampler(config=load_run(run, device="cpu", dtype="float32"))
+    sampler = ModelSampler(config=make_config(init_from="resume", out_dir=run, device="cpu", dtype="float32"))
     sampler.load_prompt()
     sampler.load_model()
     parent = os.path.dirname(os.path.abspath(out))
