@@ -36,17 +36,9 @@ from plumbing.gpt2.files import context_size
 from plumbing.gpt2.memory import check_weights
 from plumbing.program.errors import one_line_errors
 from plumbing.program.files import make_folder
-from plumbing.program.settings import settings_of
 from plumbing.program.stored_run import write_run
 from plumbing.program.terminal import forgiving_output
-from plumbing.running.checkpoint import (
-    CHECKPOINT,
-    Progress,
-    check_same_data,
-    load_checkpoint,
-    locked_folder,
-    write_metrics,
-)
+from plumbing.running.checkpoint import Progress, begin_or_resume, check_same_data, locked_folder, write_metrics
 from plumbing.running.endings import exit_diverged, explain_failure
 from plumbing.running.machine import Processes, compute_deterministically, keep_memory, pick_dtype, read_torchrun
 from plumbing.running.optimizers import build_optimizers
@@ -327,29 +319,11 @@ def also_trained(config: Config) -> str | None:
 
 
 def open_folder(run: Run) -> Progress:
-    """A resumed run's progress, with its checkpoint loaded, or a new run's. Writes the run's settings, with those
-    that were typed on resuming, so each later resume keeps these too."""
-    config = run.config
-    is_first = run.processes.is_first
-    progress = Progress()
-    # The first process decides and reads for all (the others add 0): another machine may not see its disk.
-    if run.processes.total(config.run is not None and is_first):
-        progress = load_checkpoint(config.out_dir, run.model, run.optimizers, run.scaler, run.processes)
-    if config.max_iters < progress.iter:
-        raise ValueError(
-            f"max_iters={config.max_iters}: the run in {config.out_dir} has made {progress.iter} updates already; "
-            "type at least that many, or start another run with another --out_dir"
-        )
-    if progress.eval_iters not in (None, config.eval_iters):
-        print0(run, f"note: eval_iters={config.eval_iters} gives losses of other batches, so the best one is reset")
-        progress.best = math.inf
-    progress.eval_iters = config.eval_iters
-    if is_first:
-        make_folder(config.out_dir)
-        if config.run is None:
-            for old in (CHECKPOINT, "metrics.jsonl"):  # an earlier run's files, which a resume would go on with
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(os.path.join(config.out_dir, old))
+    """The progress from which the run goes on. Writes its settings, with those that were typed on resuming, so each
+    later resume keeps these too."""
+    progress = begin_or_resume(run)
+    if run.processes.is_first:
+        make_folder(run.config.out_dir)
         write_config(run)
     return progress
 
@@ -360,7 +334,7 @@ def write_config(run: Run, model: dict[str, str] | None = None) -> None:
     base = before.base if before and before.base else fingerprint_base(run.config.init_from)
     dtype = str(run.dtype).removeprefix("torch.")
     facts = Facts(base, model, run.loader.digest, dtype, run.loader.label_names, run.loader.word_of)
-    write_run(run.config.out_dir, settings_of(run.config), asdict(facts))
+    write_run(run.config, asdict(facts))
 
 
 def record(run: Run, progress: Progress, val_loss: float, updates_per_s: float) -> dict:

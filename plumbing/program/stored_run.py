@@ -12,10 +12,10 @@ from plumbing.program.settings import settings_of
 RUN_CONFIG = "train_config.json"
 
 
-def write_run(out_dir: str, settings: dict, facts: dict) -> None:
+def write_run(config, facts: dict) -> None:
     """With a SHA-256, so that a file that was changed by hand or damaged is refused on resuming."""
-    values = settings | {"facts": facts}
-    write_json(os.path.join(out_dir, RUN_CONFIG), values | {"sha256": fingerprint(values)})
+    values = settings_of(config) | {"facts": facts}
+    write_json(os.path.join(config.out_dir, RUN_CONFIG), values | {"sha256": fingerprint(values)})
 
 
 def read_run(out_dir: str) -> tuple[dict, dict]:
