@@ -11,8 +11,6 @@ import io
 import json
 import os
 import re
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -22,7 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import base_folder
+from conftest import base_folder, finish, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_wild_data import COMMON, load, pairs, refusal, some_rows, write_csv, write_jsonl
@@ -583,7 +581,5 @@ def test_a_start_from_the_cache_imports_no_arrow(tmp_path, kind):
         with_names(some_rows(60), ["bad", "good"]).to_parquet(path)
     code = f"import sys; from dataloader import CustomDataLoader; CustomDataLoader({path!r}); "
     code += "print('pyarrow' in sys.modules)"
-    environment = os.environ | {"NANOLORA_CACHE": token_cache.CACHE}
-    command = [sys.executable, "-c", code]
-    found = [subprocess.run(command, capture_output=True, text=True, env=environment).stdout[-6:] for _ in range(2)]
+    found = [finish(start("-c", code, NANOLORA_CACHE=token_cache.CACHE))[0][-6:] for _ in range(2)]
     assert [text.split()[-1] for text in found] == ["True", "False"]
