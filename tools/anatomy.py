@@ -7,7 +7,6 @@ Frobenius norms; D is the update (alpha / r) B A, and W0 along D is the norm of 
 compared by equation 4 of Hu et al. 2021: 1 where one subspace lies within the other.
 """
 
-import argparse
 import sys
 from statistics import median
 
@@ -15,6 +14,7 @@ import plumbing.running.threads  # noqa: F401  (before torch, which reads these 
 
 # isort: split
 from plumbing.program.errors import UserError, one_line_errors
+from plumbing.program.flags import make_parser
 from plumbing.program.terminal import forgiving_output
 from tools.report.directions import SHARE, Adapter, Base, check_run, random_similarity, study
 
@@ -25,7 +25,11 @@ SIMILAR = ["layer", "A: first in 8", "A: all", "D: first in 8", "D: all", "rando
 
 def main(argv):
     with one_line_errors():
-        args = parse(argv)
+        parser = make_parser(__doc__)
+        parser.add_argument("adapter", help="folder of an adapter in PEFT's format")
+        parser.add_argument("other", nargs="?", help="another one, to compare its directions")
+        parser.add_argument("--base", help="the base's directory or name, if the adapter's own entry is out of date")
+        args = parser.parse_args(argv)
         adapter = Adapter(args.adapter)
         other = Adapter(args.other) if args.other else None
         base = Base(args.base or adapter.config.get("base_model_name_or_path"))
@@ -38,21 +42,6 @@ def main(argv):
     if other:
         print()
         print_table(similarity_rows(layers))
-
-
-def parse(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.anatomy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("adapter", help="folder of an adapter in PEFT's format")
-    parser.add_argument("other", nargs="?", help="another one, to compare its directions")
-    parser.add_argument("--base", help="the base's directory or name, if the adapter's own entry is out of date")
-
-    def refuse(message):
-        raise UserError(f"{message}; python -m tools.anatomy --help")
-
-    parser.error = refuse
-    return parser.parse_args(argv)
 
 
 def anatomy_rows(layers):

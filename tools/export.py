@@ -6,7 +6,6 @@
 What the folder is good for: docs/after.md.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import itertools
@@ -23,6 +22,7 @@ from generate import ModelSampler
 from plumbing.data.tokenizer import END, end_of_text, gpt2_encoding
 from plumbing.program.errors import UserError, one_line_errors
 from plumbing.program.files import put_in_place
+from plumbing.program.flags import make_parser
 from plumbing.program.stored_run import RUN_CONFIG
 from plumbing.program.terminal import forgiving_output
 from plumbing.scoring.accuracy import SCORED
@@ -176,17 +176,10 @@ def read_result(config):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("run", help="the folder that train.py has written")
     parser.add_argument("out", help="a new folder")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the file")
-
-    def refuse(message):
-        raise UserError(f"{message}; python -m tools.export --help")
-
-    parser.error = refuse
     with one_line_errors():
         args = parser.parse_args(argv)
         export(args.run, args.out, args.dtype)
