@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from plumbing.data.data_set import DataSet
-from plumbing.data.labels import Asked, normalise_label
+from plumbing.data.labels import Asked, check_words
 from plumbing.data.token_cache import Example, take_turns
 from plumbing.data.tokenizer import end_of_text, gpt2_encoding
 from plumbing.gpt2.batch import IGNORE, Batch, pad
@@ -134,16 +134,11 @@ class Prompt:
     def _check_words(self):
         """The words must differ, and the prompt's tokens must not depend on which of them follows. (After a template
         that ends in "it was un", the label "true" makes the one token "untrue", neither prompt nor label.)"""
-        names = self.label_names
-        spellings = {normalise_label(name) for name in names}
-        if len(names) < 2 or len(spellings) < len(names) or "" in spellings:
-            raise ValueError(
-                f"label_names={','.join(names)}: at least two different words are needed, whatever their capitals"
-            )
+        check_words(self.label_names)
         if self.classify:
             return
         before_label = self.template.removesuffix("{label}")
-        examples = [self.make_example("a text", label)[0] for label in range(len(names))]
+        examples = [self.make_example("a text", label)[0] for label in range(len(self.label_names))]
         prompts = {tuple(ex.tokens[: ex.n_prompt]) for ex in examples}
         if len(prompts) > 1 or before_label[-1].isalnum() or before_label.endswith("{text}"):
             raise ValueError(f"template={self.template!r}: put a space or a line break before {{label}}")
@@ -165,13 +160,10 @@ class CustomDataLoader:
     """A labelled data set as batches of token ids: for instruction fine-tuning or (classify) for a classifier, whose
     input is the text alone and whose target is the label's number.
 
-    dataset: rt_reviews, a file, a directory or a name on the hub. block_size: the model's context in tokens.
-    label_names: words for the labels 0, 1, ..., with commas; None: as the data names them. loss_on: "label" (its
-    tokens and end-of-text are scored) or "all" (every token is). wanted: the splits to load. train_examples: the
-    number of training examples, chosen by the seed; 0: all. held_out: the share of train that stands in for
-    validation, chosen by the seed. is_answered and max_new_tokens: as for Prompt.
-    learned and word_of: of a run, its classes in their order and the word for each label that its data holds, such as
-    ["terrible", "great"] and {"0": "terrible", "1": "great"}.
+    block_size: the model's context in tokens. wanted: the splits to load. is_answered and max_new_tokens: as for
+    Prompt. learned and word_of: of a run, its classes in their order and the word for each label that its data holds,
+    such as ["terrible", "great"] and {"0": "terrible", "1": "great"}. The other arguments are settings, which
+    configurator.py explains.
 
     After that `splits[name]` is a sequence of Example (tokens, n_prompt, label, text), `prefixes[name]` the first
     tokens that all prompts of the split have in common, `label_names` and `word_of` as above, `prompt` the Prompt,

@@ -18,6 +18,15 @@ def normalise_label(label: str) -> str:
     return fold(label).strip()
 
 
+def check_words(names: list[str]) -> None:
+    """Raises ValueError for words that a score cannot tell apart."""
+    spellings = {normalise_label(name) for name in names}
+    if len(names) < 2 or len(spellings) < len(names) or "" in spellings:
+        raise ValueError(
+            f"label_names={','.join(names)}: at least two different words are needed, whatever their capitals"
+        )
+
+
 def fold(text):
     """Without capitals; an accent is always part of its letter."""
     return unicodedata.normalize("NFC", text).casefold()
