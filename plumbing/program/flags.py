@@ -20,7 +20,8 @@ def parse_flags(argv: list[str], cls: type, about: str) -> tuple[str | None, dic
     fields = fields_of(cls)
     kinds = typing.get_type_hints(cls)
     options = {"usage": "%(prog)s [configs/FILE.py] [--key=value ...]", "argument_default": argparse.SUPPRESS}
-    parser = make_parser(make_help(cls, about), **options)
+    wants_help = not {"-h", "--help"}.isdisjoint(argv)  # the table is read from the source, which takes a while
+    parser = make_parser(make_help(cls, about) if wants_help else about, **options)
     parser.error = lambda message: refuse(message, fields)
     parser.add_argument("config_file", nargs="?", default=None, help=argparse.SUPPRESS)
     for key in fields:
