@@ -10,7 +10,8 @@ import unicodedata
 from typing import NamedTuple
 
 ANSWER_CHARS = 40  # a label counts within these first characters of a text; more where the labels are longer
-NO_LABEL = ("", "nan", "na", "n/a", "#n/a", "<na>", "null")  # how tables write that a label is missing
+NO_LABEL = ("", "nan", "na", "n/a", "<na>", "null")  # how tables write that a label is missing, and Excel an error:
+NO_LABEL += ("#n/a", "#null!", "#div/0!", "#value!", "#ref!", "#name?", "#num!")
 
 
 def normalise_label(label: str) -> str:
@@ -83,7 +84,8 @@ def name_labels(tally, class_names, places, asked: Asked) -> tuple:
     first = {}
     own_words = set()
     for part, _, label, n, row in tally:
-        names = class_names[part] or class_names[0]  # a part without words counts as the train file does
+        # A part without words counts as the train file does, unless the words are numbers: then a number is a word.
+        names = class_names[part] or (class_names[0] if not has_numbers(class_names[0] or ()) else None)
         spelling = plain_number(label or "")
         reason = None
         if label is None:
@@ -157,7 +159,7 @@ def rename_classes(class_names, counts, asked):
             )
         word_of = dict(zip(map(plain_number, class_names), words))
     numbers = {str(i): word_of.get(plain_number(name), name) for i, name in enumerate(class_names)}
-    return words, ({} if any(map(is_whole, word_of)) else numbers) | word_of, []
+    return words, ({} if has_numbers(word_of) else numbers) | word_of, []
 
 
 def name_numbers(labels, places, asked):
@@ -269,6 +271,10 @@ def refuse_mixture(labels, places, dataset):
 
 def is_decimal(label):
     return re.fullmatch(r"[-+]?\d*\.?\d+(e[-+]?\d+)?|[-+]?\d+\.", label.strip(), re.IGNORECASE) is not None
+
+
+def has_numbers(labels):
+    return any(is_whole(plain_number(label)) for label in labels)
 
 
 def is_whole(spelling):

@@ -102,7 +102,8 @@ def check_columns(path, columns, needed):
     """Raises ValueError if a column that is asked for stands twice: which of the two is meant?"""
     for column, n in [(name, columns.count(name)) for name in needed] + [("split", sum(map(is_split, columns)))]:
         if n > 1:
-            raise UserError(f"{path}: the column {column} stands {n} times in it; rename all of them but one")
+            name = column or "without a name"
+            raise UserError(f"{path}: the column {name} stands {n} times in it; rename all of them but one")
 
 
 def is_split(column):
@@ -134,6 +135,8 @@ def collect_columns(rows, needed, path):
             values.append(value)
         columns.append(text_array(values))
     names = {name for _, row in rows for name in row if is_split(name) and name not in needed}
+    for line, row in rows if len(names) > 1 else ():
+        check_columns(f"{path}, {line_word(path)} {line}", list(row), needed)
     splits = [next((row[name] or "" for name in names if name in row), "train") for _, row in rows]
     return [*columns, text_array(splits) if names else None]
 
@@ -319,11 +322,12 @@ def read_csv(path, needed=()):
     form = read_format(path, needed)
     n = len(form.columns)
     names = ", ".join(form.columns)
+    n_skipped = 1 + bool(form.before)
     with open_text(path) as f:
         # strict: a quotation mark in a wrong place is an error. Else it swallows the rows up to the next one.
         reader = csv.reader(f, delimiter=form.separator, strict=True)
-        rows = itertools.islice(reader, 1 + bool(form.before), None)
-        begin = 1
+        rows = itertools.islice(reader, n_skipped, None)
+        begin = 1 + n_skipped
         try:
             for fields in rows:
                 begin = reader.line_num + 1
@@ -403,7 +407,7 @@ def read_jsonl(path, needed=()):
         for line, text in enumerate(f, 1):
             if text.strip():
                 try:
-                    row = json.loads(text)
+                    row = JSON.decode(text)
                 except (ValueError, RecursionError) as e:
                     raise UserError(f"{path}, line {line}: damaged, or no {kind_of(path)} ({first_line(e)})") from e
                 yield line, need_object(row, f"{path}, line {line}")
@@ -417,8 +421,18 @@ def read_json(path, needed=()):
         yield from read_jsonl(path)
         return
     with open_text(path) as f:
-        for i, row in enumerate(json.load(f), 1):
+        for i, row in enumerate(JSON.decode(f.read()), 1):
             yield i, need_object(row, f"{path}, row {i}")
+
+
+def make_object(pairs):
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"one name stands twice among {', '.join(name for name, _ in pairs)}")
+    return row
+
+
+JSON = json.JSONDecoder(object_pairs_hook=make_object)
 
 
 def need_object(row, where):
@@ -490,12 +504,12 @@ def read_xlsx(path, needed=()):
     sheets = {title: rows for title, rows in sheets.items() if any(map(any, rows))}
     if len(sheets) > 1:
         raise UserError(f"{path} has the sheets {', '.join(sheets)}: save the one that you mean as a file of its own")
-    header, *rows = next(iter(sheets.values()), [()])
-    columns = ["" if name is None else str(name).strip() for name in header]
+    rows = enumerate(next(iter(sheets.values()), []), 1)
+    rows = [(line, row) for line, row in rows if any(value is not None for value in row)]  # Excel keeps emptied ones
+    columns = ["" if name is None else str(name).strip() for _, header in rows[:1] for name in header]
     check_columns(path, columns, needed)
-    for line, fields in enumerate(rows, 2):
-        if any(field is not None for field in fields):  # Excel keeps rows that were emptied
-            yield line, dict(itertools.zip_longest(columns, fields[: len(columns)]))
+    for line, row in rows[1:]:
+        yield line, dict(itertools.zip_longest(columns, row[: len(columns)]))
 
 
 # --- plain text ----------------------------------------------------------------------------------

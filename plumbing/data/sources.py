@@ -89,7 +89,7 @@ def find_source(name: str, needed: tuple[str, ...] = ()) -> Source:
 
 def open_files(path, needed):
     """A directory of train/validation/test files, or one file (a column named split, if it has one, tells)."""
-    files = [path]
+    files = entries = [path]
     if os.path.isdir(path):
         entries = sorted(glob.glob(os.path.join(glob.escape(path), "*")))
         files = [entry for entry in entries if kind_of(entry) in KINDS and os.path.isfile(entry)]
@@ -102,7 +102,10 @@ def open_files(path, needed):
         raise UserError(f"dataset={path}: no train, validation or test file ({', '.join(KINDS)}) in this directory")
     digest = hash_files(file for _, file in named) + str([split for split, _ in named])
     read = {file for _, file in named}
-    passed_over = [os.path.basename(file) for file in files if file not in read]
+    # A file of another kind, or a folder, is named if its name is a split's.
+    is_split = re.compile(rf"({'|'.join(SPLIT_OF_WORD)})([-_.].*)?", re.IGNORECASE).fullmatch
+    others = [os.path.basename(entry) for entry in entries if entry not in read]
+    passed_over = [name for name in others if kind_of(name) in KINDS or is_split(name)]
     return Source([file_part(split, file, needed) for split, file in named], digest, passed_over)
 
 
@@ -114,15 +117,18 @@ def file_part(split, path, needed):
 def name_files(files):
     """(split, file) pairs of the files whose names begin with a split's word. A split is one file, or the numbered
     parts of one, as train-00000-of-00002.parquet: ValueError where it is anything else, such as train.csv next to
-    train_small.csv or train.jsonl, one of which is most often made from the other."""
+    train_small.csv, train.jsonl or train-0.csv, one of which is most often made from the other."""
     named = []
     for split, words in SPLITS.items():
         pattern = re.compile(rf"({'|'.join(words)})(?=[-_.])(.*?)(\.\w+(\.gz)?)", re.IGNORECASE)
         found = [(file, pattern.fullmatch(os.path.basename(file))) for file in files]
         found = [(file, match) for file, match in found if match]
-        number = re.compile(r"[-_.]?(part|shard)?[-_.]?\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{8,})?", re.IGNORECASE)
-        # What the parts of one file have in common: the split's word, the kind, and that they are numbered.
-        series = {(m[1].lower(), m[3].lower(), bool(number.fullmatch(m[2])) or file): file for file, m in found[::-1]}
+        number = re.compile(r"([-_.]?(?:part|shard)?[-_.]?)\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{8,})?", re.IGNORECASE)
+        # What the parts of one file have in common: the split's word, the kind, and the way that they are numbered.
+        series = {}
+        for file, match in found[::-1]:
+            numbered = number.fullmatch(match[2])
+            series[match[1].lower(), match[3].lower(), numbered.groups()[:2] if numbered else file] = file
         if len(series) > 1:
             one, other = sorted(series.values())[:2]
             raise UserError(

@@ -113,6 +113,18 @@ def test_a_file_without_words_has_the_train_files_numbers(tmp_path):
     assert words_of(load(folder)) == plain_words(train_rows, test_rows)
 
 
+def test_words_that_are_numbers_stay_words(tmp_path):
+    """Lost if it fails: stars of 1 to 5 in train.parquet, whose numbers there are 0 to 4, are one off in test.csv."""
+    stars = ["1", "2", "3"]
+    test = rows_of("test", ("2", "1"))
+    write_files(tmp_path, "parquet", {"train": (rows_of("train", stars), stars)})
+    write_csv(tmp_path / "test.csv", test)
+    loader = CustomDataLoader(str(tmp_path), wanted=("test",))
+    assert words_of(loader) == plain_words(test)
+    write_csv(tmp_path / "test.csv", rows_of("test", ("0", "1")))
+    assert "the label '0'" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["parquet", "save_to_disk"])
 def test_a_word_that_train_does_not_have_is_an_error(tmp_path, kind):
     """Lost if it fails: a third class of the test file is scored as one of two others."""
@@ -348,6 +360,12 @@ def test_one_line_says_which_files_make_each_split(tmp_path, capsys):
         assert [name for name, _, how in counted if how == "drawn from"] == ["train", "test"]
         assert sum(int(n) for _, n, _ in counted) == 40 and "validation 12 rows of eval.csv" in line
         assert line.endswith("; not read: holdout.csv")
+    # What lies there in a way that is not read, or has no row.
+    (tmp_path / "test.csv").write_text("text,label\n")
+    (tmp_path / "test.csv.zip").write_bytes(b"PK")
+    (tmp_path / "train").mkdir()
+    CustomDataLoader(str(tmp_path))
+    assert "not read: holdout.csv, test.csv.zip, train, test.csv (no row in it)\n" in capsys.readouterr().out
     path = write_csv(tmp_path / "other.csv", some_rows(1200))
     loader = load(path)
     line = capsys.readouterr().out
@@ -372,6 +390,8 @@ def test_splits_of_a_saved_data_set_that_are_not_read_are_named(tmp_path, capsys
         ("val.csv", "eval.csv"),
         ("test.csv", "test-1.csv"),
         ("train-v1.csv", "train-v2.csv"),
+        ("test-00000-of-00001.csv", "test-00000-of-00002.csv"),
+        ("test-1.csv", "test_1.csv"),
     ],
 )
 @pytest.mark.parametrize("packed", ["", ".gz"])
@@ -414,6 +434,7 @@ def test_the_column_split_in_any_capitals(tmp_path, column, kind):
     assert len(loader.splits["validation"]) == 30 and len(loader.splits["test"]) == 15
     twice = [row | {"split": "train", "Split": "test"} for row in some_rows(60)]
     assert "split stands 2 times" in refusal(write_csv(tmp_path / "twice.csv", twice))
+    assert "line 1: the column split stands 2 times" in refusal(write_jsonl(tmp_path / "twice.jsonl", twice))
 
 
 def test_a_column_split_in_a_file_that_is_named_after_its_split_is_named(tmp_path, capsys):
@@ -455,6 +476,10 @@ def test_labels_that_train_does_not_have_are_told(tmp_path, capsys):
     write_csv(tmp_path / "test.csv", some_rows(60, ("good", "bad")))
     load(tmp_path)
     assert "note: test has labels that no row of train has: bad (30 rows)\n" in capsys.readouterr().out
+    load(tmp_path / "train.csv", label_names="bad,good")
+    assert "note: all rows of train have one label: good\n" in capsys.readouterr().out
+    load(tmp_path / "train.csv", learned=["bad", "good"])  # to be scored
+    assert "note" not in capsys.readouterr().out
 
 
 # --- files that say something wrong of themselves ------------------------------------------------
