@@ -137,7 +137,8 @@ def choose_words(counts, own_words, places, class_names, asked):
             _, counted, _ = name_numbers(new, places, asked)
         return asked.learned, asked.word_of | counted, []
     if pairs:  # of the data's words or, where it has such, of their numbers
-        named = {plain_number(name): pairs[str(i)] for i, name in enumerate(class_names or ()) if str(i) in pairs}
+        numbered = enumerate(() if has_numbers(class_names or ()) else class_names or ())
+        named = {plain_number(name): pairs[str(i)] for i, name in numbered if str(i) in pairs}
         return split_names(asked.label_names), named | pairs, []
     if class_names:
         return rename_classes(class_names, counts, asked)
@@ -158,6 +159,12 @@ def rename_classes(class_names, counts, asked):
                 f"labels ({', '.join(class_names)}): type one for each, in order"
             )
         word_of = dict(zip(map(plain_number, class_names), words))
+        if taken := [name for name in words if word_of.get(plain_number(name), name) != name]:
+            pairs = ",".join(f"{name}={name}" for name in class_names)
+            raise ValueError(
+                f"label_names={asked.label_names}: {taken[0]} is what {asked.dataset} calls another of its labels; "
+                f"type the word of each, such as --label_names={pairs}"
+            )
     numbers = {str(i): word_of.get(plain_number(name), name) for i, name in enumerate(class_names)}
     return words, ({} if has_numbers(word_of) else numbers) | word_of, []
 
@@ -233,16 +240,13 @@ def most_frequent(group, counts):
 
 def refuse_unlearned(label_names, learned):
     """ValueError for words that were typed and that a run has not learned."""
-    unknown = [
-        word
-        for word in split_names(label_names or "")
-        if word and plain_number(word) not in map(plain_number, learned)
-    ]
-    if unknown:
-        raise ValueError(
-            f"label_names={label_names}: the run has learned {','.join(learned)}, and not {unknown[0]}; to say which "
-            f"label of the data is which of these, type --label_names=LABEL={learned[0]},LABEL={learned[-1]}"
-        )
+    known = {"", *map(plain_number, learned)}
+    for word in split_names(label_names or ""):
+        if plain_number(word) not in known:
+            raise ValueError(
+                f"label_names={label_names}: the run has learned {','.join(learned)}, and not {word}; to say which "
+                f"label of the data is which of these, type --label_names=LABEL={learned[0]},LABEL={learned[-1]}"
+            )
 
 
 def refuse_unknown(label, names, where, asked):
@@ -259,18 +263,15 @@ def refuse_unknown(label, names, where, asked):
 
 def refuse_mixture(labels, places, dataset):
     """Words and numbers at once are two spellings of the same classes more often than classes of their own."""
-    numbers = [label for label in labels if is_decimal(label)]
-    words = [label for label in labels if not is_decimal(label)]
+    decimal = re.compile(r"\s*([-+]?\d*\.?\d+(e[-+]?\d+)?|[-+]?\d+\.)\s*", re.IGNORECASE)
+    numbers = [label for label in labels if decimal.fullmatch(label)]
+    words = [label for label in labels if not decimal.fullmatch(label)]
     if numbers and words:
         raise ValueError(
             f"{dataset} has numbers and words for labels: {numbers[0]!r} first in {places[numbers[0]]()}, "
             f"{words[0]!r} first in {places[words[0]]()}; write one kind, or, if each is a class of its own, type "
             f"--label_names={','.join(sorted(label.strip() for label in labels)[:8])}"
         )
-
-
-def is_decimal(label):
-    return re.fullmatch(r"[-+]?\d*\.?\d+(e[-+]?\d+)?|[-+]?\d+\.", label.strip(), re.IGNORECASE) is not None
 
 
 def has_numbers(labels):

@@ -27,7 +27,6 @@ MARKS = {  # UTF-32's first: UTF-16's is its beginning
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-BREAK = r"\r\n|\r|\n"
 BATCH = 10_000  # rows in memory at once
 csv.field_size_limit(2**31 - 1)
 
@@ -39,7 +38,7 @@ def read_columns(path: str, needed: tuple[str, ...]) -> Iterator[list]:
     n = 0  # rows so far
     with name_damage(path):
         if is_csv(path) or READERS.get(kind_of(path), read_txt) is None:
-            for batch in read_csv_batches(path, needed) if is_csv(path) else read_batches(path, needed):
+            for batch in refuse_swallowed_rows(path, needed) if is_csv(path) else read_batches(path, needed):
                 yield pick_columns(batch, needed, functools.partial(place_of, path, needed), n)
                 n += batch.num_rows
             return
@@ -209,14 +208,8 @@ def name_encoding(path):
     with open_bytes(path) as f:
         if f.peek(4)[:4].startswith(tuple(MARKS)):
             return f"{path} is damaged: it begins as UTF-16 or UTF-32, and does not go on so"
-        line, data = next((line, data) for line, data in enumerate(f, 1) if not is_text(data, "utf-8"))
-    return convert(path, line, "cp1252" if is_text(data, "cp1252") else "latin1")
-
-
-def is_text(data, encoding):
-    with contextlib.suppress(UnicodeDecodeError):
-        return data.decode(encoding) is not None
-    return False
+        line, data = next(pair for pair in enumerate(f, 1) if pair[1].decode(errors="ignore").encode() != pair[1])
+    return convert(path, line, "latin1" if re.search(rb"[\x81\x8d\x8f\x90\x9d]", data) else "cp1252")
 
 
 def convert(path, line, encoding):
@@ -265,19 +258,12 @@ def split_header(header, separator):
 
 
 def read_csv_batches(path, needed):
-    """The rows of a csv file as pyarrow batches."""
-    form = read_format(path, needed)
-    batches = parse_csv(path, needed, form)
-    has_label = len(needed) > 1 and needed[1] in form.columns
-    return refuse_swallowed_rows(batches, path, needed, form.separator) if has_label else batches
-
-
-def parse_csv(path, needed, form):
-    """By Arrow, and from the first row on that Arrow cannot read, or where it might overlook a mistake, by Python's
-    strict reader, which says what is wrong."""
+    """The rows of a csv file as pyarrow batches: by Arrow and, from the first row on that Arrow cannot read, or where
+    it might overlook a mistake, by Python's strict reader, which says what is wrong."""
     import pyarrow.csv as arrow
     from pyarrow import ArrowInvalid, RecordBatch, string
 
+    form = read_format(path, needed)
     n = 0
     if form.columns and quotes_are_plain(path, form.separator):
         names = [str(i) for i in range(len(form.columns))]
@@ -354,35 +340,33 @@ def read_csv(path, needed=()):
             ) from e
 
 
-def refuse_swallowed_rows(batches, path, needed, separator):
-    """Hands through the batches of a csv file; ValueError at the end if a quoted field has swallowed rows: between
-    two stray quotation marks all is one text.
+def refuse_swallowed_rows(path, needed):
+    """The batches of a csv file; ValueError at the end if a quoted field has swallowed rows: between two stray
+    quotation marks all is one text.
 
     Its lines look like rows then: each has as many separators as a row, and in the label's place a label that other
     rows have. A text of a user's can look so too, but hardly: then the message says what to do.
     """
     from pyarrow import compute
 
+    separator = read_format(path, needed).separator
     labels = set()
     suspects = []  # (row, the labels in its lines)
     n = 0
-    for batch in batches:
-        place = batch.schema.names.index(needed[1])
-        labels |= {str(label).strip() for label in batch.column(place)[:1000].unique().to_pylist()}
-        for i, column in enumerate(batch.columns):
-            rows = compute.indices_nonzero(compute.match_substring_regex(column, "[\r\n]"))
-            n_separators = compute.count_substring(column.take(rows), separator).to_pylist()
-            n_breaks = compute.count_substring_regex(column.take(rows), BREAK).to_pylist()
-            for row, separators, breaks in zip(rows.to_pylist(), n_separators, n_breaks):
-                if separators == breaks * (batch.num_columns - 1) and len(suspects) < 1000:
-                    found = labels_in(column[row].as_py(), separator, i, place, batch.num_columns)
-                    suspects.append((n + row, found))
+    for batch in read_csv_batches(path, needed):
+        for place in [i for i, name in enumerate(batch.schema.names) if name in needed[1:]]:
+            labels.update(str(label).strip() for label in batch.column(place)[:1000].unique().to_pylist())
+            for i, column in enumerate(batch.columns):
+                rows = compute.indices_nonzero(compute.match_substring_regex(column, "[\r\n]"))
+                for row, text in zip(rows.to_pylist(), column.take(rows).to_pylist()):
+                    if (found := labels_in(text, separator, i, place, batch.num_columns)) and len(suspects) < 1000:
+                        suspects.append((n + row, found))
         n += batch.num_rows
         yield batch
     for row, found in suspects:
-        if found and found <= labels:
+        if found <= labels:
             line, fields = next(itertools.islice(read_csv(path, needed), row, None))
-            first = line - sum(len(re.findall(BREAK, field or "")) for field in fields.values())
+            first = line - sum(len(re.findall(r"\r\n|\r|\n", field or "")) for field in fields.values())
             raise UserError(
                 f"{path}, lines {first} to {line}: a quoted text holds what look like rows of their own; take out "
                 "the stray quotation mark, or, if the text is meant so, write the data as jsonl"
@@ -392,7 +376,7 @@ def refuse_swallowed_rows(batches, path, needed, separator):
 def labels_in(field, separator, i, place, n):
     """The cells in the label's place of the lines of column i's field, of n columns; none if a line is shaped
     otherwise. The first line is a row's end, the last one a row's beginning."""
-    lines = [line.split(separator) for line in re.split(BREAK, field)]
+    lines = [line.split(separator) for line in re.split(r"\r\n|\r|\n", field)]
     if list(map(len, lines)) != [n - i, *[n] * (len(lines) - 2), i + 1]:
         return set()
     lines[0] = [""] * i + lines[0]

@@ -75,7 +75,8 @@ def find_source(name: str, needed: tuple[str, ...] = ()) -> Source:
     if name == "rt_reviews":
         return open_rt_reviews(needed)
     name = find_copy(name)
-    if os.path.isdir(name) and is_saved_by_datasets(name):
+    files = set(os.listdir(name)) if os.path.isdir(name) else set()
+    if "dataset_dict.json" in files or {"state.json", "dataset_info.json"} <= files:
         return open_saved(name, needed)
     if os.path.exists(name):
         return open_files(name, needed)
@@ -95,8 +96,8 @@ def open_files(path, needed):
         files = [entry for entry in entries if kind_of(entry) in KINDS and os.path.isfile(entry)]
     elif kind_of(path) not in KINDS:
         raise UserError(f"dataset={path}: only {', '.join(KINDS)} files are read, packed (.gz) or not")
-    named = [(None, path)] if files == [path] else name_files(files)
-    if not named and len(files) == 1:
+    named = name_files(files) if files != [path] else []
+    if len(files) == 1 and not named:
         named = [(None, files[0])]
     if not named:
         raise UserError(f"dataset={path}: no train, validation or test file ({', '.join(KINDS)}) in this directory")
@@ -149,11 +150,6 @@ def open_hub(name, needed):
     source = open_dataset(name, data, needed)
     source.digest = " ".join(f"{word} {data[word]._fingerprint}" for word in split_words(data))
     return source
-
-
-def is_saved_by_datasets(path):
-    files = set(os.listdir(path))
-    return "dataset_dict.json" in files or {"state.json", "dataset_info.json"} <= files
 
 
 def open_saved(path, needed):

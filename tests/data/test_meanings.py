@@ -123,6 +123,10 @@ def test_words_that_are_numbers_stay_words(tmp_path):
     assert words_of(loader) == plain_words(test)
     write_csv(tmp_path / "test.csv", rows_of("test", ("0", "1")))
     assert "the label '0'" in refusal(tmp_path)
+    # So are those of pairs, never the numbers 0, 1, 2 that stand for these words.
+    words = load(tmp_path / "train.parquet", label_names="1=one,2=two,3=three")
+    assert words_of(words)["train 0"] == "one"
+    assert "the label '3'" in refusal(tmp_path / "train.parquet", label_names="0=one,1=two,2=three")
 
 
 @pytest.mark.parametrize("kind", ["parquet", "save_to_disk"])
@@ -135,6 +139,14 @@ def test_a_word_that_train_does_not_have_is_an_error(tmp_path, kind):
     assert "2 words" in refusal(tmp_path / "data", label_names="x,y,z") or "3 words" in refusal(
         tmp_path / "data", label_names="x,y,z"
     )
+
+
+def test_a_word_of_the_data_is_no_other_label_of_it(tmp_path):
+    """Lost if it fails: of two words that are typed, one is mistyped: all labels are swapped."""
+    write_files(tmp_path, "parquet", {"train": (rows_of("train", ("bad", "good")), ["bad", "good"])})
+    message = refusal(tmp_path, label_names="good,badd")
+    assert "good is what" in message and "--label_names=bad=bad,good=good" in message
+    assert words_of(load(tmp_path, label_names="bad=good,good=superb"))["train 0"] == "good"
 
 
 def test_words_that_are_written_for_others_are_told(tmp_path, capsys):
