@@ -132,14 +132,17 @@ def choose_words(counts, own_words, places, class_names, asked):
     new = [label for label in plain if plain_number(label) not in (asked.word_of or {})]
     is_number = [is_whole(plain_number(label)) for label in new]
     if asked.word_of:
-        counted = {}
-        if new and all(is_number) and asked.label_names and not any(map(is_whole, asked.word_of)):
-            _, counted, _ = name_numbers(new, places, asked)
-        return asked.learned, asked.word_of | counted, []
+        if not new or not all(is_number) or not asked.label_names or pairs or has_numbers(asked.word_of):
+            return asked.learned, asked.word_of, []
+        _, counted, _ = name_numbers(new, places, asked)
+        told = ", ".join(f"{label} is {counted[plain_number(label)]}" for label in sorted(new))
+        note = f"the run's own data has words for labels, and these are numbers: by label_names {told}"
+        return asked.learned, asked.word_of | counted, [note]
     if pairs:  # of the data's words or, where it has such, of their numbers
-        numbered = enumerate(() if has_numbers(class_names or ()) else class_names or ())
-        named = {plain_number(name): pairs[str(i)] for i, name in numbered if str(i) in pairs}
-        return split_names(asked.label_names), named | pairs, []
+        for i, name in enumerate(() if has_numbers(class_names or ()) else class_names or ()):
+            if word := pairs.get(plain_number(name), pairs.get(str(i))):
+                pairs |= {plain_number(name): word, str(i): word}
+        return split_names(asked.label_names), pairs, []
     if class_names:
         return rename_classes(class_names, counts, asked)
     known = {plain_number(name) for name in asked.words or []}

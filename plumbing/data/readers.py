@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from plumbing.program.errors import UserError, first_line
 
-KEYS = ("text_field", "label_field")  # the settings that name the columns which are asked for
+KEYS = ("text_field", "label_field", "film")  # what names the columns that are asked for; rt_reviews has a third
 SEPARATORS = (",", ";", "\t", "|")
 MARKS = {  # UTF-32's first: UTF-16's is its beginning
     codecs.BOM_UTF32_LE: "utf-32",
@@ -27,6 +27,7 @@ MARKS = {  # UTF-32's first: UTF-16's is its beginning
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+BREAK = r"\r\n|\r|\n"
 BATCH = 10_000  # rows in memory at once
 csv.field_size_limit(2**31 - 1)
 
@@ -358,15 +359,19 @@ def refuse_swallowed_rows(path, needed):
             labels.update(str(label).strip() for label in batch.column(place)[:1000].unique().to_pylist())
             for i, column in enumerate(batch.columns):
                 rows = compute.indices_nonzero(compute.match_substring_regex(column, "[\r\n]"))
-                for row, text in zip(rows.to_pylist(), column.take(rows).to_pylist()):
-                    if (found := labels_in(text, separator, i, place, batch.num_columns)) and len(suspects) < 1000:
+                texts = column.take(rows)
+                n_expected = compute.multiply(compute.count_substring_regex(texts, BREAK), batch.num_columns - 1)
+                fits = compute.equal(compute.count_substring(texts, separator), n_expected)
+                for row, text in zip(rows.filter(fits).to_pylist(), texts.filter(fits).to_pylist()):
+                    found = labels_in(text, separator, i, place, batch.num_columns)
+                    if found and len(suspects) < 1000:
                         suspects.append((n + row, found))
         n += batch.num_rows
         yield batch
     for row, found in suspects:
         if found <= labels:
             line, fields = next(itertools.islice(read_csv(path, needed), row, None))
-            first = line - sum(len(re.findall(r"\r\n|\r|\n", field or "")) for field in fields.values())
+            first = line - sum(len(re.findall(BREAK, field or "")) for field in fields.values())
             raise UserError(
                 f"{path}, lines {first} to {line}: a quoted text holds what look like rows of their own; take out "
                 "the stray quotation mark, or, if the text is meant so, write the data as jsonl"
@@ -376,7 +381,7 @@ def refuse_swallowed_rows(path, needed):
 def labels_in(field, separator, i, place, n):
     """The cells in the label's place of the lines of column i's field, of n columns; none if a line is shaped
     otherwise. The first line is a row's end, the last one a row's beginning."""
-    lines = [line.split(separator) for line in re.split(r"\r\n|\r|\n", field)]
+    lines = [line.split(separator) for line in re.split(BREAK, field)]
     if list(map(len, lines)) != [n - i, *[n] * (len(lines) - 2), i + 1]:
         return set()
     lines[0] = [""] * i + lines[0]

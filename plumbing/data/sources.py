@@ -7,7 +7,6 @@ import functools
 import glob
 import hashlib
 import io
-import itertools
 import json
 import os
 import re
@@ -20,13 +19,11 @@ from dataclasses import dataclass, field
 from plumbing.data.readers import (
     BATCH,
     KINDS,
-    collect_columns,
     kind_of,
     pick_columns,
     place_of,
     read_class_names,
     read_columns,
-    read_rows,
     text_array,
 )
 from plumbing.data.token_cache import cache_folder, hash_files, read_meta, whole_folder, write_meta
@@ -107,12 +104,11 @@ def open_files(path, needed):
     is_split = re.compile(rf"({'|'.join(SPLIT_OF_WORD)})([-_.].*)?", re.IGNORECASE).fullmatch
     others = [os.path.basename(entry) for entry in entries if entry not in read]
     passed_over = [name for name in others if kind_of(name) in KINDS or is_split(name)]
-    return Source([file_part(split, file, needed) for split, file in named], digest, passed_over)
-
-
-def file_part(split, path, needed):
-    read, place = functools.partial(read_columns, path, needed), functools.partial(place_of, path, needed)
-    return Part(os.path.basename(path), split, read, place, functools.partial(read_class_names, path))
+    parts = []
+    for split, file in named:
+        read, place = functools.partial(read_columns, file, needed), functools.partial(place_of, file, needed)
+        parts.append(Part(os.path.basename(file), split, read, place, functools.partial(read_class_names, file)))
+    return Source(parts, digest, passed_over)
 
 
 def name_files(files):
@@ -213,10 +209,8 @@ def open_rt_reviews(needed=()):
     path = os.path.join(folder, "rows.jsonl")
 
     def read():
-        rows = read_rows(path)
-        while part := list(itertools.islice(rows, BATCH)):
-            splits = text_array([split_of_film(row["film"]) for _, row in part])
-            yield [*collect_columns(part, needed, path)[:-1], splits]
+        for *columns, films, _ in read_columns(path, (*needed, "film")):
+            yield [*columns, text_array(map(split_of_film, films.to_pylist()))]
 
     names = {"label": ["negative", "positive"]}
     part = Part("rt_reviews", None, read, lambda row: f"rt_reviews, row {row + 1}", lambda: names)

@@ -274,7 +274,7 @@ def test_the_learned_order_stands(tmp_path, classify, keeps_words):
     assert loader.label_names == ["bad", "fine", "good"]
 
 
-def test_a_run_on_words_of_the_data_reads_files_that_number_them(tmp_path):
+def test_a_run_on_words_of_the_data_reads_files_that_number_them(tmp_path, capsys):
     """Lost if it fails: a run on the hub's neg and pos cannot be scored on a file of 0 and 1, or of pos and neg."""
     rows = rows_of("train", ("neg", "pos"), 60)
     with_names(rows, ["neg", "pos"]).to_parquet(tmp_path / "a.parquet")
@@ -287,6 +287,19 @@ def test_a_run_on_words_of_the_data_reads_files_that_number_them(tmp_path):
     for name in ("b.parquet", "c.csv", "d.csv"):
         loader = load(tmp_path / name, label_names="negative,positive", **learned_by(first))
         assert words_of(loader) == expected and loader.label_names == ["negative", "positive"]
+    # By pairs, in another order than that of the numbers.
+    typed = {"label_names": "pos=positive,neg=negative"}
+    paired = load(tmp_path / "a.parquet", **typed)
+    for name in ("b.parquet", "c.csv", "d.csv"):
+        assert words_of(load(tmp_path / name, **typed, **learned_by(paired))) == expected
+    # Where nothing but the order of label_names tells what the numbers are, a note says what is made of them.
+    capsys.readouterr()
+    counted = load(tmp_path / "c.csv", label_names="pos,neg")
+    loader = load(tmp_path / "d.csv", label_names="pos,neg", **learned_by(counted))
+    assert words_of(loader) == {row["text"]: "neg" if row["label"] == "pos" else "pos" for row in rows}
+    assert "these are numbers: by label_names 0 is pos, 1 is neg\n" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"the label '(0|1)'"):
+        load(tmp_path / "d.csv", **typed, **learned_by(load(tmp_path / "c.csv", **typed)))
 
 
 def run_on(folder, out, task, data, *flags):
