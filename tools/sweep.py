@@ -68,7 +68,8 @@ def main(config: SweepConfig) -> None:
         if config.dry_run:
             list_runs(runs)
             return
-        if left := [run for run in runs if not run.done()]:  # a mistake in the data shows before the first of them
+        left = [run for run in runs if not run.done()]
+        if left and not config.ray:  # a mistake in the data shows before the first run; Ray's machines read their own
             make_loader(left[-1].config, context_size(config.init_from))
         make_folder(config.sweep_dir)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -38,7 +38,7 @@ class DataSet:
         folder = cache_folder("survey", json.dumps([CACHE_VERSION, self.source.digest, fields]))
         survey = read_meta(folder)
         if survey is None:
-            survey = survey_rows(self.source)
+            survey = survey_rows(self.source, fields)
             survey["class_names"] = [part.class_names().get(fields[1]) for part in self.source.parts]
             with whole_folder(folder) as new:
                 write_meta(new, **survey)

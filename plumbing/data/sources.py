@@ -7,6 +7,7 @@ import functools
 import glob
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -167,13 +168,20 @@ def open_saved(path, needed):
 
 
 def split_words(data):
-    return [word for word in SPLIT_OF_WORD if word in data]
+    """The names of the splits that are read, in the order of SPLITS."""
+    named = {word.lower(): word for word in data}
+    return [named[word] for word in SPLIT_OF_WORD if word in named]
 
 
 def open_dataset(name, data, needed):
     words = split_words(data)
     if not words:
         raise UserError(f"dataset={name}: no train, validation or test split; it has {', '.join(data)}")
+    for one, other in itertools.pairwise(words):
+        if SPLIT_OF_WORD[one.lower()] == SPLIT_OF_WORD[other.lower()]:
+            raise UserError(
+                f"dataset={name}: {one} and {other} are two names for one split; save it without one of them"
+            )
     passed_over = [f"the split {word}" for word in data if word not in words]
     return Source([dataset_part(name, word, data[word], needed) for word in words], "", passed_over)
 
@@ -188,7 +196,7 @@ def dataset_part(name, word, data, needed):
                 yield pick_columns(batch, needed, place, i * BATCH)
 
     names = {column: feature.names for column, feature in data.features.items() if hasattr(feature, "names")}
-    return Part(f"the split {word}", SPLIT_OF_WORD[word], read, place, lambda: names)
+    return Part(f"the split {word}", SPLIT_OF_WORD[word.lower()], read, place, lambda: names)
 
 
 # --- reviews from the package index --------------------------------------------------------------

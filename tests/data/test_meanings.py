@@ -406,6 +406,10 @@ def test_splits_of_a_saved_data_set_that_are_not_read_are_named(tmp_path, capsys
     datasets.DatasetDict(made).save_to_disk(tmp_path / "data")
     load(tmp_path / "data")
     assert "not read: the split unsupervised" in capsys.readouterr().out
+    datasets.DatasetDict(Train=made["train"], TEST=made["unsupervised"]).save_to_disk(tmp_path / "capitals")
+    assert len(CustomDataLoader(str(tmp_path / "capitals"), wanted=("test",)).splits["test"]) == 40
+    datasets.DatasetDict(train=made["train"], dev=made["train"], val=made["train"]).save_to_disk(tmp_path / "twice")
+    assert "val and dev are two names for one split" in refusal(tmp_path / "twice")
 
 
 @pytest.mark.parametrize(

@@ -338,6 +338,14 @@ def test_a_quotation_mark_that_opens_and_does_not_close_is_told_with_its_line(tm
     assert f"line {line}: a quotation mark opens here" in refusal(tmp_path / "rows.csv")
 
 
+@pytest.mark.parametrize("kind", ["csv", "xlsx"])
+def test_a_header_between_the_rows_is_told(tmp_path, kind):
+    """Lost if it fails: two files are put together, and `label` is a class of the model."""
+    rows = [*some_rows(60), {"text": "text", "label": "label"}, *some_rows(60)]
+    write_kind(tmp_path / f"rows.{kind}", rows)
+    assert " 62: the header once more" in refusal(tmp_path / f"rows.{kind}")
+
+
 def test_blank_lines_are_no_rows(tmp_path, capsys):
     """Lost if it fails: an empty line at a file's end stops the run."""
     lines, rows = csv_of_lines(60)
