@@ -223,7 +223,11 @@ def name_words(counts, places, asked):
     names = asked.words
     if names is None:
         refuse_mixture(counts, places, asked.dataset)
-        names = sorted(most_frequent(group, counts) for group in spellings.values())
+        n_rows = collections.Counter()
+        for label, n in counts.items():
+            n_rows[label.strip()] += n
+        ranked = sorted(n_rows, key=lambda word: (-n_rows[word], word))  # the most frequent, of equals the first
+        names = sorted({plain_number(word): word for word in ranked[::-1]}.values())
     word_of = {plain_number(name): name for name in names}
     notes = []
     for spelling, group in spellings.items():
@@ -231,14 +235,6 @@ def name_words(counts, places, asked):
             found = ", ".join(f"{label!r} ({counts[label]} rows)" for label in sorted(group))
             notes.append(f"{found} are one label: {word_of.get(spelling)!r}")
     return names, word_of, notes
-
-
-def most_frequent(group, counts):
-    """The spelling of a label that most rows have, outer blanks aside; of equals the first in the alphabet."""
-    totals = collections.Counter()
-    for label in group:
-        totals[label.strip()] += counts[label]
-    return min(totals, key=lambda word: (-totals[word], word))
 
 
 def refuse_unlearned(label_names, learned):
@@ -254,14 +250,13 @@ def refuse_unlearned(label_names, learned):
 
 def refuse_unknown(label, names, where, asked):
     words = ",".join(names)
-    problem = f"{asked.dataset} has the label {label!r} too, first in {where}"
     remedy = f"and the train file has {words}: change one of the two"
     if asked.learned:
         remedy = f"and the run has learned {words}: say which is which by --label_names={label.strip()}=WORD,..."
     elif asked.label_names:
-        problem = f"label_names={words}: {problem}"
-        remedy = "add it to label_names, take its rows out, or type --label_names=None for the data's own words"
-    raise ValueError(f"{problem}; {remedy}")
+        remedy = f"and label_names={words}: add it to label_names, take its rows out, or type "
+        remedy += "--label_names=None for the data's own words"
+    raise ValueError(f"{asked.dataset} has the label {label!r} too, first in {where}; {remedy}")
 
 
 def refuse_mixture(labels, places, dataset):

@@ -4,6 +4,7 @@ Text is UTF-8, or UTF-16 or UTF-32 with a byte-order mark; any file may be packe
 """
 
 import codecs
+import collections
 import contextlib
 import csv
 import functools
@@ -15,7 +16,6 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from plumbing.program.errors import UserError, first_line
 
@@ -187,13 +187,6 @@ def open_bytes(path):
 
 
 @contextlib.contextmanager
-def open_seekable(path):
-    """For readers that jump about in a file: a packed one is unpacked into memory."""
-    with open_bytes(path) as f:
-        yield io.BytesIO(f.read()) if path.lower().endswith(".gz") else f
-
-
-@contextlib.contextmanager
 def open_text(path):
     with open_bytes(path) as f:
         head = f.peek(4)[:4]
@@ -226,11 +219,8 @@ def convert(path, line, encoding):
 # --- csv, tsv ------------------------------------------------------------------------------------
 
 
-class CsvFormat(NamedTuple):
-    columns: list
-    separator: str
-    before: str  # Excel's own first line, such as "sep=;", or ""
-    line_end: str
+# before: Excel's own first line, such as "sep=;", or "".
+CsvFormat = collections.namedtuple("CsvFormat", "columns separator before line_end")
 
 
 def read_format(path, needed=()):
@@ -330,15 +320,11 @@ def read_csv(path, needed=()):
                         f"{remedy}"
                     )
         except csv.Error as e:
+            line, problem = reader.line_num, f"a quotation mark in a wrong place ({e})"
             if "unexpected end" in str(e):
-                raise UserError(
-                    f"{path}, line {begin}: a quotation mark opens here and does not close; take it out, or double "
-                    "the quotation marks inside a quoted text"
-                ) from e
-            raise UserError(
-                f"{path}, line {reader.line_num}: a quotation mark in a wrong place ({e}); inside a quoted text "
-                'each quotation mark is doubled: "He said ""no"" twice"'
-            ) from e
+                line, problem = begin, "a quotation mark opens here and does not close"
+            remedy = 'inside a quoted text each quotation mark is doubled: "He said ""no"" twice"'
+            raise UserError(f"{path}, line {line}: {problem}; {remedy}") from e
 
 
 def refuse_swallowed_rows(path, needed):
@@ -439,7 +425,9 @@ def open_table(path):
     without. batches(size, columns) yields pyarrow's."""
     import pyarrow.parquet
 
-    with open_seekable(path) as f:
+    with open_bytes(path) as f:
+        if path.lower().endswith(".gz"):
+            f = io.BytesIO(f.read())  # the readers jump about in it
         if kind_of(path) == "parquet":
             table = pyarrow.parquet.ParquetFile(f)
             yield table.schema_arrow, table.iter_batches
@@ -483,13 +471,14 @@ def read_xlsx(path, needed=()):
     except ImportError as e:
         raise UserError(f"{path}: Excel files need one more package: pip install openpyxl; or save it as csv") from e
     sheets = {}
-    with open_seekable(path) as f:
-        try:
-            for sheet in openpyxl.load_workbook(f, read_only=True, data_only=True).worksheets:
-                sheet.reset_dimensions()  # what the file says of its size may be wrong
-                sheets[sheet.title] = list(sheet.iter_rows(values_only=True))
-        except Exception as e:  # zipfile's, xml's and openpyxl's own kinds
-            raise UserError(f"{path} is damaged or no xlsx: {first_line(e)}") from e
+    with open_bytes(path) as f:
+        data = io.BytesIO(f.read())
+    try:
+        for sheet in openpyxl.load_workbook(data, read_only=True, data_only=True).worksheets:
+            sheet.reset_dimensions()  # what the file says of its size may be wrong
+            sheets[sheet.title] = list(sheet.iter_rows(values_only=True))
+    except Exception as e:  # zipfile's, xml's and openpyxl's own kinds
+        raise UserError(f"{path} is damaged or no xlsx: {first_line(e)}") from e
     sheets = {title: rows for title, rows in sheets.items() if any(map(any, rows))}
     if len(sheets) > 1:
         raise UserError(f"{path} has the sheets {', '.join(sheets)}: save the one that you mean as a file of its own")
