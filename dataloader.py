@@ -68,6 +68,8 @@ class Prompt:
             answers = self.answers()
             longest = max(map(len, answers))
             self.answer_tokens = max_new_tokens or max(ANSWER_TOKENS, longest - 1)  # end-of-text need not be written
+            if self.answer_tokens < longest - 1:
+                print(f"note: max_new_tokens={max_new_tokens} cuts answers: a label has {longest - 1} tokens")
             n_kept = max(self.answer_tokens, longest)
             if n_kept > block_size // 2:
                 what = f"max_new_tokens={n_kept}" if max_new_tokens else f"a label of {longest} tokens"
@@ -217,7 +219,7 @@ class CustomDataLoader:
                 self.splits["validation"] = held
                 self.prefixes["validation"] = self.prefixes["train"]
         if "train" in wanted and 0 < train_examples < len(self.splits["train"]):
-            self.splits["train"] = self.splits["train"].choose(train_examples, seed)
+            self.splits["train"], _ = self.splits["train"].divide(train_examples, seed)
         self.class_weights = None
         if classify and balance_classes and "train" in wanted:
             self.class_weights = self._weigh_classes()

@@ -235,12 +235,17 @@ def test_a_typed_backslash_n_is_a_line_break(tmp_path):
     assert gpt2_encoding().decode(ex.tokens[: ex.n_prompt]) == f"Review: {ex.text}\nSentiment:"
 
 
-def test_an_answer_has_room_for_its_label_behind_the_template():
+def test_an_answer_has_room_for_its_label_behind_the_template(capsys):
     """Lost if it fails: a label of one token more after a line break than after a space is never written whole."""
     word = "lacklustre and dull"
     for template, n in (("{text}\nVerdict:\n{label}", 6), ("{text}\nVerdict: {label}", 5)):
         prompt = Prompt(template, [word, "good"], 64, is_answered=True)
         assert len(prompt.answers()[0]) == n + 1 and prompt.answer_tokens == n
+        Prompt(template, [word, "good"], 64, is_answered=True, max_new_tokens=n)
+        assert capsys.readouterr().out == ""
+        # Less room is a choice, and told: every answer of that label is garbage.
+        Prompt(template, [word, "good"], 64, is_answered=True, max_new_tokens=n - 1)
+        assert f"max_new_tokens={n - 1} cuts answers: a label has {n} tokens" in capsys.readouterr().out
 
 
 # --- order and padding ---------------------------------------------------------------------------

@@ -38,7 +38,7 @@ class DataSet:
         folder = cache_folder("survey", json.dumps([CACHE_VERSION, self.source.digest, fields]))
         survey = read_meta(folder)
         if survey is None:
-            survey = survey_rows(self.source)
+            survey = survey_rows(self.source, fields)
             survey["class_names"] = [part.class_names().get(fields[1]) for part in self.source.parts]
             with whole_folder(folder) as new:
                 write_meta(new, **survey)
@@ -50,9 +50,9 @@ class DataSet:
         named = name_labels(self.tally, survey["class_names"], places, asked)
         self.label_names, self.word_of, self.class_of, unused, notes = named
         self.drawn = splits_to_draw({split for _, split, *_ in self.tally})
-        self._print_notes(unused, notes)
+        self._print_notes(unused, notes, is_learned=bool(asked.learned))
 
-    def _print_notes(self, unused, label_notes):
+    def _print_notes(self, unused, label_notes, is_learned):
         """What a user should know of rows and labels, at every start."""
         used = collections.defaultdict(collections.Counter)  # {split, as the data names it: {class: rows}}
         n_rows = sum(n for *_, n, _ in self.tally)
@@ -73,6 +73,8 @@ class DataSet:
             if alone := [i for i in sorted(used[split]) if i not in used["train"]]:
                 found = ", ".join(f"{self.label_names[i]} ({used[split][i]:,} rows)" for i in alone)
                 notes.append(f"{split} has labels that no row of train has: {found}")
+        if len(used["train"]) == 1 and not is_learned:
+            notes.append(f"all rows of train have one label: {self.label_names[min(used['train'])]}")
         for note in notes + label_notes:
             print(f"note: {note}")
 
@@ -103,6 +105,8 @@ class DataSet:
             files = " and ".join(files) if len(files) < 4 else f"{files[0]} to {files[-1]} ({len(files)} files)"
             found.append(f"{split} {n:,} rows {'drawn from' if split in self.drawn else 'of'} {files}")
         passed_over = self.source.passed_over + [f"the column split of {name}" for name in self.survey["unread"]]
+        filled = {part for part, *_ in self.tally}
+        passed_over += [f"{part.name} (no row in it)" for i, part in enumerate(self.source.parts) if i not in filled]
         return ", ".join(found) + (f"; not read: {', '.join(passed_over)}" if passed_over else "")
 
     def _tokenise(self, folder, wanted, seed, prompt, shares_prefix):

@@ -331,6 +331,21 @@ def test_a_malformed_row_is_told_with_its_line(tmp_path, wrong, told, line):
     assert [words for words in [f"{path}, line {line}:", *told] if words not in message] == []
 
 
+@pytest.mark.parametrize("before, line", [("", 2), ("sep=,\n", 3)])
+def test_a_quotation_mark_that_opens_and_does_not_close_is_told_with_its_line(tmp_path, before, line):
+    """Lost if it fails: a user looks for a mistake of the first row in the header."""
+    (tmp_path / "rows.csv").write_text(before + 'text,label\n"a joy,good\ndull,bad\n')
+    assert f"line {line}: a quotation mark opens here" in refusal(tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize("kind", ["csv", "xlsx"])
+def test_a_header_between_the_rows_is_told(tmp_path, kind):
+    """Lost if it fails: two files are put together, and `label` is a class of the model."""
+    rows = [*some_rows(60), {"text": "text", "label": "label"}, *some_rows(60)]
+    write_kind(tmp_path / f"rows.{kind}", rows)
+    assert " 62: the header once more" in refusal(tmp_path / f"rows.{kind}")
+
+
 def test_blank_lines_are_no_rows(tmp_path, capsys):
     """Lost if it fails: an empty line at a file's end stops the run."""
     lines, rows = csv_of_lines(60)
@@ -679,7 +694,7 @@ def test_excel_without_its_reader_says_what_to_install(tmp_path, monkeypatch):
     assert "pip install openpyxl" in refusal(tmp_path / "rows.xlsx")
 
 
-def test_excel_with_two_sheets_is_refused(tmp_path):
+def test_excel_with_two_sheets_is_refused(tmp_path, capsys):
     """Lost if it fails: the rows of all sheets but one vanish."""
     openpyxl = pytest.importorskip("openpyxl", reason="pip install openpyxl")
     book = openpyxl.Workbook()
@@ -691,8 +706,13 @@ def test_excel_with_two_sheets_is_refused(tmp_path):
     book.save(tmp_path / "two.xlsx")
     assert "the sheets Sheet, more" in refusal(tmp_path / "two.xlsx")
     del book["more"]
+    # A table that does not begin in the first cell; a label that Excel cannot compute.
+    book.active.insert_rows(1, 2)
+    book.active.insert_cols(1)
+    book.active.append([None, "a film", "#REF!"])
     book.save(tmp_path / "one.xlsx")
     assert pairs(load(tmp_path / "one.xlsx")) == plain_pairs(some_rows(60))
+    assert "no label (#REF!): 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "xlsx"])
@@ -733,6 +753,7 @@ def test_two_kinds_of_files_for_one_split_are_told(tmp_path, first, second):
         ('[{"text": "a", "label": "b"}', ["damaged or no json"]),
         ('{\n  "data": []\n}', ["damaged, or no json"]),
         ("[" * 100_000, ["damaged or no json"]),
+        ('{"text": "a", "label": "b"}\n{"text": "a", "text": "b"}', ["line 2", "twice", "text"]),
         ("", ["empty"]),
     ],
 )

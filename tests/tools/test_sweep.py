@@ -319,6 +319,7 @@ def test_what_a_curve_shows_is_computed(tmp_path, losses, says):
         ("--task=pretrain", "task=pretrain"),
         ("--task=classify", "another --init_from or --task"),
         ("--rankss=1", "did you mean --ranks?"),
+        ("--label_names=no,yes", "the label 'bad' too"),
     ],
 )
 def test_bad_input_is_one_line(place, capsys, flag, words):
