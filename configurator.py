@@ -13,18 +13,7 @@ from dataclasses import dataclass
 from plumbing.program.config_file import find_config_file, read_config_file
 from plumbing.program.errors import one_line_errors
 from plumbing.program.flags import parse_flags
-from plumbing.program.settings import (
-    CALL,
-    MODEL,
-    RUN,
-    check_value,
-    fields_of,
-    find_key,
-    fit_type,
-    kept_keys,
-    setting,
-    settings_of,
-)
+from plumbing.program.settings import CALL, MODEL, RUN, check_values, fields_of, fit_value, kept_keys, setting
 from plumbing.program.stored_run import RUN_CONFIG, read_run, refuse_another_run, refuse_changes
 
 TEMPLATE = """Classify the sentiment of the following movie review as positive or negative.
@@ -120,60 +109,45 @@ def configure(argv: list[str], cls: type = Config, trains: bool = True):
     With init_from=resume the config is that of the run in out_dir, flags on top; what such a run keeps may not
     differ from it. trains: whether it will be trained, or scored.
     """
-    fields = fields_of(cls)
     about = __doc__ if cls is Config else cls.__doc__
     with one_line_errors():
-        path, flags = parse_flags(argv, cls, about)
-        from_file = {}
-        if path:
-            from_file = read_config_file(find_config_file(path), fields)
-        config = combine(flags, from_file, cls, trains)
-        if (from_file | flags).get("init_from") != "resume":
-            note_scale(flags, from_file, fields)
+        path, typed = parse_flags(argv, cls, about)
+        from_file = read_config_file(find_config_file(path), fields_of(cls)) if path else {}
+        config = combine(typed, from_file, cls, trains)
+    if "rank" in typed and "alpha" not in typed and config.run is None:
+        note_scale(config, rank_before=from_file.get("rank", cls.rank))
     return config
 
 
 def make_config(**settings) -> Config:
     """The Config of a program, without a command line: settings by keyword, checked as those of a file are. With
-    init_from="resume" that of the run in out_dir, to generate with. Raises UserError or OSError."""
-    fields = fields_of(Config)
-    values = {}
-    for spelling, value in settings.items():
-        key = find_key(spelling, fields)
-        values[key] = fit_type(key, value, fields[key].type)
+    init_from="resume" that of the run in out_dir, to generate with. Raises UserError (no run, a damaged one) or
+    OSError."""
+    values = dict(fit_value(key, value, fields_of(Config)) for key, value in settings.items())
     return combine(values, {}, Config, trains=False)
-
-
-def load_run(out_dir: str, **settings) -> Config:
-    """The Config of the run in out_dir, settings on top. Raises UserError if there is no run, or a damaged one."""
-    return make_config(init_from="resume", out_dir=out_dir, **settings)
 
 
 def combine(typed, from_file, cls, trains):
     """A cls of all settings: what was typed wins over a resumed run's settings, those win over the config file, and
     the file wins over the defaults. With auto_resume they must equal the settings of the run in out_dir."""
-    fields = fields_of(cls)
     values = from_file | typed
-    out_dir = values.get("out_dir", fields["out_dir"].default if "out_dir" in fields else None)
+    out_dir = values.get("out_dir", getattr(cls, "out_dir", None))
     stored = None
     if values.get("init_from") == "resume":
         stored, facts = read_run(out_dir)
-        kinds = (MODEL, RUN) if trains else (MODEL,)
-        refuse_changes(typed, stored, kept_keys(cls, *kinds), out_dir)
-        ours = fields.keys() - kept_keys(cls, CALL)
+        refuse_changes(typed, stored, kept_keys(cls, MODEL, RUN) if trains else kept_keys(cls, MODEL), out_dir)
+        ours = fields_of(cls).keys() - kept_keys(cls, CALL)
         values = from_file | {key: value for key, value in stored.items() if key in ours} | typed
-    elif names_another_dataset(values, fields):
+    elif "dataset" in values and values["dataset"] != cls.dataset:
         values.setdefault("label_names", None)
-    for key, value in values.items():
-        check_value(fields[key], value)
+    check_values(cls, values)
     if values.get("auto_resume") and stored is None and os.path.exists(os.path.join(out_dir, RUN_CONFIG)):
         stored, facts = read_run(out_dir)
-        refuse_another_run(settings_of(cls(**values)), stored, out_dir)
+        refuse_another_run(cls(**values), stored, out_dir)
     if stored is None:
         return cls(**values)
     config = cls(**values | {"init_from": stored["init_from"]})
-    known = {field.name for field in dataclasses.fields(Facts)}
-    config.run = Facts(**{key: value for key, value in facts.items() if key in known})
+    config.run = Facts(**{field.name: facts.get(field.name) for field in dataclasses.fields(Facts)})
     if config.dataset != stored.get("dataset"):
         config.run.data = None
     if config.label_names != stored.get("label_names"):  # typed now: they say what the labels of other data mean
@@ -181,23 +155,13 @@ def combine(typed, from_file, cls, trains):
     return config
 
 
-def names_another_dataset(values, fields):
-    return "dataset" in values and values["dataset"] != fields["dataset"].default
-
-
-def note_scale(flags, from_file, fields):
+def note_scale(config, rank_before):
     """A line for a rank that is typed without alpha: the adapter's scale changes too, and few mean that."""
-    if "alpha" in flags or not flags.get("rank"):
+    # With rslora alpha is meant to stay.
+    if config.rslora or 0 in (config.rank, rank_before) or config.rank == rank_before:
         return
-    if (from_file | flags).get("rslora"):  # its alpha is meant to stay
-        return
-    rank = flags["rank"]
-    rank_before = from_file.get("rank", fields["rank"].default)
-    alpha = from_file.get("alpha", fields["alpha"].default)
-    if rank_before in (0, rank):
-        return
-    kept = alpha / rank_before
+    kept = config.alpha / rank_before
     print(
-        f"note: rank={rank} with alpha={alpha:g} scales the adapter by {alpha / rank:g}; "
-        f"--alpha={kept * rank:g} keeps the config's {kept:g}"
+        f"note: rank={config.rank} with alpha={config.alpha:g} scales the adapter by {config.alpha / config.rank:g}; "
+        f"--alpha={kept * config.rank:g} keeps the config's {kept:g}"
     )

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from plumbing.data.data_set import DataSet
-from plumbing.data.labels import Asked, normalise_label
+from plumbing.data.labels import Asked, check_words
 from plumbing.data.token_cache import Example, take_turns
 from plumbing.data.tokenizer import end_of_text, gpt2_encoding
 from plumbing.gpt2.batch import IGNORE, Batch, pad
@@ -68,6 +68,8 @@ class Prompt:
             answers = self.answers()
             longest = max(map(len, answers))
             self.answer_tokens = max_new_tokens or max(ANSWER_TOKENS, longest - 1)  # end-of-text need not be written
+            if self.answer_tokens < longest - 1:
+                print(f"note: max_new_tokens={max_new_tokens} cuts answers: a label has {longest - 1} tokens")
             n_kept = max(self.answer_tokens, longest)
             if n_kept > block_size // 2:
                 what = f"max_new_tokens={n_kept}" if max_new_tokens else f"a label of {longest} tokens"
@@ -134,16 +136,11 @@ class Prompt:
     def _check_words(self):
         """The words must differ, and the prompt's tokens must not depend on which of them follows. (After a template
         that ends in "it was un", the label "true" makes the one token "untrue", neither prompt nor label.)"""
-        names = self.label_names
-        spellings = {normalise_label(name) for name in names}
-        if len(names) < 2 or len(spellings) < len(names) or "" in spellings:
-            raise ValueError(
-                f"label_names={','.join(names)}: at least two different words are needed, whatever their capitals"
-            )
+        check_words(self.label_names)
         if self.classify:
             return
         before_label = self.template.removesuffix("{label}")
-        examples = [self.make_example("a text", label)[0] for label in range(len(names))]
+        examples = [self.make_example("a text", label)[0] for label in range(len(self.label_names))]
         prompts = {tuple(ex.tokens[: ex.n_prompt]) for ex in examples}
         if len(prompts) > 1 or before_label[-1].isalnum() or before_label.endswith("{text}"):
             raise ValueError(f"template={self.template!r}: put a space or a line break before {{label}}")
@@ -165,17 +162,15 @@ class CustomDataLoader:
     """A labelled data set as batches of token ids: for instruction fine-tuning or (classify) for a classifier, whose
     input is the text alone and whose target is the label's number.
 
-    dataset: rt_reviews, a file, a directory or a name on the hub. block_size: the model's context in tokens.
-    label_names: words for the labels 0, 1, ..., with commas; None: as the data names them. loss_on: "label" (its
-    tokens and end-of-text are scored) or "all" (every token is). wanted: the splits to load. train_examples: the
-    number of training examples, chosen by the seed; 0: all. held_out: the share of train that stands in for
-    validation, chosen by the seed. is_answered and max_new_tokens: as for Prompt.
-    learned and word_of: of a run, its classes in their order and the word for each label that its data holds, such as
-    ["terrible", "great"] and {"0": "terrible", "1": "great"}.
+    block_size: the model's context in tokens. wanted: the splits to load. is_answered and max_new_tokens: as for
+    Prompt. learned and word_of: of a run, its classes in their order and the word for each label that its data holds,
+    such as ["terrible", "great"] and {"0": "terrible", "1": "great"}. The other arguments are settings, which
+    configurator.py explains.
 
     After that `splits[name]` is a sequence of Example (tokens, n_prompt, label, text), `prefixes[name]` the first
     tokens that all prompts of the split have in common, `label_names` and `word_of` as above, `prompt` the Prompt,
-    `digest` a hash of the data set's content. The same arguments and content give the same batches in the same order.
+    `digest` a hash of the data set's content, `drawn` the splits whose examples the seed chooses, since the data set
+    does not name them. The same arguments and content give the same batches in the same order.
 
     Raises ValueError or OSError, naming the value, for data or a template that cannot be used.
     """
@@ -201,20 +196,22 @@ class CustomDataLoader:
         learned: list[str] | None = None,
         word_of: dict[str, str] | None = None,
     ):
-        self.dataset = dataset
         self.template = template
         self.batch_size = batch_size
-        self.block_size = block_size
         self.loss_on = loss_on
         self.seed = seed
         self.classify = classify
-        self.is_answered = is_answered
-        self.max_new_tokens = max_new_tokens
         check_template(template)
         # If several processes start at once, one of them tokenises.
         with take_turns(dataset):
-            asked = Asked(dataset, label_names, learned, word_of, classify)
-            self._load(asked, (text_field, label_field), wanted)
+            data = DataSet(Asked(dataset, label_names, learned, word_of, classify), (text_field, label_field))
+            self.label_names = data.label_names
+            self.word_of = data.word_of
+            self.digest = data.digest
+            self.drawn = data.drawn
+            fill = self._add_instruction_finetuning
+            self.prompt = Prompt(template, data.label_names, block_size, classify, is_answered, max_new_tokens, fill)
+            self._load(data, wanted)
         if held_out and "train" in wanted:
             n = max(1, round(held_out * len(self.splits["train"])))
             held, self.splits["train"] = self.splits["train"].divide(n, seed)
@@ -222,7 +219,7 @@ class CustomDataLoader:
                 self.splits["validation"] = held
                 self.prefixes["validation"] = self.prefixes["train"]
         if "train" in wanted and 0 < train_examples < len(self.splits["train"]):
-            self.splits["train"] = self.splits["train"].choose(train_examples, seed)
+            self.splits["train"], _ = self.splits["train"].divide(train_examples, seed)
         self.class_weights = None
         if classify and balance_classes and "train" in wanted:
             self.class_weights = self._weigh_classes()
@@ -312,44 +309,20 @@ class CustomDataLoader:
 
     # --- records -> examples, once, into files
 
-    def _load(self, asked: Asked, fields: tuple[str, str], wanted: Collection[str]):
-        """Sets label_names, prompt, splits and prefixes. The examples come from the cache, if the same was asked for
-        before; DataSet knows of files, splits and labels."""
-        data = DataSet(asked, fields)
-        self.label_names = data.label_names
-        self.word_of = data.word_of  # the word of each label, as the data writes it
-        self.digest = data.digest
-        self.drawn = data.drawn
-        self.prompt = Prompt(
-            self.template,
-            self.label_names,
-            self.block_size,
-            self.classify,
-            self.is_answered,
-            self.max_new_tokens,
-            self._add_instruction_finetuning,
-        )
+    def _load(self, data: DataSet, wanted: Collection[str]):
+        """Sets splits and prefixes. The examples come from the cache, if the same was asked for before."""
+        prompt = self.prompt
         # Everything that determines the tokens. The sample shows an edited template or method.
-        sample = self.prompt.fill("A joy.", 1)
-        key = [self.template, self.label_names, self.loss_on, self.prompt.room, self.classify, sample]
+        sample = prompt.fill("A joy.", 1)
+        key = [self.template, self.label_names, self.loss_on, prompt.room, self.classify, sample]
         # Where every token is scored, the prefix is scored in each row, so it stays there. A classifier's input has
         # no template, so no prefix.
         shares_prefix = self.loss_on == "label" and not self.classify
-        self.splits, metas = data.load_examples(wanted, self.seed, self.prompt, self._fill, key, shares_prefix)
+        self.splits, metas = data.load_examples(wanted, self.seed, prompt, key, shares_prefix)
         self.prefixes = {split: meta["prefix"] for split, meta in metas.items()}
         n_cut = sum(meta["n_cut"] for meta in metas.values())
         if n_cut:
-            print(f"note: {n_cut} texts were cut to fit the context of {self.block_size} tokens")
-
-    def _fill(self, records: list[dict]) -> list[str]:
-        """The texts that are tokenised."""
-        if self.classify:
-            return [rec["text"] for rec in records]
-        return [self._add_instruction_finetuning(rec)["instr_tuned_text"] for rec in records]
-
-    def split_is_drawn(self, split: str) -> bool:
-        """Whether the seed chooses the examples of this split. If not, the data set itself names them."""
-        return split in self.drawn
+            print(f"note: {n_cut} texts were cut to fit the context of {prompt.block_size} tokens")
 
 
 def cut(values, size):
@@ -377,12 +350,6 @@ def make_loader(config, block_size: int, wanted: Collection[str] = ("train", "va
 
 READ_FROM_CONFIG = ("dataset", "batch_size", "text_field", "label_field", "label_names", "loss_on", "seed")
 READ_FROM_CONFIG += ("balance_classes", "train_examples", "held_out")
-
-
-def make_prompt(config, block_size: int, label_names: list[str]) -> Prompt:
-    """The Prompt of a config for texts that the model answers."""
-    classify = config.task == "classify"
-    return Prompt(read_template(config), label_names, block_size, classify, True, config.max_new_tokens)
 
 
 def read_template(config):

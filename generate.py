@@ -18,30 +18,21 @@ import plumbing.running.threads  # noqa: F401  (before torch, which reads these 
 # isort: split
 import torch
 
-from configurator import Config, configure, load_run, make_config
-from dataloader import CustomDataLoader, Prompt, make_loader, make_prompt
+from configurator import Config, configure, make_config
+from dataloader import CustomDataLoader, Prompt, make_loader, read_template
 from plumbing.adapters.layers import lora_arguments
 from plumbing.adapters.peft_format import load_adapter
 from plumbing.data.labels import find_label, refuse_unlearned, split_names
 from plumbing.data.tokenizer import end_of_text, gpt2_encoding
 from plumbing.gpt2.base import check_same_weights, check_vocabulary
 from plumbing.gpt2.files import context_size, find_checkpoint, read_config
-from plumbing.gpt2.kv_cache import KVCache
 from plumbing.program.errors import one_line_errors
 from plumbing.program.files import make_folder
 from plumbing.program.terminal import forgiving_output
 from plumbing.running.checkpoint import check_same_data
 from plumbing.running.machine import keep_memory, pick_device, pick_dtype
 from plumbing.scoring.accuracy import SCORED, print_score, tabulate, write_score
-from plumbing.scoring.answers import (
-    classify,
-    decode,
-    in_parts,
-    order_by_length,
-    read_prompts,
-    score_labels,
-    shared_start,
-)
+from plumbing.scoring.answers import classify, decode, in_parts, read_batches, score_labels
 from plumbing.scoring.model_card import write_card
 from plumbing.scoring.new_texts import predict_file
 
@@ -88,7 +79,7 @@ class ModelSampler:
         if not self.config.run:
             check_vocabulary(self.config.init_from)
         self.loader: CustomDataLoader | None = None  # the split that is scored
-        self.prompt: Prompt | None = None  # makes prompts of new texts
+        self.prompt: Prompt | None = None  # its prompts, or those of new texts
         self.model: GPT | None = None
         self.n_cut = 0  # new texts that were too long and were cut
 
@@ -129,7 +120,7 @@ class ModelSampler:
         answers = [{"text": text, "predicted": None, "generated": None, "share": None} for text in texts]
         asked = [answer for answer in answers if answer["text"] is not None]  # the same dicts: filled in below
         prompts = self.make_prompts([answer["text"] for answer in asked])
-        texts, all_shares = self.answer(prompts, self.prompt, wants_shares=True)
+        texts, all_shares = self.answer(prompts, wants_shares=True)
         for answer, text, shares in zip(asked, texts, all_shares):
             answer["generated"] = text
             label = find_label(text, names)
@@ -141,9 +132,7 @@ class ModelSampler:
     def generate(self, prompt: str) -> str:
         """What the model writes after the prompt: up to end-of-text, or max_new_tokens of the config (None: 200)."""
         if self.config.task == "classify":
-            raise ValueError(
-                "this model has a classifier in place of its words: score_classes(text) gives the shares"
-            )
+            raise ValueError("this model has classes in place of words: score_classes(text) gives their shares")
         self.load_model()
         tokens = gpt2_encoding().encode_ordinary(prompt) or [end_of_text()]
         idx = torch.tensor([tokens], device=self.device)  # (1, T)
@@ -156,7 +145,7 @@ class ModelSampler:
             raise ValueError("this model writes its labels: predict([text]) gives the share of the one it writes")
         self.load_prompt()
         self.load_model()
-        _, all_shares = self.answer(self.make_prompts([text]), self.prompt)
+        _, all_shares = self.answer(self.make_prompts([text]))
         return dict(zip(self.prompt.label_names, all_shares[0]))
 
     # --- prompts -> answers
@@ -167,34 +156,26 @@ class ModelSampler:
         examples = self.loader.splits[self.config.split]
         answers = []
         for part in in_parts(examples, PART * self.config.batch_size):
-            texts, _ = self.answer([ex.tokens[: ex.n_prompt] for ex in part], self.loader.prompt)
+            texts, _ = self.answer([ex.tokens[: ex.n_prompt] for ex in part])
             answers += texts
         return answers
 
     @torch.no_grad()
-    def answer(
-        self, prompts: list[list[int]], prompt: Prompt, wants_shares: bool = False
-    ) -> tuple[list[str], list[list[float]]]:
+    def answer(self, prompts: list[list[int]], wants_shares: bool = False) -> tuple[list[str], list[list[float]]]:
         """What the model writes after each of the prompts (token ids), and each label's share; a classifier writes
-        the likeliest class. prompt: the Prompt that made them. Without wants_shares only a classifier gives them."""
-        if prompt.classify:
+        the likeliest class. Without wants_shares only a classifier gives the shares."""
+        if self.prompt.classify:
             shares = classify(self.model, prompts, self.config.batch_size)
-            return [prompt.label_names[row.index(max(row))] for row in shares], shares
+            return [self.prompt.label_names[row.index(max(row))] for row in shares], shares
         texts = [None] * len(prompts)
         shares = [None] * len(prompts)
-        prefix = shared_start(prompts)
-        cache = KVCache()
-        if prefix:  # the tokens that every prompt begins with go through the model once
-            # Called for what it writes into cache: keys and values.
-            self.model.hidden(torch.tensor([prefix], device=self.device), cache)
-        for indices in order_by_length(prompts, self.config.batch_size):  # prompts of like length together
-            # All tokens but the last of each prompt go into past, where the padding of short prompts is hidden. The
-            # last ones (B, 1) are what score_labels and generate read first; both leave past as it is.
-            last, past = read_prompts(self.model, [prompts[i][len(prefix) :] for i in indices], cache)
+        # Prompts of like length together. All tokens but the last of each are in past, a KVCache. The last (B, 1) are
+        # what score_labels and generate read first; both leave past as it is.
+        for indices, last, past in read_batches(self.model, prompts, self.config.batch_size):
             if wants_shares:
-                for i, row in zip(indices, score_labels(self.model, last, past, prompt.answers()).tolist()):
+                for i, row in zip(indices, score_labels(self.model, last, past, self.prompt.answers()).tolist()):
                     shares[i] = row
-            out = self.model.generate(last, prompt.answer_tokens, past=past, **self.sampling())  # (B, 1 + n)
+            out = self.model.generate(last, self.prompt.answer_tokens, past=past, **self.sampling())  # (B, 1 + n)
             for i, tokens in zip(indices, out[:, 1:].tolist()):
                 texts[i] = decode(tokens)
         return texts, shares
@@ -216,20 +197,26 @@ class ModelSampler:
     # --- what these need, loaded once
 
     def load_data(self) -> None:
-        """Sets `loader`, with the split that is scored. Long texts are cut, so that an answer fits the context."""
+        """Sets `loader`, with the split that is scored, and `prompt`. Long texts are cut, so that an answer fits the
+        context."""
         if self.loader is None:
             config = self.config
             options = {"is_answered": True, "max_new_tokens": config.max_new_tokens}
             loader = make_loader(config, self.block_size, wanted=(config.split,), **options)
             check_same_data(config, loader, scored=config.split)
             self.loader = loader
+            self.prompt = loader.prompt
 
     def load_prompt(self) -> None:
-        """Sets `prompt`. No data set is read, if the labels are known."""
+        """Sets `prompt`, for new texts. No data set is read, if the labels are known. Raises ValueError for an
+        untrained classification head: only its accuracy is meaningful."""
+        config = self.config
+        classify = config.task == "classify"
+        if classify and not config.run and not read_config(find_checkpoint(config.init_from)[0]).get("n_classes"):
+            raise ValueError(f"init_from={config.init_from}: a language model has no classes; train.py adds them")
         if self.prompt is None:
-            if self.config.task == "classify":
-                check_classes(self.config)
-            self.prompt = make_prompt(self.config, self.block_size, self.find_label_names())
+            names = self.find_label_names()
+            self.prompt = Prompt(read_template(config), names, self.block_size, classify, True, config.max_new_tokens)
 
     def find_label_names(self) -> list[str]:
         """Those that the run has learned, in its order, those that were typed, or the data's own."""
@@ -246,8 +233,7 @@ class ModelSampler:
         """Sets `model`. Call it after load_data: a mistake in the data then shows before a large model is loaded."""
         if self.model is None:
             config = self.config
-            # Ours have A and B in float32 next to a bfloat16 weight. A student's lora.py may know one dtype only.
-            dtype = pick_dtype(self.device, config.dtype, mixed=getattr(LoRALinear, "mixes_dtypes", False))
+            dtype = pick_dtype(self.device, config.dtype, LoRALinear)
             n_classes = len(self.find_label_names()) if config.task == "classify" else 0
             torch.manual_seed(config.seed)  # an untuned classifier's head is drawn as train.py draws it
             self.model = open_model(config, self.device, dtype, n_classes)
@@ -276,19 +262,16 @@ def checkpoint_of(config):
     return config.out_dir if config.run and config.rank == 0 else config.init_from
 
 
-def check_classes(config):
-    """Raises ValueError for an untrained classification head. Only its accuracy is meaningful."""
-    if not config.run and not read_config(find_checkpoint(config.init_from)[0]).get("n_classes"):
-        raise ValueError(f"init_from={config.init_from}: a language model has no classes; train.py adds them")
-
-
 # --- the command line ------------------------------------------------------------------------------
 
 
 def main(config: Config) -> None:
     keep_memory()
-    if config.predict is not None:
-        predict_texts(config)
+    if config.predict is not None:  # the texts of a file, or of standard input
+        with one_line_errors():
+            if config.start is not None:
+                raise ValueError("--predict and --start cannot be combined: type one of them")
+            predict_file(config, score_folder(config), lambda: ModelSampler(config=config))
     elif config.start is not None:
         write_on(config)
     else:
@@ -311,16 +294,8 @@ def score_split(config: Config) -> None:
     answers = (sampler.loader.splits[config.split], sampler.generated, sampler.found, sampler.loader.label_names)
     write_score(folder, result, *answers)
     if config.run:
-        write_card(load_run(config.out_dir), sampler.loader, result)
+        write_card(make_config(init_from="resume", out_dir=config.out_dir), sampler.loader, result)
     print_score(folder, result, *answers)
-
-
-def predict_texts(config: Config) -> None:
-    """Answers the texts of a file, into a file of the same kind; or those of standard input, as lines of JSON."""
-    with one_line_errors():
-        if config.start is not None:
-            raise ValueError("--predict and --start cannot be combined: type one of them")
-        predict_file(config, score_folder(config), lambda: ModelSampler(config=config))
 
 
 def write_on(config: Config) -> None:

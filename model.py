@@ -243,18 +243,12 @@ class GPT(nn.Module):
         weight = None if class_weights is None else class_weights.to(precise.dtype)
         return logits, F.cross_entropy(precise, targets.flatten()[scored], weight)
 
-    def hidden(
-        self,
-        idx: torch.Tensor,
-        past: KVCache | None = None,
-        prefix: torch.Tensor | None = None,
-        scored: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def hidden(self, idx, past=None, prefix=None, scored=None) -> torch.Tensor:
         """The last layer's normalised states: idx (B, T) of token ids -> (B, T, C). scored (N,) are places in
         idx.flatten(). If they are given, the last layer computes the states of these places alone: -> (N, C).
 
-        past: tokens before the rows, computed in an earlier call. prefix (1, P): token ids before every row, computed
-        now, once. One of the two, not both. Raises ValueError beyond the context.
+        past: a KVCache of tokens before the rows. prefix (1, P): token ids before every row, computed now, once. One
+        of the two, not both. Raises ValueError beyond the context.
         """
         B, T = idx.shape
         P = 0 if prefix is None else prefix.size(1)
@@ -295,15 +289,7 @@ class GPT(nn.Module):
     # --- writing
 
     @torch.no_grad()
-    def generate(
-        self,
-        idx: torch.Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        stop: int | None = None,
-        past: KVCache | None = None,
-    ) -> torch.Tensor:
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, past=None) -> torch.Tensor:
         """Continues idx (B, T) by up to max_new_tokens: returns (B, T + n), n at most max_new_tokens.
 
         temperature 0 takes the likeliest token; top_k samples among the k likeliest. After the token `stop` the rest

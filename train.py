@@ -15,7 +15,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import plumbing.running.threads  # noqa: F401  (before torch, which reads these settings once)
 
@@ -36,17 +36,9 @@ from plumbing.gpt2.files import context_size
 from plumbing.gpt2.memory import check_weights
 from plumbing.program.errors import one_line_errors
 from plumbing.program.files import make_folder
-from plumbing.program.settings import settings_of
 from plumbing.program.stored_run import write_run
 from plumbing.program.terminal import forgiving_output
-from plumbing.running.checkpoint import (
-    CHECKPOINT,
-    Progress,
-    check_same_data,
-    load_checkpoint,
-    locked_folder,
-    write_metrics,
-)
+from plumbing.running.checkpoint import Progress, begin_or_resume, check_same_data, locked_folder, write_metrics
 from plumbing.running.endings import exit_diverged, explain_failure
 from plumbing.running.machine import Processes, compute_deterministically, keep_memory, pick_dtype, read_torchrun
 from plumbing.running.optimizers import build_optimizers
@@ -276,12 +268,8 @@ def set_up_machine(config: Config) -> tuple[Processes, torch.dtype]:
     if config.deterministic:
         compute_deterministically()
     processes = Processes(config)
-    # You may put a lora.py of your own in place of ours. Our layers can have A and B in float32 next to a bfloat16
-    # weight, and MergeableLinear, their base class, says so by mixes_dtypes. Where layers do not, all is computed in
-    # float32.
-    mixed = getattr(LoRALinear, "mixes_dtypes", False)
     before = config.run.dtype if config.run else None
-    return processes, pick_dtype(processes.device, config.dtype, mixed, before)
+    return processes, pick_dtype(processes.device, config.dtype, LoRALinear, before)
 
 
 def make_run(config: Config, processes: Processes, dtype: torch.dtype, loader, model: GPT) -> Run:
@@ -300,14 +288,12 @@ def make_run(config: Config, processes: Processes, dtype: torch.dtype, loader, m
 def build_model(config: Config, device: str, dtype: torch.dtype, n_classes: int = 0) -> GPT:
     """The base model of a config on its device, with new adapters, the right parameters trainable. (In a resumed run
     config.init_from is that run's base: `configure` has put it in the place of "resume".)"""
-    dropout = {"lora_dropout": config.dropout} if config.rank else {"dropout": config.dropout}
+    options = lora_arguments(config) | {"lora_dropout" if config.rank else "dropout": config.dropout}
     also = also_trained(config)
     # What is frozen is stored in the compute dtype from the start; what trains stays float32.
     is_frozen = config.rank > 0 and config.lora_bias == "none" and not also
     stored = dtype if is_frozen else torch.float32
-    model = GPT.from_pretrained(
-        config.init_from, dtype=stored, n_classes=n_classes, **lora_arguments(config), **dropout
-    )
+    model = GPT.from_pretrained(config.init_from, dtype=stored, n_classes=n_classes, **options)
     if config.rank:
         mark_only_lora_as_trainable(model)
         check_frozen(model)
@@ -333,40 +319,22 @@ def also_trained(config: Config) -> str | None:
 
 
 def open_folder(run: Run) -> Progress:
-    """A resumed run's progress, with its checkpoint loaded, or a new run's. Writes the run's settings, with those
-    that were typed on resuming, so each later resume keeps these too."""
-    config = run.config
-    is_first = run.processes.is_first
-    progress = Progress()
-    # The first process decides and reads for all (the others add 0): another machine may not see its disk.
-    if run.processes.total(config.run is not None and is_first):
-        progress = load_checkpoint(config.out_dir, run.model, run.optimizers, run.scaler, run.processes)
-    if config.max_iters < progress.iter:
-        raise ValueError(
-            f"max_iters={config.max_iters}: the run in {config.out_dir} has made {progress.iter} updates already; "
-            "type at least that many, or start another run with another --out_dir"
-        )
-    if progress.eval_iters not in (None, config.eval_iters):
-        print0(run, f"note: eval_iters={config.eval_iters} gives losses of other batches, so the best one is reset")
-        progress.best = math.inf
-    progress.eval_iters = config.eval_iters
-    if is_first:
-        make_folder(config.out_dir)
-        if config.run is None:
-            for old in (CHECKPOINT, "metrics.jsonl"):  # an earlier run's files, which a resume would go on with
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(os.path.join(config.out_dir, old))
-        write_run(config.out_dir, settings_of(config), asdict(find_facts(run)))
+    """The progress from which the run goes on. Writes its settings, with those that were typed on resuming, so each
+    later resume keeps these too."""
+    progress = begin_or_resume(run)
+    if run.processes.is_first:
+        make_folder(run.config.out_dir)
+        write_config(run)
     return progress
 
 
-def find_facts(run: Run) -> Facts:
+def write_config(run: Run, model: dict[str, str] | None = None) -> None:
+    """train_config.json: the run's settings, and what it has found out."""
     before = run.config.run  # check_base has compared a resumed run's base with this
     base = before.base if before and before.base else fingerprint_base(run.config.init_from)
     dtype = str(run.dtype).removeprefix("torch.")
-    loader = run.loader
-    words = {"label_names": loader.label_names, "word_of": loader.word_of}
-    return Facts(base=base, data=loader.digest, dtype=dtype, **words)
+    facts = Facts(base, model, run.loader.digest, dtype, run.loader.label_names, run.loader.word_of)
+    write_run(run.config, asdict(facts))
 
 
 def record(run: Run, progress: Progress, val_loss: float, updates_per_s: float) -> dict:
@@ -407,10 +375,9 @@ def save_best(run: Run) -> None:
 
 
 def print_start(run: Run, progress: Progress) -> None:
-    if run.config.wandb_run_name and not run.config.wandb_log:
-        print0(
-            run, f"note: wandb_run_name={run.config.wandb_run_name} is not used: type --wandb_log=True to log there"
-        )
+    name = run.config.wandb_run_name
+    if name and not run.config.wandb_log:
+        print0(run, f"note: wandb_run_name={name} is not used: type --wandb_log=True to log there")
     print0(run, parameter_report(run.model))
     dtype = str(run.dtype).removeprefix("torch.")
     updates = f"from update {progress.iter} to {run.config.max_iters}"
@@ -423,8 +390,7 @@ def print_end(run: Run, progress: Progress) -> None:
         return
     folder = run.config.out_dir
     if run.config.rank == 0:
-        facts = replace(find_facts(run), model=fingerprint_base(folder))
-        write_run(folder, settings_of(run.config), asdict(facts))
+        write_config(run, model=fingerprint_base(folder))
     plot_losses(progress.metrics, os.path.join(folder, "loss.png"))
     path = os.path.join(folder, ADAPTER_WEIGHTS if run.config.rank else "model.safetensors")
     print0(run, f"best validation loss {progress.best:.4f}, plotted in {folder}/loss.png")

@@ -53,7 +53,7 @@ def score(sampler, texts):
     """What the model writes after each text, and each label's share."""
     prompts = sampler.make_prompts(texts)
     sampler.config.batch_size = max(1, TOKENS // max(map(len, prompts)))
-    return sampler.answer(prompts, sampler.prompt, wants_shares=True)
+    return sampler.answer(prompts, wants_shares=True)
 
 
 def cut(text, n):

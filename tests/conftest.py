@@ -138,12 +138,16 @@ class Forked:
 
     server = None
 
-    def __init__(self, args, cwd, env, limit, log=None):
-        if Forked.server is None:
+    @classmethod
+    def start_server(cls):
+        if cls.server is None:
             command = [sys.executable, REPO / "tests" / "fork_server.py"]
             # One thread, for machines that do more than these tests.
             one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-            Forked.server = subprocess.Popen(command, stdin=subprocess.PIPE, env=one_thread, text=True)
+            cls.server = subprocess.Popen(command, stdin=subprocess.PIPE, env=one_thread, text=True)
+
+    def __init__(self, args, cwd, env, limit, log=None):
+        Forked.start_server()
         self.folder, self.returncode = Path(tempfile.mkdtemp(dir=OWN.name)), None
         job = {"args": args, "cwd": str(cwd), "env": env, "limit": limit, "folder": str(self.folder)}
         job |= {"out": str(log or self.folder / "out"), "err": str(log or self.folder / "err")}
@@ -191,6 +195,31 @@ def start(*args, cwd=REPO, limit=None, fresh=False, **env):
         return Forked(args, cwd, env, limit)
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, *args], cwd=cwd, env=env, text=True, **pipes)
+
+
+FORK = """#!/bin/sh
+exec '{python}' -S -c '
+import json, os, sys, tempfile, time
+folder = tempfile.mkdtemp(dir="{own}")
+job = {{"args": sys.argv[1:], "cwd": os.getcwd(), "env": dict(os.environ), "limit": None, "folder": folder}}
+job |= {{"out": f"{{folder}}/out", "err": f"{{folder}}/out"}}
+with open("{server}", "w") as f:
+    print(json.dumps(job), file=f)
+while not os.path.exists(f"{{folder}}/code"):
+    time.sleep(0.01)
+print(open(f"{{folder}}/out").read(), end="")
+sys.exit(int(open(f"{{folder}}/code").read()))
+' "$@"
+"""
+
+
+def write_python(path):
+    """A program that is used as `python` is, and starts forks: it writes to the server as this process does, and
+    prints at the end what they wrote."""
+    Forked.start_server()
+    server = f"/proc/{os.getpid()}/fd/{Forked.server.stdin.fileno()}"
+    path.write_text(FORK.format(python=sys.executable, own=OWN.name, server=server))
+    path.chmod(0o755)
 
 
 def here(argv):

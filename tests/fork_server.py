@@ -59,6 +59,7 @@ def become(job):
         os.close(file)
     if job["limit"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
+    sys.executable = job["env"].get("FORKED_PYTHON", sys.executable)  # what it starts is a fork too
     paths = job["env"].get("PYTHONPATH", "").split(os.pathsep)
     sys.path[0:1] = [path for path in paths if path]
 

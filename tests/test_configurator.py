@@ -10,16 +10,14 @@ import io
 import json
 import os
 import re
-import subprocess
-import sys
 import tokenize
 import typing
 
 import pytest
-from conftest import REPO
+from conftest import REPO, finish, start
 
 import configurator
-from configurator import Config, configure, load_run, make_config
+from configurator import Config, configure, make_config
 from plumbing.program.errors import UserError
 from plumbing.program.settings import ALIASES, HINTS, MODEL, fields_of, setting, settings_of
 from plumbing.program.stored_run import write_run
@@ -165,10 +163,8 @@ def test_a_mistyped_flag_is_one_line_that_names_it(capsys, argv, words):
 
 def test_a_real_program_ends_with_code_2_and_no_traceback(tmp_path):
     """Lost if it fails: a script around a run cannot tell a mistake from a result."""
-    command = [sys.executable, "-c", "import sys, configurator; configurator.configure(sys.argv[1:])"]
-    done = subprocess.run([*command, "--lrr=1"], capture_output=True, text=True, cwd=REPO, timeout=60)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: unknown flag --lrr: did you mean --lr?\n"
+    program = start("-c", "import sys, configurator; configurator.configure(sys.argv[1:])", "--lrr=1")
+    assert finish(program, code=2) == ("", "error: unknown flag --lrr: did you mean --lr?\n")
 
 
 # --- config files --------------------------------------------------------------------------------
@@ -511,7 +507,7 @@ def test_a_setting_is_one_statement(tmp_path, capsys):
         configure(["--help"], cls=Wider)
     assert re.search(r"--warmth +float +'0.5' +how warm it is", capsys.readouterr().out)
     assert "at most 1" in told(capsys, "--warmth=1.5", cls=Wider)
-    write_run(str(tmp_path), settings_of(configure(["--warmth=0.25"], cls=Wider)), {})
+    write_run(configure(["--warmth=0.25", f"--out_dir={tmp_path}"], cls=Wider), {})
     resumed = ["--init_from=resume", f"--out_dir={tmp_path}"]
     assert configure(resumed, cls=Wider, trains=False).warmth == 0.25
     assert "warmth=0.25" in told(capsys, *resumed, "--warmth=0.75", cls=Wider, trains=False)
@@ -634,7 +630,7 @@ def test_a_program_makes_the_config_that_flags_make(run_dir):
         ["--init_from=gpt2", "--rank=8", "--temperature=1", "--top_k=200"]
     )
     argv = ["--init_from=resume", f"--out_dir={run_dir}", "--dataset=other.csv"]
-    run = load_run(run_dir, dataset="other.csv")
+    run = make_config(init_from="resume", out_dir=run_dir, dataset="other.csv")
     assert run == configure(argv, trains=False) and run.run and run.rank == 8
 
 

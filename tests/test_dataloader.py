@@ -29,7 +29,7 @@ import tokenizers
 
 from configurator import Config
 from dataloader import CustomDataLoader, Prompt, make_loader
-from plumbing.data import sources, token_cache
+from plumbing.data import data_set, sources, token_cache
 from plumbing.data.tokenizer import gpt2_encoding
 from plumbing.program.files import ASSETS
 
@@ -235,12 +235,17 @@ def test_a_typed_backslash_n_is_a_line_break(tmp_path):
     assert gpt2_encoding().decode(ex.tokens[: ex.n_prompt]) == f"Review: {ex.text}\nSentiment:"
 
 
-def test_an_answer_has_room_for_its_label_behind_the_template():
+def test_an_answer_has_room_for_its_label_behind_the_template(capsys):
     """Lost if it fails: a label of one token more after a line break than after a space is never written whole."""
     word = "lacklustre and dull"
     for template, n in (("{text}\nVerdict:\n{label}", 6), ("{text}\nVerdict: {label}", 5)):
         prompt = Prompt(template, [word, "good"], 64, is_answered=True)
         assert len(prompt.answers()[0]) == n + 1 and prompt.answer_tokens == n
+        Prompt(template, [word, "good"], 64, is_answered=True, max_new_tokens=n)
+        assert capsys.readouterr().out == ""
+        # Less room is a choice, and told: every answer of that label is garbage.
+        Prompt(template, [word, "good"], 64, is_answered=True, max_new_tokens=n - 1)
+        assert f"max_new_tokens={n - 1} cuts answers: a label has {n} tokens" in capsys.readouterr().out
 
 
 # --- order and padding ---------------------------------------------------------------------------
@@ -311,13 +316,13 @@ def test_runs_that_start_at_once_tokenise_once(three_files, tmp_path, monkeypatc
     """Lost if it fails: eight runs on one machine each tokenise the same five million rows."""
     monkeypatch.setattr(token_cache, "CACHE", str(tmp_path / "cache"))
     written = []
-    plain = CustomDataLoader._fill
+    plain = data_set.write_part
 
-    def fill(loader, records):
+    def write_part(writer, records, *arguments):
         written.extend(records)
-        return plain(loader, records)
+        plain(writer, records, *arguments)
 
-    monkeypatch.setattr(CustomDataLoader, "_fill", fill)
+    monkeypatch.setattr(data_set, "write_part", write_part)
     with ThreadPoolExecutor(4) as pool:
         loaders = list(pool.map(CustomDataLoader, [three_files] * 4))
     assert len(written) == 300 + 40  # train and validation

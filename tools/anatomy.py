@@ -3,24 +3,20 @@
     python -m tools.anatomy out-mini                    a run's adapter, or any in PEFT's format
     python -m tools.anatomy out-mini out-other          the same, and how similar the other's directions are
 
-Prints a table and writes anatomy.html and its pictures into the adapter's folder.
+Frobenius norms; D is the update (alpha / r) B A, and W0 along D is the norm of U^T W0 V. Two adapters' directions are
+compared by equation 4 of Hu et al. 2021: 1 where one subspace lies within the other.
 """
 
-import argparse
-import os
-import re
 import sys
-from functools import partial
 from statistics import median
 
 import plumbing.running.threads  # noqa: F401  (before torch, which reads these settings once)
 
 # isort: split
 from plumbing.program.errors import UserError, one_line_errors
+from plumbing.program.flags import make_parser
 from plumbing.program.terminal import forgiving_output
-from tools.report.directions import SHARE, Adapter, Base, check_run, mean_similarity, random_similarity, study
-from tools.report.page import write_page
-from tools.report.paint import draw, paint_similarity, paint_spectra, paint_stress
+from tools.report.directions import SHARE, Adapter, Base, check_run, random_similarity, study
 
 HEAD = ["layer", "|W0|", "|D|", "D / W0", "largest singular values", "hold 90 %"]
 HEAD += ["W0 along D", "along itself", "along random", "amplified"]
@@ -29,34 +25,23 @@ SIMILAR = ["layer", "A: first in 8", "A: all", "D: first in 8", "D: all", "rando
 
 def main(argv):
     with one_line_errors():
-        args = parse(argv)
+        parser = make_parser(__doc__)
+        parser.add_argument("adapter", help="folder of an adapter in PEFT's format")
+        parser.add_argument("other", nargs="?", help="another one, to compare its directions")
+        parser.add_argument("--base", help="the base's directory or name, if the adapter's own entry is out of date")
+        args = parser.parse_args(argv)
         adapter = Adapter(args.adapter)
         other = Adapter(args.other) if args.other else None
         base = Base(args.base or adapter.config.get("base_model_name_or_path"))
         check_run(adapter.directory, base.name)
         layers = list(study(adapter, base, other))
-        page = write_anatomy(adapter, base, layers, other)
+        if other and all(x.similarity is None for x in layers):
+            raise UserError(f"{other.directory} has no layer in common with {adapter.directory}")
     print_table(anatomy_rows(layers))
     print(describe(layers))
     if other:
         print()
         print_table(similarity_rows(layers))
-    print(f"written: {page}")
-
-
-def parse(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.anatomy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("adapter", help="folder of an adapter in PEFT's format")
-    parser.add_argument("other", nargs="?", help="another one, to compare its directions")
-    parser.add_argument("--base", help="the base's directory or name, if the adapter's own entry is out of date")
-
-    def refuse(message):
-        raise UserError(f"{message}; python -m tools.anatomy --help")
-
-    parser.error = refuse
-    return parser.parse_args(argv)
 
 
 def anatomy_rows(layers):
@@ -102,50 +87,6 @@ def print_table(rows):
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
         print("  ".join(cells).rstrip())
-
-
-def write_anatomy(adapter, base, layers, other=None):
-    """anatomy.html and its pictures in the adapter's folder. Returns the page's path."""
-    folder = adapter.directory
-    spectra = {}  # {kind of layer, such as attn.c_attn: [singular values]}
-    for x in layers:
-        spectra.setdefault(re.split(r"\.\d+\.", x.name)[-1], []).append(x.singular_values)
-    paint_values = partial(paint_spectra, spectra=spectra)
-    paint_norms = partial(paint_stress, layers=[(x.own, x.stressed, x.random) for x in layers])
-    parts = [
-        ("h1", f"What the adapter in {name_of(folder)} learned"),
-        ("p", f"Its base: {base.name}. {describe(layers)}"),
-        ("h2", "Singular values"),
-        draw(folder, "anatomy-singular-values.png", "singular values of the update, the largest first", paint_values),
-        ("h2", "W0 along the update's directions"),
-        draw(folder, "anatomy-stress.png", "W0 along its own, the update's and random directions", paint_norms),
-    ]
-    if other:
-        compared = [x for x in layers if x.similarity is not None]
-        if not compared:
-            raise UserError(f"{other.directory} has no layer in common with {folder}")
-        shape = compared[0].similarity.shape
-        names = {"rows": f"first i of {shape[0]}", "columns": f"first j of {shape[1]}"}
-        paint_maps = partial(paint_similarity, maps=mean_similarity(layers, *shape), **names)
-        alt = "similarity of the input directions, mean over the layers"
-        parts += [
-            ("h2", f"Directions shared with {name_of(other.directory)}"),
-            draw(folder, "anatomy-similarity.png", alt, paint_maps, panels=3, size=(8.4, 3.2)),
-            ("p", "Equation 4 of Hu et al. 2021: 1 where one subspace lies within the other."),
-            ("table", similarity_rows(layers)),
-        ]
-    parts += [
-        ("h2", "Layer by layer"),
-        ("p", "Frobenius norms; D is the update (alpha / r) B A. W0 along D: the norm of U^T W0 V."),
-        ("table", anatomy_rows(layers)),
-    ]
-    path = os.path.join(folder, "anatomy.html")
-    write_page(path, parts)
-    return path
-
-
-def name_of(folder):
-    return os.path.basename(os.path.abspath(folder))
 
 
 if __name__ == "__main__":

@@ -266,7 +266,7 @@ def score_ours(config):
 
     def score(indices):
         prompts = [examples[i].tokens[: examples[i].n_prompt] for i in indices]
-        return sampler.answer(prompts, sampler.loader.prompt)[0]
+        return sampler.answer(prompts)[0]
 
     return score
 

@@ -6,7 +6,6 @@
 What the folder is good for: docs/after.md.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import itertools
@@ -17,12 +16,13 @@ import tempfile
 
 import torch
 
-from configurator import load_run
+from configurator import make_config
 from dataloader import Prompt
 from generate import ModelSampler
 from plumbing.data.tokenizer import END, end_of_text, gpt2_encoding
 from plumbing.program.errors import UserError, one_line_errors
 from plumbing.program.files import put_in_place
+from plumbing.program.flags import make_parser
 from plumbing.program.stored_run import RUN_CONFIG
 from plumbing.program.terminal import forgiving_output
 from plumbing.scoring.accuracy import SCORED
@@ -43,7 +43,7 @@ def export(run: str, out: str, dtype: str = "float32") -> None:
         raise UserError(f"{run} is no run ({RUN_CONFIG} is missing): type the folder that train.py has written")
     if os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise UserError(f"{out} is not empty: type the name of a new folder")
-    sampler = ModelSampler(config=load_run(run, device="cpu", dtype="float32"))
+    sampler = ModelSampler(config=make_config(init_from="resume", out_dir=run, device="cpu", dtype="float32"))
     sampler.load_prompt()
     sampler.load_model()
     parent = os.path.dirname(os.path.abspath(out))
@@ -176,17 +176,10 @@ def read_result(config):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("run", help="the folder that train.py has written")
     parser.add_argument("out", help="a new folder")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the file")
-
-    def refuse(message):
-        raise UserError(f"{message}; python -m tools.export --help")
-
-    parser.error = refuse
     with one_line_errors():
         args = parser.parse_args(argv)
         export(args.run, args.out, args.dtype)

@@ -142,6 +142,7 @@ class TextLoader:
         self.seed = seed
         self.batch_size = max(1, 1024 // context)  # of an evaluation: every token is scored over the whole vocabulary
         self.label_names = self.word_of = None  # plain text has none
+        self.drawn = ()  # the documents of each split follow from their content, whatever the seed
         if not os.path.exists(dataset):
             raise ValueError(f"dataset={dataset}: no such file or directory; pretrain reads local text")
         files = [dataset]
@@ -156,10 +157,6 @@ class TextLoader:
             if n <= 2 * context + 1:
                 raise ValueError(f"dataset={dataset}: {n} {split} tokens are too few for rows of {context}")
             self.tokens[split] = np.memmap(os.path.join(folder, f"{split}.bin"), np.uint16, "r")
-
-    def split_is_drawn(self, split: str) -> bool:
-        """False: the documents of each split follow from their content, whatever the seed."""
-        return False
 
     def batch(self, split, starts):
         """The Batch of the rows that begin at these tokens: each token's target is the next one."""

@@ -38,7 +38,7 @@ class DataSet:
         folder = cache_folder("survey", json.dumps([CACHE_VERSION, self.source.digest, fields]))
         survey = read_meta(folder)
         if survey is None:
-            survey = survey_rows(self.source)
+            survey = survey_rows(self.source, fields)
             survey["class_names"] = [part.class_names().get(fields[1]) for part in self.source.parts]
             with whole_folder(folder) as new:
                 write_meta(new, **survey)
@@ -50,9 +50,9 @@ class DataSet:
         named = name_labels(self.tally, survey["class_names"], places, asked)
         self.label_names, self.word_of, self.class_of, unused, notes = named
         self.drawn = splits_to_draw({split for _, split, *_ in self.tally})
-        self._print_notes(unused, notes)
+        self._print_notes(unused, notes, is_learned=bool(asked.learned))
 
-    def _print_notes(self, unused, label_notes):
+    def _print_notes(self, unused, label_notes, is_learned):
         """What a user should know of rows and labels, at every start."""
         used = collections.defaultdict(collections.Counter)  # {split, as the data names it: {class: rows}}
         n_rows = sum(n for *_, n, _ in self.tally)
@@ -73,14 +73,16 @@ class DataSet:
             if alone := [i for i in sorted(used[split]) if i not in used["train"]]:
                 found = ", ".join(f"{self.label_names[i]} ({used[split][i]:,} rows)" for i in alone)
                 notes.append(f"{split} has labels that no row of train has: {found}")
+        if len(used["train"]) == 1 and not is_learned:
+            notes.append(f"all rows of train have one label: {self.label_names[min(used['train'])]}")
         for note in notes + label_notes:
             print(f"note: {note}")
 
-    def load_examples(self, wanted, seed, prompt, fill, key, shares_prefix):
+    def load_examples(self, wanted, seed, prompt, key, shares_prefix):
         """({split: its Examples}, {split: what its meta.json says}), from the cache if the same was asked for before.
 
-        prompt: a `Prompt`. fill: records -> the texts to tokenise. key: all that decides what the tokens are, beside
-        data and seed. shares_prefix: whether the tokens that all prompts begin with may be run once.
+        prompt: a `Prompt`. key: all that decides what the tokens are, beside data and seed. shares_prefix: whether
+        the tokens that all prompts begin with may be run once.
         """
         classes = sorted(self.class_of.items())
         key = [CACHE_VERSION, self.source.digest, self.fields, classes, seed, *key]
@@ -88,7 +90,7 @@ class DataSet:
         metas = {split: read_meta(os.path.join(folder, split)) for split in wanted}
         missing = [split for split in wanted if metas[split] is None]
         if missing:
-            metas |= self._tokenise(folder, missing, seed, prompt, fill, shares_prefix)
+            metas |= self._tokenise(folder, missing, seed, prompt, shares_prefix)
         splits = {split: Examples(os.path.join(folder, split)) for split in wanted}
         print(f"data: {self._describe_splits(next(iter(metas.values()))['rows'])}")
         return splits, metas
@@ -103,16 +105,19 @@ class DataSet:
             files = " and ".join(files) if len(files) < 4 else f"{files[0]} to {files[-1]} ({len(files)} files)"
             found.append(f"{split} {n:,} rows {'drawn from' if split in self.drawn else 'of'} {files}")
         passed_over = self.source.passed_over + [f"the column split of {name}" for name in self.survey["unread"]]
+        filled = {part for part, *_ in self.tally}
+        passed_over += [f"{part.name} (no row in it)" for i, part in enumerate(self.source.parts) if i not in filled]
         return ", ".join(found) + (f"; not read: {', '.join(passed_over)}" if passed_over else "")
 
-    def _tokenise(self, folder, wanted, seed, prompt, fill, shares_prefix):
+    def _tokenise(self, folder, wanted, seed, prompt, shares_prefix):
         """Writes the wanted splits as files for `Examples`. Returns what each one's meta.json says."""
         counts = dict.fromkeys(SPLITS, 0)
         with contextlib.ExitStack() as stack:  # closes the pool and all writers at the end, after an error too
             pool = stack.enter_context(ThreadPoolExecutor())
             writers = {split: ExampleWriter(stack, os.path.join(folder, split)) for split in wanted}
             parts = self._parts(seed, counts, writers)
-            begun = ((split, part, start_encoding(fill(part), pool)) for split, part in parts)
+            texts = ((split, part, [prompt.fill(rec["text"], rec["label"]) for rec in part]) for split, part in parts)
+            begun = ((split, part, start_encoding(filled, pool)) for split, part, filled in texts)
             # pairwise asks for the next part, which starts its threads, before it hands out this one. So the threads
             # tokenise the next part while this one is written. None follows the last part.
             for (split, part, futures), _ in itertools.pairwise(itertools.chain(begun, [None])):

@@ -10,12 +10,22 @@ import unicodedata
 from typing import NamedTuple
 
 ANSWER_CHARS = 40  # a label counts within these first characters of a text; more where the labels are longer
-NO_LABEL = ("", "nan", "na", "n/a", "#n/a", "<na>", "null")  # how tables write that a label is missing
+NO_LABEL = ("", "nan", "na", "n/a", "<na>", "null")  # how tables write that a label is missing, and Excel an error:
+NO_LABEL += ("#n/a", "#null!", "#div/0!", "#value!", "#ref!", "#name?", "#num!")
 
 
 def normalise_label(label: str) -> str:
     """What the spellings of one label have in common: "Positive", " positive" and "POSITIVE" are one."""
     return fold(label).strip()
+
+
+def check_words(names: list[str]) -> None:
+    """Raises ValueError for words that a score cannot tell apart."""
+    spellings = {normalise_label(name) for name in names}
+    if len(names) < 2 or len(spellings) < len(names) or "" in spellings:
+        raise ValueError(
+            f"label_names={','.join(names)}: at least two different words are needed, whatever their capitals"
+        )
 
 
 def fold(text):
@@ -83,7 +93,8 @@ def name_labels(tally, class_names, places, asked: Asked) -> tuple:
     first = {}
     own_words = set()
     for part, _, label, n, row in tally:
-        names = class_names[part] or class_names[0]  # a part without words counts as the train file does
+        # A part without words counts as the train file does, unless the words are numbers: then a number is a word.
+        names = class_names[part] or (class_names[0] if not has_numbers(class_names[0] or ()) else None)
         spelling = plain_number(label or "")
         reason = None
         if label is None:
@@ -130,13 +141,17 @@ def choose_words(counts, own_words, places, class_names, asked):
     new = [label for label in plain if plain_number(label) not in (asked.word_of or {})]
     is_number = [is_whole(plain_number(label)) for label in new]
     if asked.word_of:
-        counted = {}
-        if new and all(is_number) and asked.label_names and not any(map(is_whole, asked.word_of)):
-            _, counted, _ = name_numbers(new, places, asked)
-        return asked.learned, asked.word_of | counted, []
+        if not new or not all(is_number) or not asked.label_names or pairs or has_numbers(asked.word_of):
+            return asked.learned, asked.word_of, []
+        _, counted, _ = name_numbers(new, places, asked)
+        told = ", ".join(f"{label} is {counted[plain_number(label)]}" for label in sorted(new))
+        note = f"the run's own data has words for labels, and these are numbers: by label_names {told}"
+        return asked.learned, asked.word_of | counted, [note]
     if pairs:  # of the data's words or, where it has such, of their numbers
-        named = {plain_number(name): pairs[str(i)] for i, name in enumerate(class_names or ()) if str(i) in pairs}
-        return split_names(asked.label_names), named | pairs, []
+        for i, name in enumerate(() if has_numbers(class_names or ()) else class_names or ()):
+            if word := pairs.get(plain_number(name), pairs.get(str(i))):
+                pairs |= {plain_number(name): word, str(i): word}
+        return split_names(asked.label_names), pairs, []
     if class_names:
         return rename_classes(class_names, counts, asked)
     known = {plain_number(name) for name in asked.words or []}
@@ -156,8 +171,14 @@ def rename_classes(class_names, counts, asked):
                 f"labels ({', '.join(class_names)}): type one for each, in order"
             )
         word_of = dict(zip(map(plain_number, class_names), words))
+        if taken := [name for name in words if word_of.get(plain_number(name), name) != name]:
+            pairs = ",".join(f"{name}={name}" for name in class_names)
+            raise ValueError(
+                f"label_names={asked.label_names}: {taken[0]} is what {asked.dataset} calls another of its labels; "
+                f"type the word of each, such as --label_names={pairs}"
+            )
     numbers = {str(i): word_of.get(plain_number(name), name) for i, name in enumerate(class_names)}
-    return words, ({} if any(map(is_whole, word_of)) else numbers) | word_of, []
+    return words, ({} if has_numbers(word_of) else numbers) | word_of, []
 
 
 def name_numbers(labels, places, asked):
@@ -211,7 +232,11 @@ def name_words(counts, places, asked):
     names = asked.words
     if names is None:
         refuse_mixture(counts, places, asked.dataset)
-        names = sorted(most_frequent(group, counts) for group in spellings.values())
+        n_rows = collections.Counter()
+        for label, n in counts.items():
+            n_rows[label.strip()] += n
+        ranked = sorted(n_rows, key=lambda word: (-n_rows[word], word))  # the most frequent, of equals the first
+        names = sorted({plain_number(word): word for word in ranked[::-1]}.values())
     word_of = {plain_number(name): name for name in names}
     notes = []
     for spelling, group in spellings.items():
@@ -221,44 +246,33 @@ def name_words(counts, places, asked):
     return names, word_of, notes
 
 
-def most_frequent(group, counts):
-    """The spelling of a label that most rows have, outer blanks aside; of equals the first in the alphabet."""
-    totals = collections.Counter()
-    for label in group:
-        totals[label.strip()] += counts[label]
-    return min(totals, key=lambda word: (-totals[word], word))
-
-
 def refuse_unlearned(label_names, learned):
     """ValueError for words that were typed and that a run has not learned."""
-    unknown = [
-        word
-        for word in split_names(label_names or "")
-        if word and plain_number(word) not in map(plain_number, learned)
-    ]
-    if unknown:
-        raise ValueError(
-            f"label_names={label_names}: the run has learned {','.join(learned)}, and not {unknown[0]}; to say which "
-            f"label of the data is which of these, type --label_names=LABEL={learned[0]},LABEL={learned[-1]}"
-        )
+    known = {"", *map(plain_number, learned)}
+    for word in split_names(label_names or ""):
+        if plain_number(word) not in known:
+            raise ValueError(
+                f"label_names={label_names}: the run has learned {','.join(learned)}, and not {word}; to say which "
+                f"label of the data is which of these, type --label_names=LABEL={learned[0]},LABEL={learned[-1]}"
+            )
 
 
 def refuse_unknown(label, names, where, asked):
     words = ",".join(names)
-    problem = f"{asked.dataset} has the label {label!r} too, first in {where}"
     remedy = f"and the train file has {words}: change one of the two"
     if asked.learned:
         remedy = f"and the run has learned {words}: say which is which by --label_names={label.strip()}=WORD,..."
     elif asked.label_names:
-        problem = f"label_names={words}: {problem}"
-        remedy = "add it to label_names, take its rows out, or type --label_names=None for the data's own words"
-    raise ValueError(f"{problem}; {remedy}")
+        remedy = f"and label_names={words}: add it to label_names, take its rows out, or type "
+        remedy += "--label_names=None for the data's own words"
+    raise ValueError(f"{asked.dataset} has the label {label!r} too, first in {where}; {remedy}")
 
 
 def refuse_mixture(labels, places, dataset):
     """Words and numbers at once are two spellings of the same classes more often than classes of their own."""
-    numbers = [label for label in labels if is_decimal(label)]
-    words = [label for label in labels if not is_decimal(label)]
+    decimal = re.compile(r"\s*([-+]?\d*\.?\d+(e[-+]?\d+)?|[-+]?\d+\.)\s*", re.IGNORECASE)
+    numbers = [label for label in labels if decimal.fullmatch(label)]
+    words = [label for label in labels if not decimal.fullmatch(label)]
     if numbers and words:
         raise ValueError(
             f"{dataset} has numbers and words for labels: {numbers[0]!r} first in {places[numbers[0]]()}, "
@@ -267,8 +281,8 @@ def refuse_mixture(labels, places, dataset):
         )
 
 
-def is_decimal(label):
-    return re.fullmatch(r"[-+]?\d*\.?\d+(e[-+]?\d+)?|[-+]?\d+\.", label.strip(), re.IGNORECASE) is not None
+def has_numbers(labels):
+    return any(is_whole(plain_number(label)) for label in labels)
 
 
 def is_whole(spelling):

@@ -4,6 +4,7 @@ Text is UTF-8, or UTF-16 or UTF-32 with a byte-order mark; any file may be packe
 """
 
 import codecs
+import collections
 import contextlib
 import csv
 import functools
@@ -15,11 +16,10 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from plumbing.program.errors import UserError, first_line
 
-KEYS = ("text_field", "label_field")  # the settings that name the columns which are asked for
+KEYS = ("text_field", "label_field", "film")  # what names the columns that are asked for; rt_reviews has a third
 SEPARATORS = (",", ";", "\t", "|")
 MARKS = {  # UTF-32's first: UTF-16's is its beginning
     codecs.BOM_UTF32_LE: "utf-32",
@@ -39,7 +39,7 @@ def read_columns(path: str, needed: tuple[str, ...]) -> Iterator[list]:
     n = 0  # rows so far
     with name_damage(path):
         if is_csv(path) or READERS.get(kind_of(path), read_txt) is None:
-            for batch in read_csv_batches(path, needed) if is_csv(path) else read_batches(path, needed):
+            for batch in refuse_swallowed_rows(path, needed) if is_csv(path) else read_batches(path, needed):
                 yield pick_columns(batch, needed, functools.partial(place_of, path, needed), n)
                 n += batch.num_rows
             return
@@ -102,7 +102,8 @@ def check_columns(path, columns, needed):
     """Raises ValueError if a column that is asked for stands twice: which of the two is meant?"""
     for column, n in [(name, columns.count(name)) for name in needed] + [("split", sum(map(is_split, columns)))]:
         if n > 1:
-            raise UserError(f"{path}: the column {column} stands {n} times in it; rename all of them but one")
+            name = column or "without a name"
+            raise UserError(f"{path}: the column {name} stands {n} times in it; rename all of them but one")
 
 
 def is_split(column):
@@ -134,6 +135,8 @@ def collect_columns(rows, needed, path):
             values.append(value)
         columns.append(text_array(values))
     names = {name for _, row in rows for name in row if is_split(name) and name not in needed}
+    for line, row in rows if len(names) > 1 else ():
+        check_columns(f"{path}, {line_word(path)} {line}", list(row), needed)
     splits = [next((row[name] or "" for name in names if name in row), "train") for _, row in rows]
     return [*columns, text_array(splits) if names else None]
 
@@ -184,13 +187,6 @@ def open_bytes(path):
 
 
 @contextlib.contextmanager
-def open_seekable(path):
-    """For readers that jump about in a file: a packed one is unpacked into memory."""
-    with open_bytes(path) as f:
-        yield io.BytesIO(f.read()) if path.lower().endswith(".gz") else f
-
-
-@contextlib.contextmanager
 def open_text(path):
     with open_bytes(path) as f:
         head = f.peek(4)[:4]
@@ -206,14 +202,8 @@ def name_encoding(path):
     with open_bytes(path) as f:
         if f.peek(4)[:4].startswith(tuple(MARKS)):
             return f"{path} is damaged: it begins as UTF-16 or UTF-32, and does not go on so"
-        line, data = next((line, data) for line, data in enumerate(f, 1) if not is_text(data, "utf-8"))
-    return convert(path, line, "cp1252" if is_text(data, "cp1252") else "latin1")
-
-
-def is_text(data, encoding):
-    with contextlib.suppress(UnicodeDecodeError):
-        return data.decode(encoding) is not None
-    return False
+        line, data = next(pair for pair in enumerate(f, 1) if pair[1].decode(errors="ignore").encode() != pair[1])
+    return convert(path, line, "latin1" if re.search(rb"[\x81\x8d\x8f\x90\x9d]", data) else "cp1252")
 
 
 def convert(path, line, encoding):
@@ -229,11 +219,8 @@ def convert(path, line, encoding):
 # --- csv, tsv ------------------------------------------------------------------------------------
 
 
-class CsvFormat(NamedTuple):
-    columns: list
-    separator: str
-    before: str  # Excel's own first line, such as "sep=;", or ""
-    line_end: str
+# before: Excel's own first line, such as "sep=;", or "".
+CsvFormat = collections.namedtuple("CsvFormat", "columns separator before line_end")
 
 
 def read_format(path, needed=()):
@@ -262,19 +249,12 @@ def split_header(header, separator):
 
 
 def read_csv_batches(path, needed):
-    """The rows of a csv file as pyarrow batches."""
-    form = read_format(path, needed)
-    batches = parse_csv(path, needed, form)
-    has_label = len(needed) > 1 and needed[1] in form.columns
-    return refuse_swallowed_rows(batches, path, needed, form.separator) if has_label else batches
-
-
-def parse_csv(path, needed, form):
-    """By Arrow, and from the first row on that Arrow cannot read, or where it might overlook a mistake, by Python's
-    strict reader, which says what is wrong."""
+    """The rows of a csv file as pyarrow batches: by Arrow and, from the first row on that Arrow cannot read, or where
+    it might overlook a mistake, by Python's strict reader, which says what is wrong."""
     import pyarrow.csv as arrow
     from pyarrow import ArrowInvalid, RecordBatch, string
 
+    form = read_format(path, needed)
     n = 0
     if form.columns and quotes_are_plain(path, form.separator):
         names = [str(i) for i in range(len(form.columns))]
@@ -319,11 +299,12 @@ def read_csv(path, needed=()):
     form = read_format(path, needed)
     n = len(form.columns)
     names = ", ".join(form.columns)
+    n_skipped = 1 + bool(form.before)
     with open_text(path) as f:
         # strict: a quotation mark in a wrong place is an error. Else it swallows the rows up to the next one.
         reader = csv.reader(f, delimiter=form.separator, strict=True)
-        rows = itertools.islice(reader, 1 + bool(form.before), None)
-        begin = 1
+        rows = itertools.islice(reader, n_skipped, None)
+        begin = 1 + n_skipped
         try:
             for fields in rows:
                 begin = reader.line_num + 1
@@ -339,44 +320,42 @@ def read_csv(path, needed=()):
                         f"{remedy}"
                     )
         except csv.Error as e:
+            line, problem = reader.line_num, f"a quotation mark in a wrong place ({e})"
             if "unexpected end" in str(e):
-                raise UserError(
-                    f"{path}, line {begin}: a quotation mark opens here and does not close; take it out, or double "
-                    "the quotation marks inside a quoted text"
-                ) from e
-            raise UserError(
-                f"{path}, line {reader.line_num}: a quotation mark in a wrong place ({e}); inside a quoted text "
-                'each quotation mark is doubled: "He said ""no"" twice"'
-            ) from e
+                line, problem = begin, "a quotation mark opens here and does not close"
+            remedy = 'inside a quoted text each quotation mark is doubled: "He said ""no"" twice"'
+            raise UserError(f"{path}, line {line}: {problem}; {remedy}") from e
 
 
-def refuse_swallowed_rows(batches, path, needed, separator):
-    """Hands through the batches of a csv file; ValueError at the end if a quoted field has swallowed rows: between
-    two stray quotation marks all is one text.
+def refuse_swallowed_rows(path, needed):
+    """The batches of a csv file; ValueError at the end if a quoted field has swallowed rows: between two stray
+    quotation marks all is one text.
 
     Its lines look like rows then: each has as many separators as a row, and in the label's place a label that other
     rows have. A text of a user's can look so too, but hardly: then the message says what to do.
     """
     from pyarrow import compute
 
+    separator = read_format(path, needed).separator
     labels = set()
     suspects = []  # (row, the labels in its lines)
     n = 0
-    for batch in batches:
-        place = batch.schema.names.index(needed[1])
-        labels |= {str(label).strip() for label in batch.column(place)[:1000].unique().to_pylist()}
-        for i, column in enumerate(batch.columns):
-            rows = compute.indices_nonzero(compute.match_substring_regex(column, "[\r\n]"))
-            n_separators = compute.count_substring(column.take(rows), separator).to_pylist()
-            n_breaks = compute.count_substring_regex(column.take(rows), BREAK).to_pylist()
-            for row, separators, breaks in zip(rows.to_pylist(), n_separators, n_breaks):
-                if separators == breaks * (batch.num_columns - 1) and len(suspects) < 1000:
-                    found = labels_in(column[row].as_py(), separator, i, place, batch.num_columns)
-                    suspects.append((n + row, found))
+    for batch in read_csv_batches(path, needed):
+        for place in [i for i, name in enumerate(batch.schema.names) if name in needed[1:]]:
+            labels.update(str(label).strip() for label in batch.column(place)[:1000].unique().to_pylist())
+            for i, column in enumerate(batch.columns):
+                rows = compute.indices_nonzero(compute.match_substring_regex(column, "[\r\n]"))
+                texts = column.take(rows)
+                n_expected = compute.multiply(compute.count_substring_regex(texts, BREAK), batch.num_columns - 1)
+                fits = compute.equal(compute.count_substring(texts, separator), n_expected)
+                for row, text in zip(rows.filter(fits).to_pylist(), texts.filter(fits).to_pylist()):
+                    found = labels_in(text, separator, i, place, batch.num_columns)
+                    if found and len(suspects) < 1000:
+                        suspects.append((n + row, found))
         n += batch.num_rows
         yield batch
     for row, found in suspects:
-        if found and found <= labels:
+        if found <= labels:
             line, fields = next(itertools.islice(read_csv(path, needed), row, None))
             first = line - sum(len(re.findall(BREAK, field or "")) for field in fields.values())
             raise UserError(
@@ -403,7 +382,7 @@ def read_jsonl(path, needed=()):
         for line, text in enumerate(f, 1):
             if text.strip():
                 try:
-                    row = json.loads(text)
+                    row = JSON.decode(text)
                 except (ValueError, RecursionError) as e:
                     raise UserError(f"{path}, line {line}: damaged, or no {kind_of(path)} ({first_line(e)})") from e
                 yield line, need_object(row, f"{path}, line {line}")
@@ -417,8 +396,18 @@ def read_json(path, needed=()):
         yield from read_jsonl(path)
         return
     with open_text(path) as f:
-        for i, row in enumerate(json.load(f), 1):
+        for i, row in enumerate(JSON.decode(f.read()), 1):
             yield i, need_object(row, f"{path}, row {i}")
+
+
+def make_object(pairs):
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"one name stands twice among {', '.join(name for name, _ in pairs)}")
+    return row
+
+
+JSON = json.JSONDecoder(object_pairs_hook=make_object)
 
 
 def need_object(row, where):
@@ -436,7 +425,9 @@ def open_table(path):
     without. batches(size, columns) yields pyarrow's."""
     import pyarrow.parquet
 
-    with open_seekable(path) as f:
+    with open_bytes(path) as f:
+        if path.lower().endswith(".gz"):
+            f = io.BytesIO(f.read())  # the readers jump about in it
         if kind_of(path) == "parquet":
             table = pyarrow.parquet.ParquetFile(f)
             yield table.schema_arrow, table.iter_batches
@@ -480,22 +471,23 @@ def read_xlsx(path, needed=()):
     except ImportError as e:
         raise UserError(f"{path}: Excel files need one more package: pip install openpyxl; or save it as csv") from e
     sheets = {}
-    with open_seekable(path) as f:
-        try:
-            for sheet in openpyxl.load_workbook(f, read_only=True, data_only=True).worksheets:
-                sheet.reset_dimensions()  # what the file says of its size may be wrong
-                sheets[sheet.title] = list(sheet.iter_rows(values_only=True))
-        except Exception as e:  # zipfile's, xml's and openpyxl's own kinds
-            raise UserError(f"{path} is damaged or no xlsx: {first_line(e)}") from e
+    with open_bytes(path) as f:
+        data = io.BytesIO(f.read())
+    try:
+        for sheet in openpyxl.load_workbook(data, read_only=True, data_only=True).worksheets:
+            sheet.reset_dimensions()  # what the file says of its size may be wrong
+            sheets[sheet.title] = list(sheet.iter_rows(values_only=True))
+    except Exception as e:  # zipfile's, xml's and openpyxl's own kinds
+        raise UserError(f"{path} is damaged or no xlsx: {first_line(e)}") from e
     sheets = {title: rows for title, rows in sheets.items() if any(map(any, rows))}
     if len(sheets) > 1:
         raise UserError(f"{path} has the sheets {', '.join(sheets)}: save the one that you mean as a file of its own")
-    header, *rows = next(iter(sheets.values()), [()])
-    columns = ["" if name is None else str(name).strip() for name in header]
+    rows = enumerate(next(iter(sheets.values()), []), 1)
+    rows = [(line, row) for line, row in rows if any(value is not None for value in row)]  # Excel keeps emptied ones
+    columns = ["" if name is None else str(name).strip() for _, header in rows[:1] for name in header]
     check_columns(path, columns, needed)
-    for line, fields in enumerate(rows, 2):
-        if any(field is not None for field in fields):  # Excel keeps rows that were emptied
-            yield line, dict(itertools.zip_longest(columns, fields[: len(columns)]))
+    for line, row in rows[1:]:
+        yield line, dict(itertools.zip_longest(columns, row[: len(columns)]))
 
 
 # --- plain text ----------------------------------------------------------------------------------

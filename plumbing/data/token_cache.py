@@ -54,13 +54,9 @@ class Examples(collections.abc.Sequence):
         self.n_prompt = self.index[:-1, 2][rows]
         self.labels = self.index[:-1, 3][rows]
 
-    def choose(self, n, seed):
-        """n of these examples, each at most once, in the files' order. The choice follows from the seed and from the
-        number of examples alone; a larger n holds those of a smaller one."""
-        return self.divide(n, seed)[0]
-
     def divide(self, n, seed):
-        """(n of these examples, the others)."""
+        """(n of these examples, the others), in the files' order. The choice follows from the seed and the number of
+        examples alone; a larger n holds those of a smaller one."""
         rows = np.arange(len(self)) if self.chosen is None else self.chosen
         shuffled = np.random.default_rng(seed).permutation(len(self))
         return tuple(Examples(self.folder, rows[np.sort(places)]) for places in (shuffled[:n], shuffled[n:]))

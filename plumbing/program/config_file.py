@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from plumbing.program.errors import UserError
 from plumbing.program.files import ROOT
-from plumbing.program.settings import find_key, fit_type
+from plumbing.program.settings import fit_value
 
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
@@ -32,11 +32,7 @@ def find_config_file(path):
 
 def read_config_file(path: str, fields: dict) -> dict:
     """{key: value} of a config file; UserError for a line that is no assignment to one of the fields."""
-    values = {}
-    for where, name, value in read_assignments(path):
-        key = find_key(name, fields, where)
-        values[key] = fit_type(key, value, fields[key].type, where)
-    return values
+    return dict(fit_value(name, value, fields, where) for where, name, value in read_assignments(path))
 
 
 def read_assignments(path: str) -> Iterator[tuple[str, str, object]]:

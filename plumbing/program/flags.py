@@ -19,14 +19,9 @@ def parse_flags(argv: list[str], cls: type, about: str) -> tuple[str | None, dic
     """
     fields = fields_of(cls)
     kinds = typing.get_type_hints(cls)
-    parser = argparse.ArgumentParser(
-        prog=program_name(),
-        usage="%(prog)s [configs/FILE.py] [--key=value ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=make_help(cls, about),
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
+    options = {"usage": "%(prog)s [configs/FILE.py] [--key=value ...]", "argument_default": argparse.SUPPRESS}
+    wants_help = not {"-h", "--help"}.isdisjoint(argv)  # the table is read from the source, which takes a while
+    parser = make_parser(make_help(cls, about) if wants_help else about, **options)
     parser.error = lambda message: refuse(message, fields)
     parser.add_argument("config_file", nargs="?", default=None, help=argparse.SUPPRESS)
     for key in fields:
@@ -39,6 +34,18 @@ def parse_flags(argv: list[str], cls: type, about: str) -> tuple[str | None, dic
     texts = vars(parser.parse_args(argv))
     path = texts.pop("config_file")
     return path, {key: convert(key, text, kinds[key], f"--{key}={text}") for key, text in texts.items()}
+
+
+def make_parser(about: str, **options) -> argparse.ArgumentParser:
+    """A parser whose --help begins with `about`, as it is written, and for which a mistake is one line."""
+    options |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(prog=program_name(), description=about, **options)
+
+    def refuse(message):
+        raise UserError(f"{message}; {parser.prog} --help")
+
+    parser.error = refuse
+    return parser
 
 
 def program_name():

@@ -54,15 +54,6 @@ def settings_of(config) -> dict:
     return {name: getattr(config, name) for name in fields_of(type(config))}
 
 
-def find_key(spelling: str, fields: dict, where: str = "") -> str:
-    """The key that is meant; UserError, with what may be meant, if there is none."""
-    key = ALIASES.get(spelling, spelling)
-    if key not in fields:
-        hint = suggest_key(key, fields) or "train.py --help lists the keys"
-        raise UserError(f"{where}unknown key {key}; {hint}")
-    return key
-
-
 def suggest_key(key: str, fields: dict, dashes: str = "") -> str:
     """What may be meant by an unknown key; "" if nothing is like it."""
     if key in HINTS:
@@ -71,8 +62,12 @@ def suggest_key(key: str, fields: dict, dashes: str = "") -> str:
     return f"did you mean {dashes}{near[0]}?" if near else ""
 
 
-def fit_type(key: str, value, kind, where: str = ""):
-    """A value from a file or a program as the key's type; UserError if it has another."""
+def fit_value(spelling: str, value, fields: dict, where: str = "") -> tuple:
+    """(the key that is meant, the value as its type), from a file or a program; UserError for what does not fit."""
+    key = ALIASES.get(spelling, spelling)
+    if key not in fields:
+        raise UserError(f"{where}unknown key {key}; {suggest_key(key, fields) or 'train.py --help lists the keys'}")
+    kind = fields[key].type
     kinds = typing.get_args(kind) or (kind,)
     if float in kinds and type(value) is int:
         value = float(value)
@@ -82,17 +77,19 @@ def fit_type(key: str, value, kind, where: str = ""):
         value = int(value)
     if type(value) not in kinds:
         raise UserError(f"{where}{key} = {value!r}, but it is {getattr(kind, '__name__', kind)}")
-    return value
+    return key, value
 
 
-def check_value(field: dataclasses.Field, value) -> None:
-    """UserError if the value breaks one of the field's rules."""
-    rules = field.metadata
-    if value is None:
-        return
-    if rules.get("one_of") and value not in rules["one_of"]:
-        raise UserError(f"{field.name}={value}: type one of {', '.join(rules['one_of'])}")
-    if rules.get("least") is not None and value < rules["least"]:
-        raise UserError(f"{field.name}={value}: type at least {rules['least']}")
-    if rules.get("most") is not None and value > rules["most"]:
-        raise UserError(f"{field.name}={value}: type at most {rules['most']}")
+def check_values(cls: type, values: dict) -> None:
+    """UserError if a value breaks one of its field's rules."""
+    for key, field in fields_of(cls).items():
+        value = values.get(key)
+        rules = field.metadata
+        if value is None:
+            continue
+        if rules.get("one_of") and value not in rules["one_of"]:
+            raise UserError(f"{key}={value}: type one of {', '.join(rules['one_of'])}")
+        if rules.get("least") is not None and value < rules["least"]:
+            raise UserError(f"{key}={value}: type at least {rules['least']}")
+        if rules.get("most") is not None and value > rules["most"]:
+            raise UserError(f"{key}={value}: type at most {rules['most']}")

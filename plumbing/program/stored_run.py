@@ -7,14 +7,15 @@ import os
 
 from plumbing.program.errors import UserError
 from plumbing.program.files import write_json
+from plumbing.program.settings import settings_of
 
 RUN_CONFIG = "train_config.json"
 
 
-def write_run(out_dir: str, settings: dict, facts: dict) -> None:
+def write_run(config, facts: dict) -> None:
     """With a SHA-256, so that a file that was changed by hand or damaged is refused on resuming."""
-    values = settings | {"facts": facts}
-    write_json(os.path.join(out_dir, RUN_CONFIG), values | {"sha256": fingerprint(values)})
+    values = settings_of(config) | {"facts": facts}
+    write_json(os.path.join(config.out_dir, RUN_CONFIG), values | {"sha256": fingerprint(values)})
 
 
 def read_run(out_dir: str) -> tuple[dict, dict]:
@@ -69,8 +70,9 @@ def find_changes(settings: dict, stored: dict) -> list[str]:
     return [key for key in keys if settings[key] != stored[key]]
 
 
-def refuse_another_run(settings, stored, out_dir):
+def refuse_another_run(config, stored, out_dir):
     """UserError where auto_resume would go on with a run of other settings."""
+    settings = settings_of(config)
     changes = [f"{key}={settings[key]} ({stored[key]} there)" for key in find_changes(settings, stored)]
     if changes:
         raise UserError(

@@ -81,6 +81,32 @@ def load_checkpoint(out_dir, model, optimizers, scaler, processes) -> Progress:
     return state["progress"]
 
 
+def begin_or_resume(run) -> Progress:
+    """A resumed run's progress, with its checkpoint loaded; or a new run's, whose folder keeps no earlier run's
+    progress. Raises ValueError for a run that has made more updates than it is to make."""
+    config = run.config
+    is_first = run.processes.is_first
+    progress = Progress()
+    # The first process decides and reads for all (the others add 0): another machine may not see its disk.
+    if run.processes.total(config.run is not None and is_first):
+        progress = load_checkpoint(config.out_dir, run.model, run.optimizers, run.scaler, run.processes)
+    elif is_first:
+        for old in (CHECKPOINT, "metrics.jsonl"):  # a resume would go on with them
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(config.out_dir, old))
+    if config.max_iters < progress.iter:
+        raise ValueError(
+            f"max_iters={config.max_iters}: the run in {config.out_dir} has made {progress.iter} updates already; "
+            "type at least that many, or start another run with another --out_dir"
+        )
+    if progress.eval_iters not in (None, config.eval_iters):
+        if is_first:
+            print(f"note: eval_iters={config.eval_iters} gives losses of other batches, so the best one is reset")
+        progress.best = math.inf
+    progress.eval_iters = config.eval_iters
+    return progress
+
+
 def check_same_data(config, loader, scored: str | None = None) -> None:
     """Raises ValueError if the data of a resumed run are no longer those that it was trained on. A split that is only
     `scored` may have changed if the data set names it itself; then a line says so."""
@@ -89,7 +115,7 @@ def check_same_data(config, loader, scored: str | None = None) -> None:
     changed = f"dataset={config.dataset} has changed since the run in {config.out_dir} began"
     if scored is None:
         raise ValueError(f"{changed}; put its old content back, or start another run with another --out_dir")
-    if loader.split_is_drawn(scored):
+    if scored in loader.drawn:
         raise ValueError(
             f"{changed}, and the seed draws its {scored} split: some of its rows may have been trained on; put the "
             "old content back, or name the rows to score by a file test.csv or a column split"

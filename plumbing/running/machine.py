@@ -85,11 +85,15 @@ def try_device(device: str) -> list[torch.Tensor]:
     return [loss.detach().cpu(), gradients.cpu(), idx.cpu().float()]
 
 
-def pick_dtype(device: str, dtype: str = "auto", mixed: bool = True, before: str | None = None) -> torch.dtype:
+def pick_dtype(device: str, dtype: str = "auto", layer=None, before: str | None = None) -> torch.dtype:
     """The dtype to compute in. "auto": bfloat16 where the hardware is fast at it, float16 on older GPUs, else
-    float32. mixed=False: float32 in any case, for layers that cannot have a weight in one dtype and an adapter in
-    another. before: what a resumed run computed in until now. It stays, unless another is typed or this machine does
-    not have it; then a line says so. Raises ValueError for a dtype that the device does not have."""
+    float32. Raises ValueError for a dtype that the device does not have.
+
+    layer: LoRALinear. Ours has A and B in float32 next to a bfloat16 weight, and says so by mixes_dtypes. One of your
+    own that does not is computed in float32. before: what a resumed run computed in until now. It stays, unless
+    another is typed or this machine does not have it; then a line says so.
+    """
+    mixed = layer is None or getattr(layer, "mixes_dtypes", False)
     if before is None:
         return find_dtype(device, dtype, mixed)
     if dtype in ("auto", before):

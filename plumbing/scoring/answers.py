@@ -1,6 +1,7 @@
 """From many prompts to answers: which ones go together, their keys and values, how probable each label is."""
 
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -22,6 +23,17 @@ def order_by_length(prompts: list[list[int]], size: int) -> list[np.ndarray]:
     """The indices of each batch: prompts of like length together, so that little is padding."""
     order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
     return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def read_batches(model, prompts: list[list[int]], size: int) -> Iterator[tuple]:
+    """(indices, their last tokens, a KVCache of all tokens before them), batch after batch, as `read_prompts` gives
+    them. The tokens that every prompt begins with go through the model once."""
+    prefix = shared_start(prompts)
+    cache = KVCache()
+    if prefix:  # called for what it writes into the cache: keys and values
+        model.hidden(torch.tensor([prefix], device=next(model.parameters()).device), cache)
+    for indices in order_by_length(prompts, size):
+        yield indices, *read_prompts(model, [prompts[i][len(prefix) :] for i in indices], cache)
 
 
 def read_prompts(model, prompts: list[list[int]], past: KVCache) -> tuple[torch.Tensor, KVCache]:

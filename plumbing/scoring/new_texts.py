@@ -125,9 +125,10 @@ def write_file(path, target, text_field, predict, size):
 def refuse_other_answers(target, path, text_field):
     """UserError where the answers to other texts would be overwritten: to a reviews.csv of another folder."""
     if os.path.exists(target):
-        pairs = zip(bare_texts(path, text_field), bare_texts(target, text_field))
+        texts = bare_texts(path, text_field)
         with contextlib.suppress(UserError):
-            if all(new == answered for new, answered in itertools.islice(pairs, 1000)):
+            # Every text that was answered is there again, and more may follow.
+            if all(next(texts, ...) == answered for answered in bare_texts(target, text_field)):
                 return
         raise UserError(
             f"predict={path}: {target} holds the answers to other texts; move it away, or type another --out_dir"

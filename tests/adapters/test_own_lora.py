@@ -3,13 +3,11 @@
 python -m pytest tests/adapters/test_own_lora.py
 """
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, finish, start
 
 import model
 import train
@@ -97,6 +95,5 @@ def test_a_package_that_is_not_there_is_one_line(tmp_path):
     for name in ("train.py", "generate.py"):
         code = f"import sys, runpy; sys.path[:0] = [{str(tmp_path)!r}, {str(REPO)!r}]; sys.argv = ['{name}']"
         code += f"; runpy.run_path({str(Path(REPO) / name)!r}, run_name='__main__')"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-        assert "lora.py" in done.stderr and "pip install no_such_package" in done.stderr
+        _, err = finish(start("-c", code, cwd=tmp_path), code=2)
+        assert err.count("\n") == 1 and "lora.py" in err and "pip install no_such_package" in err, err

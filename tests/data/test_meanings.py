@@ -11,8 +11,6 @@ import io
 import json
 import os
 import re
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -22,13 +20,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import base_folder
+from conftest import base_folder, finish, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_wild_data import COMMON, load, pairs, refusal, some_rows, write_csv, write_jsonl
 
 import generate
-from configurator import configure, load_run
+from configurator import configure, make_config
 from dataloader import CustomDataLoader
 from generate import ModelSampler
 from plumbing.data import readers, token_cache
@@ -113,6 +111,22 @@ def test_a_file_without_words_has_the_train_files_numbers(tmp_path):
     assert words_of(load(folder)) == plain_words(train_rows, test_rows)
 
 
+def test_words_that_are_numbers_stay_words(tmp_path):
+    """Lost if it fails: stars of 1 to 5 in train.parquet, whose numbers there are 0 to 4, are one off in test.csv."""
+    stars = ["1", "2", "3"]
+    test = rows_of("test", ("2", "1"))
+    write_files(tmp_path, "parquet", {"train": (rows_of("train", stars), stars)})
+    write_csv(tmp_path / "test.csv", test)
+    loader = CustomDataLoader(str(tmp_path), wanted=("test",))
+    assert words_of(loader) == plain_words(test)
+    write_csv(tmp_path / "test.csv", rows_of("test", ("0", "1")))
+    assert "the label '0'" in refusal(tmp_path)
+    # So are those of pairs, never the numbers 0, 1, 2 that stand for these words.
+    words = load(tmp_path / "train.parquet", label_names="1=one,2=two,3=three")
+    assert words_of(words)["train 0"] == "one"
+    assert "the label '3'" in refusal(tmp_path / "train.parquet", label_names="0=one,1=two,2=three")
+
+
 @pytest.mark.parametrize("kind", ["parquet", "save_to_disk"])
 def test_a_word_that_train_does_not_have_is_an_error(tmp_path, kind):
     """Lost if it fails: a third class of the test file is scored as one of two others."""
@@ -123,6 +137,14 @@ def test_a_word_that_train_does_not_have_is_an_error(tmp_path, kind):
     assert "2 words" in refusal(tmp_path / "data", label_names="x,y,z") or "3 words" in refusal(
         tmp_path / "data", label_names="x,y,z"
     )
+
+
+def test_a_word_of_the_data_is_no_other_label_of_it(tmp_path):
+    """Lost if it fails: of two words that are typed, one is mistyped: all labels are swapped."""
+    write_files(tmp_path, "parquet", {"train": (rows_of("train", ("bad", "good")), ["bad", "good"])})
+    message = refusal(tmp_path, label_names="good,badd")
+    assert "good is what" in message and "--label_names=bad=bad,good=good" in message
+    assert words_of(load(tmp_path, label_names="bad=good,good=superb"))["train 0"] == "good"
 
 
 def test_words_that_are_written_for_others_are_told(tmp_path, capsys):
@@ -250,7 +272,7 @@ def test_the_learned_order_stands(tmp_path, classify, keeps_words):
     assert loader.label_names == ["bad", "fine", "good"]
 
 
-def test_a_run_on_words_of_the_data_reads_files_that_number_them(tmp_path):
+def test_a_run_on_words_of_the_data_reads_files_that_number_them(tmp_path, capsys):
     """Lost if it fails: a run on the hub's neg and pos cannot be scored on a file of 0 and 1, or of pos and neg."""
     rows = rows_of("train", ("neg", "pos"), 60)
     with_names(rows, ["neg", "pos"]).to_parquet(tmp_path / "a.parquet")
@@ -263,6 +285,19 @@ def test_a_run_on_words_of_the_data_reads_files_that_number_them(tmp_path):
     for name in ("b.parquet", "c.csv", "d.csv"):
         loader = load(tmp_path / name, label_names="negative,positive", **learned_by(first))
         assert words_of(loader) == expected and loader.label_names == ["negative", "positive"]
+    # By pairs, in another order than that of the numbers.
+    typed = {"label_names": "pos=positive,neg=negative"}
+    paired = load(tmp_path / "a.parquet", **typed)
+    for name in ("b.parquet", "c.csv", "d.csv"):
+        assert words_of(load(tmp_path / name, **typed, **learned_by(paired))) == expected
+    # Where nothing but the order of label_names tells what the numbers are, a note says what is made of them.
+    capsys.readouterr()
+    counted = load(tmp_path / "c.csv", label_names="pos,neg")
+    loader = load(tmp_path / "d.csv", label_names="pos,neg", **learned_by(counted))
+    assert words_of(loader) == {row["text"]: "neg" if row["label"] == "pos" else "pos" for row in rows}
+    assert "these are numbers: by label_names 0 is pos, 1 is neg\n" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"the label '(0|1)'"):
+        load(tmp_path / "d.csv", **typed, **learned_by(load(tmp_path / "c.csv", **typed)))
 
 
 def run_on(folder, out, task, data, *flags):
@@ -324,11 +359,11 @@ def test_a_run_is_scored_on_other_files_by_its_own_words(tmp_path_factory, task,
         ModelSampler(out, device="cpu", label_names="approve,reject").predict(texts)
     # It goes on with the same classes, and a run that was made before, without these facts, is read as it was.
     train(configure(["--init_from=resume", f"--out_dir={out}", "--max_iters=41"]))
-    assert load_run(out).run.word_of == stored["word_of"]
+    assert make_config(init_from="resume", out_dir=out).run.word_of == stored["word_of"]
     stored = json.loads((folder / "out" / RUN_CONFIG).read_text())
     del stored["facts"]["word_of"], stored["sha256"]
     (folder / "out" / RUN_CONFIG).write_text(json.dumps(stored))
-    assert load_run(out).run.word_of is None
+    assert make_config(init_from="resume", out_dir=out).run.word_of is None
     assert score(out, "--split=validation")["accuracy"] > 0.6
 
 
@@ -342,12 +377,18 @@ def test_one_line_says_which_files_make_each_split(tmp_path, capsys):
     (tmp_path / "README.md").write_text("no data")
     for _ in range(2):  # the second time from the cache
         loader = CustomDataLoader(str(tmp_path))
-        assert len(loader.splits["validation"]) == 12 and not loader.split_is_drawn("validation")
+        assert len(loader.splits["validation"]) == 12 and "validation" not in loader.drawn
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("data: ")]
         counted = re.findall(r"(\w+) (\d+) rows (of|drawn from) train.csv", line)
         assert [name for name, _, how in counted if how == "drawn from"] == ["train", "test"]
         assert sum(int(n) for _, n, _ in counted) == 40 and "validation 12 rows of eval.csv" in line
         assert line.endswith("; not read: holdout.csv")
+    # What lies there in a way that is not read, or has no row.
+    (tmp_path / "test.csv").write_text("text,label\n")
+    (tmp_path / "test.csv.zip").write_bytes(b"PK")
+    (tmp_path / "train").mkdir()
+    CustomDataLoader(str(tmp_path))
+    assert "not read: holdout.csv, test.csv.zip, train, test.csv (no row in it)\n" in capsys.readouterr().out
     path = write_csv(tmp_path / "other.csv", some_rows(1200))
     loader = load(path)
     line = capsys.readouterr().out
@@ -363,6 +404,10 @@ def test_splits_of_a_saved_data_set_that_are_not_read_are_named(tmp_path, capsys
     datasets.DatasetDict(made).save_to_disk(tmp_path / "data")
     load(tmp_path / "data")
     assert "not read: the split unsupervised" in capsys.readouterr().out
+    datasets.DatasetDict(Train=made["train"], TEST=made["unsupervised"]).save_to_disk(tmp_path / "capitals")
+    assert len(CustomDataLoader(str(tmp_path / "capitals"), wanted=("test",)).splits["test"]) == 40
+    datasets.DatasetDict(train=made["train"], dev=made["train"], val=made["train"]).save_to_disk(tmp_path / "twice")
+    assert "val and dev are two names for one split" in refusal(tmp_path / "twice")
 
 
 @pytest.mark.parametrize(
@@ -372,6 +417,8 @@ def test_splits_of_a_saved_data_set_that_are_not_read_are_named(tmp_path, capsys
         ("val.csv", "eval.csv"),
         ("test.csv", "test-1.csv"),
         ("train-v1.csv", "train-v2.csv"),
+        ("test-00000-of-00001.csv", "test-00000-of-00002.csv"),
+        ("test-1.csv", "test_1.csv"),
     ],
 )
 @pytest.mark.parametrize("packed", ["", ".gz"])
@@ -409,11 +456,12 @@ def test_the_column_split_in_any_capitals(tmp_path, column, kind):
         frame = pd.DataFrame(rows)
         frame.to_parquet(path) if kind == "parquet" else frame.to_excel(path, index=False)
     loader = load(path)
-    assert not any(map(loader.split_is_drawn, ALL))
+    assert not loader.drawn
     assert [ex.text for ex in loader.splits["train"]] == [row["text"] for row in rows[::4]]
     assert len(loader.splits["validation"]) == 30 and len(loader.splits["test"]) == 15
     twice = [row | {"split": "train", "Split": "test"} for row in some_rows(60)]
     assert "split stands 2 times" in refusal(write_csv(tmp_path / "twice.csv", twice))
+    assert "line 1: the column split stands 2 times" in refusal(write_jsonl(tmp_path / "twice.jsonl", twice))
 
 
 def test_a_column_split_in_a_file_that_is_named_after_its_split_is_named(tmp_path, capsys):
@@ -455,6 +503,10 @@ def test_labels_that_train_does_not_have_are_told(tmp_path, capsys):
     write_csv(tmp_path / "test.csv", some_rows(60, ("good", "bad")))
     load(tmp_path)
     assert "note: test has labels that no row of train has: bad (30 rows)\n" in capsys.readouterr().out
+    load(tmp_path / "train.csv", label_names="bad,good")
+    assert "note: all rows of train have one label: good\n" in capsys.readouterr().out
+    load(tmp_path / "train.csv", learned=["bad", "good"])  # to be scored
+    assert "note" not in capsys.readouterr().out
 
 
 # --- files that say something wrong of themselves ------------------------------------------------
@@ -583,7 +635,5 @@ def test_a_start_from_the_cache_imports_no_arrow(tmp_path, kind):
         with_names(some_rows(60), ["bad", "good"]).to_parquet(path)
     code = f"import sys; from dataloader import CustomDataLoader; CustomDataLoader({path!r}); "
     code += "print('pyarrow' in sys.modules)"
-    environment = os.environ | {"NANOLORA_CACHE": token_cache.CACHE}
-    command = [sys.executable, "-c", code]
-    found = [subprocess.run(command, capture_output=True, text=True, env=environment).stdout[-6:] for _ in range(2)]
+    found = [finish(start("-c", code, NANOLORA_CACHE=token_cache.CACHE))[0][-6:] for _ in range(2)]
     assert [text.split()[-1] for text in found] == ["True", "False"]

@@ -126,7 +126,7 @@ def test_whether_a_split_was_drawn(tmp_path, named, drawn, as_column):
         for split in named:
             write_csv(tmp_path / f"{split}.csv", parts[split])
     loader = CustomDataLoader(str(tmp_path), wanted=named)
-    assert [split for split in ALL if loader.split_is_drawn(split)] == list(drawn)
+    assert [split for split in ALL if split in loader.drawn] == list(drawn)
     again = CustomDataLoader(str(tmp_path), wanted=named, seed=8)
     for split in named:
         same = [ex.text for ex in loader.splits[split]] == [ex.text for ex in again.splits[split]]
@@ -138,7 +138,7 @@ def test_rt_reviews_and_text_name_their_splits(tmp_path):
     loader = CustomDataLoader("rt_reviews", wanted=("test",))
     (tmp_path / "book.txt").write_text("\n\n".join(f"paragraph {i} of a long book" for i in range(1000)))
     book = TextLoader(str(tmp_path / "book.txt"), context=8)
-    assert not any(source.split_is_drawn(split) for source in (loader, book) for split in ALL)
+    assert not loader.drawn and not book.drawn
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -329,6 +329,21 @@ def test_a_malformed_row_is_told_with_its_line(tmp_path, wrong, told, line):
     path.write_text("\n".join([*lines[: line - 1], wrong, *lines[line:]]) + "\n")
     message = refusal(path)
     assert [words for words in [f"{path}, line {line}:", *told] if words not in message] == []
+
+
+@pytest.mark.parametrize("before, line", [("", 2), ("sep=,\n", 3)])
+def test_a_quotation_mark_that_opens_and_does_not_close_is_told_with_its_line(tmp_path, before, line):
+    """Lost if it fails: a user looks for a mistake of the first row in the header."""
+    (tmp_path / "rows.csv").write_text(before + 'text,label\n"a joy,good\ndull,bad\n')
+    assert f"line {line}: a quotation mark opens here" in refusal(tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize("kind", ["csv", "xlsx"])
+def test_a_header_between_the_rows_is_told(tmp_path, kind):
+    """Lost if it fails: two files are put together, and `label` is a class of the model."""
+    rows = [*some_rows(60), {"text": "text", "label": "label"}, *some_rows(60)]
+    write_kind(tmp_path / f"rows.{kind}", rows)
+    assert " 62: the header once more" in refusal(tmp_path / f"rows.{kind}")
 
 
 def test_blank_lines_are_no_rows(tmp_path, capsys):
@@ -656,14 +671,14 @@ def test_what_datasets_saved_is_read(tmp_path):
     }
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "all")
     loader = load(tmp_path / "all")
-    assert loader.label_names == ["neg", "pos"] and not any(map(loader.split_is_drawn, ALL))
+    assert loader.label_names == ["neg", "pos"] and not loader.drawn
     for split in ALL:
         expected = [(row["text"], row["label"]) for row in parts[split]]
         assert [(ex.text, ex.label) for ex in loader.splits[split]] == expected
     parts["train"].save_to_disk(tmp_path / "one")
     one = load(tmp_path / "one")
     assert pairs(one) == sorted((f"train {i}", ("neg", "pos")[i % 2]) for i in range(40))
-    assert all(map(one.split_is_drawn, ALL)) and one.digest != loader.digest
+    assert set(one.drawn) == set(ALL) and one.digest != loader.digest
     parts["train"].save_to_disk(tmp_path / "copy")
     assert load(tmp_path / "copy").digest == one.digest
     datasets.DatasetDict(unsupervised=parts["train"]).save_to_disk(tmp_path / "other")
@@ -679,7 +694,7 @@ def test_excel_without_its_reader_says_what_to_install(tmp_path, monkeypatch):
     assert "pip install openpyxl" in refusal(tmp_path / "rows.xlsx")
 
 
-def test_excel_with_two_sheets_is_refused(tmp_path):
+def test_excel_with_two_sheets_is_refused(tmp_path, capsys):
     """Lost if it fails: the rows of all sheets but one vanish."""
     openpyxl = pytest.importorskip("openpyxl", reason="pip install openpyxl")
     book = openpyxl.Workbook()
@@ -691,8 +706,13 @@ def test_excel_with_two_sheets_is_refused(tmp_path):
     book.save(tmp_path / "two.xlsx")
     assert "the sheets Sheet, more" in refusal(tmp_path / "two.xlsx")
     del book["more"]
+    # A table that does not begin in the first cell; a label that Excel cannot compute.
+    book.active.insert_rows(1, 2)
+    book.active.insert_cols(1)
+    book.active.append([None, "a film", "#REF!"])
     book.save(tmp_path / "one.xlsx")
     assert pairs(load(tmp_path / "one.xlsx")) == plain_pairs(some_rows(60))
+    assert "no label (#REF!): 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "xlsx"])
@@ -733,6 +753,7 @@ def test_two_kinds_of_files_for_one_split_are_told(tmp_path, first, second):
         ('[{"text": "a", "label": "b"}', ["damaged or no json"]),
         ('{\n  "data": []\n}', ["damaged, or no json"]),
         ("[" * 100_000, ["damaged or no json"]),
+        ('{"text": "a", "label": "b"}\n{"text": "a", "text": "b"}', ["line 2", "twice", "text"]),
         ("", ["empty"]),
     ],
 )

@@ -15,7 +15,7 @@ from conftest import finish, flags, here, one_line_of, start, tokens
 from safetensors.torch import load_file, save_file
 
 import generate
-from configurator import Facts, configure, load_run
+from configurator import Facts, configure, make_config
 from generate import ModelSampler
 from lora import load_adapter, save_adapter
 from model import GPT
@@ -389,7 +389,7 @@ def test_a_run_that_trained_all_weights_knows_its_own(place, capsys):
     sampler = ModelSampler(str(folder), device="cpu")
     with pytest.raises(ValueError, match=str(folder)):
         sampler.get_accuracy()
-    assert load_run(str(folder)).run.base
+    assert make_config(init_from="resume", out_dir=str(folder)).run.base
 
 
 def test_full_fine_tuning_into_the_bases_folder_is_refused(place, capfd):

@@ -10,8 +10,6 @@ import os
 import shutil
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -88,12 +86,17 @@ def etag(body):
     return hashlib.sha1(body).hexdigest()
 
 
-def load(address, home, out):
-    """A user's process that loads gpt2-medium and saves its logits. The hub's client reads its settings from the
-    environment as it is imported; a proxy would take the requests away from 127.0.0.1."""
+def client_settings(address, home):
+    """The variables that the hub's client reads as it is imported; a proxy would take the requests away from
+    127.0.0.1."""
     env = {name: None for name in os.environ if name.upper().startswith(("HF_", "HUGGING"))}
     env |= {name: None for name in os.environ if name.upper().endswith("_PROXY")}
-    process = start("-c", USER, out, **env | {"HF_ENDPOINT": address, "HF_HOME": home})
+    return env | {"HF_ENDPOINT": address, "HF_HOME": home}
+
+
+def load(address, home, out):
+    """A user's process that loads gpt2-medium and saves its logits."""
+    process = start("-c", USER, out, **client_settings(address, home))
     _, err = process.communicate(timeout=120)
     return process.returncode, err
 
@@ -155,19 +158,12 @@ def test_a_broken_download_is_told_and_the_next_start_mends_it(hf, checkpoint, t
 
 
 def run_python(code, home, address, **more):
-    """(exit code, stdout, stderr, seconds) of a fresh process, as a user's program ends."""
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.upper().startswith(("HF_", "HUGGING")) and not name.upper().endswith("_PROXY")
-    }
-    env |= {"HF_ENDPOINT": address, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_ETAG_TIMEOUT": "2"} | more
-    began = time.monotonic()
+    """(exit code, stdout, stderr, seconds) of a process, as a user's program ends."""
     code = f"from plumbing.program.errors import one_line_errors\nwith one_line_errors():\n    {code}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPO, env=env, capture_output=True, text=True, timeout=120
-    )
-    return done.returncode, done.stdout, done.stderr, time.monotonic() - began
+    began = time.monotonic()
+    process = start("-c", code, **client_settings(address, home) | {"HF_HUB_ETAG_TIMEOUT": "1"} | more)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err, time.monotonic() - began
 
 
 FIND = 'from plumbing.gpt2.files import find_checkpoint; print(find_checkpoint("gpt2-medium")[0])'

@@ -36,7 +36,7 @@ def python(*argv):
     return shlex.join([sys.executable, *map(str, argv)])
 
 
-@pytest.mark.parametrize("reader", ["head -1", "grep -m1 params", "true"])
+@pytest.mark.parametrize("reader", ["head -1", pytest.param("grep -m1 params", marks=pytest.mark.slow), "true"])
 def test_training_goes_on_when_its_reader_has_gone(place, reader):
     """Lost if it fails: `train.py | head -1` ends a run at its second line."""
     name = f"reader-{reader.split()[0]}"
@@ -159,7 +159,7 @@ def test_a_session_runs_the_programs_again_and_again(place):
 # --- Ctrl-C --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("program", [["train.py"], ["-m", "tools.sweep"]])
+@pytest.mark.parametrize("program", [["train.py"], pytest.param(["-m", "tools.sweep"], marks=pytest.mark.slow)])
 def test_ctrl_c_while_a_program_starts_is_one_line(place, program):
     """Lost if it fails: who has typed a command wrongly and stops it gets forty lines about imports."""
     command = [sys.executable, *program, "--help"]

@@ -72,9 +72,9 @@ def test_cudnns_attention_is_off_in_training_and_in_scoring():
 
 def test_layers_of_one_dtype_get_float32(capsys):
     """Otherwise a lora.py of one's own ends in an error about dtypes on machines with bfloat16."""
-    assert machine.pick_dtype("cpu", "auto", mixed=False) == torch.float32
+    assert machine.pick_dtype("cpu", "auto", torch.nn.Linear) == torch.float32
     assert not capsys.readouterr().out
-    assert machine.pick_dtype("cpu", "bfloat16", mixed=False) == torch.float32
+    assert machine.pick_dtype("cpu", "bfloat16", torch.nn.Linear) == torch.float32
     assert "float32 instead of bfloat16" in capsys.readouterr().out
 
 

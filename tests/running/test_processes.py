@@ -6,13 +6,22 @@ python -m pytest tests/running/test_processes.py
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import time
 
 import psutil
 import pytest
-from conftest import REPO, finish, flags, here, largest_difference, one_line_of, read_metrics, start, write_reviews
+from conftest import (
+    REPO,
+    Forked,
+    finish,
+    flags,
+    here,
+    largest_difference,
+    one_line_of,
+    read_metrics,
+    start,
+    write_reviews,
+)
 
 
 @pytest.mark.parametrize(
@@ -71,9 +80,8 @@ def test_a_machine_that_is_switched_off_and_on_again(place):
         torchrun += [f"--rdzv-conf=is_host={i == 0},keep_alive_interval=1", "train.py"]
         # Without the second, torch 2.13 does not let a machine back in.
         env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        command = [sys.executable, *torchrun, *flags(place, f"machine-{i}", **settings)]
-        log = open(place / f"machine-{i}.log", "a")  # noqa: SIM115
-        return subprocess.Popen(command, cwd=REPO, env=env, stdout=log, stderr=log)
+        command = [*torchrun, *flags(place, f"machine-{i}", **settings)]
+        return Forked(command, REPO, env, None, log=place / f"machine-{i}.log")
 
     machines = [machine(0), machine(1)]
     try:

@@ -92,7 +92,7 @@ def test_a_full_run_that_was_terminated_and_killed_equals_an_unbroken_one(place,
 
 def test_killed_again_and_again():
     """Lost if it fails: a run that a machine took down is another run than the one that was started."""
-    out, _ = finish(start("tests/running/soak.py", "10", fresh=True))
+    out, _ = finish(start("tests/running/soak.py", "10"))
     assert "10 kills, every run ended in the unbroken run's bits" in out
 
 

@@ -3,6 +3,7 @@
 python -m pytest tests/scoring/test_new_texts.py
 """
 
+import contextlib
 import csv
 import gzip
 import io
@@ -278,6 +279,16 @@ def test_the_answers_to_another_file_stay(tiny, tmp_path, capsys, kind):
     assert target.read_bytes() == before
     predict(tiny[1], tmp_path, tmp_path / "a" / f"r.{kind}")  # the same again
     assert target.read_bytes() == before
+    # Some of the texts: the answers to the others would be lost. All of them and more: none is lost.
+    for n, stays in ((3, True), (7, False)):
+        texts = [*make_texts(5, 1), "more", "and more"][:n]
+        path = tmp_path / "b" / f"r.{kind}"
+        path.write_text("\n".join(texts) + "\n") if kind == "txt" else WRITE[kind](
+            pd.DataFrame({"text": texts}), path
+        )
+        with pytest.raises(SystemExit) if stays else contextlib.nullcontext():
+            predict(tiny[1], tmp_path, path)
+        assert (target.read_bytes() == before) == stays
 
 
 def run(*flags, stdin="", **options):
@@ -372,6 +383,7 @@ def save(folder, name, content):
         ("new.csv", b"text\nl'\xe9t\xe9\n", ["new.csv, line 2", "iconv"]),
         ("new.txt", b"a joy\nl'\xe9t\xe9\n", ["new.txt, line 2", "iconv"]),
         ("new.jsonl", b'{"text": "a"}\n{"text": ["b"]}\n', ["new.jsonl, line 2", "text_field"]),
+        ("new.jsonl", b'{"text": "a"}\n{"text": "b", "n": 1, "n": 2}\n', ["new.jsonl, line 2", "twice"]),
         ("new.jsonl", b'{"text": "a"}\n{"review": "b"}\n', ["new.jsonl, line 2", "text_field=text"]),
         ("new.parquet", b"PAR1 and no more", ["new.parquet", "damaged"]),
         ("new.parquet", pd.DataFrame({"review": ["a"]}), ["text_field=text", "review"]),

@@ -4,7 +4,6 @@ python -m pytest tests/tools/test_anatomy.py
 """
 
 import math
-import re
 import shutil
 
 import pytest
@@ -141,12 +140,7 @@ def test_an_adapter_of_another_architecture(place, capsys):
         words = next(line for line in out.splitlines() if line.startswith(name)).split()
         assert words[1] == f"{layer.base_layer.weight.norm():.2f}"
         assert words[2] == f"{layer.get_delta_weight('default').norm():.3f}"
-    assert len(layers) == 6 and "written: " in out
-    page = (place / "one" / "anatomy.html").read_text()
-    sources = re.findall(r'(?:src|srcset|href)="([^"]*)"', page)
-    assert len(sources) == 6 and all(s.startswith("data:image/png;base64,") for s in sources)
-    for name in ("singular-values", "stress", "similarity"):
-        assert (place / "one" / f"anatomy-{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert len(layers) == 6
 
 
 def test_a_conv1d_whose_base_was_saved_without_its_prefix(tmp_path):

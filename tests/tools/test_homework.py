@@ -12,6 +12,7 @@ import nbclient
 import nbformat
 import pytest
 from answers import ROOT, exercises, grade, handout, replaced, run, solved, source_of
+from conftest import finish, start
 
 from tools import homework
 from tools.grading.submissions import FILES
@@ -82,12 +83,8 @@ def test_copy_imports():
     names = [".".join(path.relative_to(handout()).with_suffix("").parts) for path in code_of(handout())]
     names = [name.removesuffix(".__init__") for name in names if not name.startswith("configs")]
     program = "import importlib, sys\nfor name in sys.argv[1:]: print(importlib.import_module(name).__file__)"
-    done = run(
-        ["-c", f"import os; os.chdir({str(handout())!r}); sys = __import__('sys'); sys.path[0] = ''\n{program}"],
-        *names,
-    )
-    assert done.returncode == 0 and len(names) > 30, done.stderr
-    assert all(line.startswith(str(handout())) for line in done.stdout.splitlines())
+    out, _ = finish(start("-c", program, *names, cwd=handout()))
+    assert len(names) > 30 and all(line.startswith(str(handout())) for line in out.splitlines())
 
 
 def test_grades_of_empty_and_of_right_answers(tmp_path):

@@ -236,11 +236,15 @@ def test_a_run_outlives_its_machine(place, monkeypatch):
     """Lost if it fails: a sweep over machines loses a run with its machine, gives other weights than on one machine,
     or leaves processes behind. A cluster of a head and two machines, of which one is killed."""
     pytest.importorskip("ray")
-    settings = {"ranks": "2", "seeds": "1", "only": "lora", "max_iters": 400}
+    settings = {"ranks": "2", "seeds": "1", "only": "lora", "max_iters": 240}
     settings |= {"eval_interval": 20, "eval_iters": 2}
     shared_memory = list_shared_memory()
     temp = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # a short path: sockets lie in it
     monkeypatch.setenv("RAY_TMPDIR", temp)
+    # How soon Ray takes a machine for dead: after 2 questions without an answer, one each half second.
+    monkeypatch.setenv("RAY_health_check_initial_delay_ms", "500")
+    monkeypatch.setenv("RAY_health_check_period_ms", "500")
+    monkeypatch.setenv("RAY_health_check_failure_threshold", "2")
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     cluster = subprocess.Popen([sys.executable, "-c", CLUSTER], text=True, **pipes)
     try:
@@ -261,7 +265,7 @@ def test_a_run_outlives_its_machine(place, monkeypatch):
     finally:
         cluster.communicate("\n")
         shutil.rmtree(temp)
-    assert re.search(r"from update [1-9]\d* to 400", (run / "log.txt").read_text())
+    assert re.search(r"from update [1-9]\d* to 240", (run / "log.txt").read_text())
     for name in ("adapter_model.safetensors", "adapter_config.json", "predictions.jsonl"):
         assert (place / "alone-sweep" / run.name / name).read_bytes() == (run / name).read_bytes(), name
     assert (place / "cluster-sweep" / "report.html").exists()
@@ -328,6 +332,7 @@ def test_what_a_curve_shows_is_computed(tmp_path, losses, says):
         ("--task=pretrain", "task=pretrain"),
         ("--task=classify", "another --init_from or --task"),
         ("--rankss=1", "did you mean --ranks?"),
+        ("--label_names=no,yes", "the label 'bad' too"),
     ],
 )
 def test_bad_input_is_one_line(place, capsys, flag, words):

@@ -152,7 +152,7 @@ def make_settings(setting: Setting, config, full_lr: float, scale: float) -> dic
 def draws_validation(config) -> bool:
     """Whether the validation split follows from the seed: then runs of two seeds have no example in common to compare
     them by."""
-    return make_loader(config, context_size(config.init_from)).split_is_drawn("validation")
+    return "validation" in make_loader(config, context_size(config.init_from)).drawn
 
 
 def check_splits(config) -> None:

@@ -10,9 +10,6 @@ import os
 from plumbing.program.files import whole_file
 from tools.report.paint import dark_twin
 
-MIME = {".svg": "image/svg+xml", ".png": "image/png"}
-
-
 # On a wide screen two sections are side by side. On a narrow screen a table of sentences becomes a list.
 CSS = """
 :root { color-scheme: light dark; --ink: #222; --ground: #fff; --line: #ccc; --soft: #666; }
@@ -65,7 +62,7 @@ def as_html(kind, content, folder):
 
 def data_url(path):
     with open(path, "rb") as f:
-        return f"data:{MIME[os.path.splitext(path)[1]]};base64,{base64.b64encode(f.read()).decode()}"
+        return f"data:image/svg+xml;base64,{base64.b64encode(f.read()).decode()}"
 
 
 def table_as_html(rows):

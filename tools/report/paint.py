@@ -1,7 +1,6 @@
 """Pictures of a report, each for light and for dark pages. paint_...(axes, colors, data) draws and labels one."""
 
 import io
-import itertools
 import os
 from collections.abc import Callable
 from statistics import mean
@@ -13,7 +12,7 @@ LOSS = "validation loss (nats per scored token)"
 
 
 def draw(folder: str, name: str, alt: str, paint: Callable, panels: int = 1, size: tuple = (5.4, 3.6)) -> tuple:
-    """Draws a picture, svg or png by its name, for light pages and a twin for dark ones. `paint(axes, colors)` gets
+    """Draws a picture (svg), for light pages and a twin for dark ones. `paint(axes, colors)` gets
     one matplotlib Axes or, with more panels, a list of them. size: inches. Returns the part of a page."""
     import matplotlib
 
@@ -24,8 +23,6 @@ def draw(folder: str, name: str, alt: str, paint: Callable, panels: int = 1, siz
     for file, colors, ink, ground in looks:
         style = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
         style |= {"figure.facecolor": ground, "axes.facecolor": ground, "font.size": 11, "svg.hashsalt": "nanolora"}
-        kind = os.path.splitext(file)[1][1:]
-        options = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 150}
         picture = io.BytesIO()
         with plt.rc_context(style):
             fig, axes = plt.subplots(1, panels, figsize=size, layout="constrained")
@@ -33,7 +30,7 @@ def draw(folder: str, name: str, alt: str, paint: Callable, panels: int = 1, siz
                 ax.spines[["top", "right"]].set_visible(False)
                 ax.grid(axis="y", alpha=0.2)
             paint(axes, colors)
-            fig.savefig(picture, format=kind, **options)
+            fig.savefig(picture, format="svg", metadata={"Date": None})
             plt.close(fig)
         with whole_file(os.path.join(folder, file)) as f:
             f.write(picture.getvalue())
@@ -46,19 +43,6 @@ def dark_twin(path: str) -> str:
 
 
 # --- what an adapter learned -----------------------------------------------------------------------
-
-
-def paint_spectra(ax, colors, spectra: dict):
-    """Singular values over their number, {kind of layer: [values, ...]}: a line a layer, a name a kind."""
-    ends = []
-    for (name, layers), color in zip(spectra.items(), itertools.cycle(colors)):
-        for values in layers:
-            ax.plot(range(1, len(values) + 1), values, color=color, linewidth=1, alpha=0.6)
-        ends.append((len(layers[0]), mean(values[-1] for values in layers), name, color))
-    is_trained = min(values[-1] for layers in spectra.values() for values in layers) > 0
-    ax.set(xlabel="direction", ylabel="singular value of the update", yscale="log" if is_trained else "linear")
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    label_ends(ax, ends)
 
 
 def paint_stress(ax, colors, layers: list):
