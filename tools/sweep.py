@@ -38,9 +38,9 @@ from plumbing.program.settings import fields_of, setting
 from plumbing.program.terminal import forgiving_output
 from plumbing.running.machine import pick_device, pick_dtype
 from tools.report import claims
+from tools.report.measured_run import measure_text
 from tools.report.questions import write_report
 from tools.runs.measure import describe_machine, spread, time_latency, timed
-from tools.runs.measured_run import measure_text
 from tools.runs.ray_runs import run_on_ray
 from tools.runs.run import AGAINST, CLAIM, FULL, LORA, UNTUNED, PlannedRun, run_here
 from train import evaluate, set_up, update

@@ -20,7 +20,7 @@ from dataloader import make_loader
 from generate import ModelSampler
 from model import GPT
 from tools import sweep
-from tools.report import claims
+from tools.report import claims, measured_run
 from tools.report.claims import (
     BATCHES,
     FULL,
@@ -56,7 +56,6 @@ from tools.report.verdicts import (
     student,
     student_tail,
 )
-from tools.runs import measured_run
 from tools.runs.run import count_parameters
 
 N = {"text": 480, "label": 600}  # examples

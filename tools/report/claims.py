@@ -92,16 +92,15 @@ PLACES = {
 LORA = curve(1, 2, 4, 8)
 FULL = curve(1, 2, 4, 8, rank=0)
 # Curves that are wide enough for their best rates to contradict each claim about them.
-SAME_ALPHA = {1: curve(1, 2, 4, 8, rank=1), 4: curve(1, 2, 4, 8, rank=4), 16: LORA, 64: curve(1, 2, 4, 8, rank=64)}
+SAME_ALPHA = {1: curve(1, 2, 4, rank=1), 4: curve(1, 2, 4, 8, rank=4), 16: LORA, 64: curve(1, 2, 4, 8, rank=64)}
 SAME_SCALE = {4: curve(1, 2, 4, 8, rank=4, alpha=0.25), 16: LORA, 64: curve(0.5, 1, 2, 4, rank=64, alpha=4)}
 TRADES = [Setting(lr=4, alpha=0.5), Setting(lr=1, alpha=2)]
 BATCHES = {  # {size: (LoRA, full)}
-    0.25: (curve(0.5, 1, 2, batch=0.25), curve(0.5, 1, 2, rank=0, batch=0.25)),
-    1: (LORA, FULL),
-    4: (curve(2, 4, 8, batch=4), curve(2, 4, 8, rank=0, batch=4)),
+    0.25: (curve(1, 2, 4, batch=0.25), curve(1, 2, 4, rank=0, batch=0.25)),
+    4: (curve(2, 4, 8, batch=4), curve(1, 2, 4, rank=0, batch=4)),
 }
 LENGTHS = {  # {number of examples: (r = 1, full)}
-    0.25: (curve(1, 2, 4, rank=1, length=0.25), curve(1, 2, 4, rank=0, length=0.25)),
+    0.25: (curve(2, 4, 8, rank=1, length=0.25), curve(1, 2, 4, rank=0, length=0.25)),
     1: (SAME_ALPHA[1], FULL),
 }
 # At r = 16 a quarter of alpha over sqrt(r) is the configuration's own scale.
@@ -481,17 +480,17 @@ def rate_is_alpha(results):
     "LoRA tolerates large batches less well than full fine-tuning",
     SCHULMAN,
     "In some scenarios, and a higher rank does not help. Measured there: the loss over batch sizes on reasoning "
-    "data. Here: r = 16, equal examples, each at the lowest point of three or four rates.",
+    "data. Here: r = 16, equal examples, each at the lowest point of three rates.",
 )
 def large_batches(results):
-    pairs = {b: tuple(map(results.vertex, BATCHES[b])) for b in (0.25, 4)}
+    pairs = {b: tuple(map(results.vertex, curves)) for b, curves in BATCHES.items()}
     gaps = {b: results.compare_lowest(*BATCHES[b]) for b in pairs}
 
     def grow(m):
         small, large = (lora.loss(m) - full.loss(m) for lora, full in pairs.values())
         return large - small
 
-    growth = results.estimate(grow, *itertools.chain(*(c for b in pairs for c in BATCHES[b])))
+    growth = results.estimate(grow, *itertools.chain(*(c for curves in BATCHES.values() for c in curves)))
     sizes = {b: f"batch {round(b * results.batch / 2)}" for b in gaps}
 
     def here(show):

@@ -17,10 +17,10 @@ from plumbing.program.files import whole_file
 from plumbing.scoring.accuracy import wilson
 from plumbing.scoring.loss_plot import draw_curves
 from tools.report import claims
+from tools.report.measured_run import losses_of
 from tools.report.page import write_page
 from tools.report.paint import draw, paint_over_rank
 from tools.report.verdicts import estimate
-from tools.runs.measured_run import losses_of
 from tools.runs.run import AGAINST, FULL, LORA, UNTUNED, PlannedRun, count_parameters
 
 
@@ -114,8 +114,8 @@ def answer_latency(results):
     base, unmerged, merged = (v["median"] for v in shown.values())
     text = (
         f"r = {results.speeds['rank']}, one text, 32 tokens after 52. The unmerged model computes its adapters' "
-        f"extra products: it runs at {percent(unmerged / base)} of the base's speed. The merged one, with matrices of "
-        f"the base's shapes, runs at {percent(merged / base)}."
+        f"extra products: it runs at {percent(unmerged / base)} of the base's speed. The merged one, which has the "
+        f"base's shapes, runs at {percent(merged / base)}."
     )
     return [("table", [["model", "tokens/s (median)", "lowest to highest"], *rows]), ("p", text)]
 

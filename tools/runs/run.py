@@ -52,7 +52,7 @@ class PlannedRun:
                 os.remove(self.path(MEASURES if self.method == CLAIM else "accuracy.json"))  # another run's
         training = flags(replace(self.config, out_dir=folder, auto_resume=goes_on))
         if self.method == CLAIM:
-            return [["tools/runs/measured_run.py", *training]]
+            return [["tools/report/measured_run.py", *training]]
         return [["train.py", *training], ["generate.py", "--init_from=resume", f"--out_dir={folder}"]]
 
     def reached(self) -> int | None:
