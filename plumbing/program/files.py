@@ -112,6 +112,13 @@ def write_json(path, value):
         f.write((json.dumps(value, indent=2) + "\n").encode())
 
 
+def write_weights(directory, name, tensors, note, config_name, config):
+    """A file of weights and then the config beside it."""
+    os.makedirs(directory, exist_ok=True)
+    write_tensors(os.path.join(directory, name), tensors, note)
+    write_json(os.path.join(directory, config_name), config)
+
+
 def write_tensors(path, tensors, note):
     """A safetensors file. Its metadata, which other readers pass over, holds the tensors' SHA-256 and a note: what
     the config file next to it must say. The same tensors give the same bytes."""

@@ -108,9 +108,10 @@ def test_a_clock_that_is_set_back_changes_nothing(place, monkeypatch):
     now = itertools.count(2e9, -1000)
     monkeypatch.setattr(time, "time", lambda: next(now))
     monkeypatch.setattr("plumbing.running.saving.FULL_SAVE_SECONDS", 0)
-    monkeypatch.setattr(train, "save_best", lambda run: None)  # the weights, not the checkpoint
+    monkeypatch.setattr(train, "save_best", lambda *args: None)  # the weights, not the checkpoint
     saved = []
-    monkeypatch.setattr("plumbing.running.saving.save_checkpoint", lambda *args: saved.append(args[1].iter))
+    save = "plumbing.running.saving.save_checkpoint"
+    monkeypatch.setattr(save, lambda out_dir, state: saved.append(state["progress"]["iter"]))
     monkeypatch.setattr(train, "print_end", lambda *args: None)
     metrics = here(flags(place, "clock", rank=0, max_iters=4, eval_interval=1))
     assert saved == [0, 1, 2, 3, 4]
