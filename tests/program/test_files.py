@@ -11,7 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import flags, here, resume
+from safetensors.torch import load_file
 
 import generate
 import train
@@ -97,6 +99,20 @@ def test_an_install_without_what_ships_says_what_to_do(monkeypatch, tmp_path, ca
             use()
         err = capsys.readouterr().err
         assert stop.value.code == 2 and err.count("\n") == 1 and "pip install -e ." in err
+
+
+def test_safetensors_reads_what_is_written(tmp_path):
+    """Lost if it fails: an adapter or a model opens in no other program, or with other numbers."""
+    dtypes = (torch.uint8, torch.bfloat16, torch.float32, torch.bool, torch.float16, torch.int64, torch.float64)
+    tensors = {f"{i}": torch.arange(3 * i).reshape(3, i).to(dtype) for i, dtype in enumerate(dtypes)}
+    tensors |= {"n": torch.tensor(7, dtype=torch.int32), "across": torch.randn(3, 2).t()}
+    files.write_tensors(tmp_path / "one", tensors, "a note")
+    files.write_tensors(tmp_path / "other", dict(reversed(tensors.items())), "a note")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+    for read in (load_file(tmp_path / "one"), dict(files.read_tensors(tmp_path / "one", "a note"))):
+        assert read.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor)
 
 
 # --- the clock -----------------------------------------------------------------------------------
