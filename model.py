@@ -384,12 +384,12 @@ class GPT(nn.Module):
             model.lm_head.weight = model.transformer.wte.weight  # one tensor again
         return model
 
-    def save_pretrained(self, directory: str, dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(self, directory: str, dtype: torch.dtype | None = None, **options) -> None:
         """Writes Hugging Face's GPT-2 layout: config.json and model.safetensors, adapters merged in.
-        dtype: that of the file (None: as the parameters are)."""
+        dtype: that of the file (None: as the parameters are). options: write_checkpoint's."""
         merged = {f"{name}.weight": merged_weight(layer) for name, layer in lora_layers(self).items()}
         tensors = {n: merged.get(n, p) for n, p in self.named_parameters() if "lora_" not in n}
-        write_checkpoint(directory, self.config, tensors, dtype)
+        write_checkpoint(directory, self.config, tensors, dtype, **options)
 
 
 def make_embedding(n, n_embd):

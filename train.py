@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import plumbing.running.threads  # noqa: F401  (before torch, which reads these settings once)
 
@@ -35,7 +36,7 @@ from plumbing.gpt2.batch import Batch
 from plumbing.gpt2.files import context_size
 from plumbing.gpt2.memory import check_weights
 from plumbing.program.errors import one_line_errors
-from plumbing.program.files import make_folder
+from plumbing.program.files import make_folder, write_weights
 from plumbing.program.stored_run import write_run
 from plumbing.program.terminal import forgiving_output
 from plumbing.running.checkpoint import Progress, begin_or_resume, check_same_data, locked_folder, write_metrics
@@ -115,7 +116,7 @@ def run_updates(run: Run, progress: Progress) -> None:
             is_done = it == progress.evaluated_at  # by the run that is resumed
             if (is_due and not is_done) or progress.best == math.inf:
                 speed = watch.updates_per_s(it)
-                metrics = record(run, progress, evaluate(run), speed)
+                metrics = record(run, progress, evaluate(run), speed, saver)
                 wandb.log(metrics, it)
                 saver.save_after_evaluation(is_last)
                 watch = Stopwatch(it)
@@ -337,7 +338,7 @@ def write_config(run: Run, model: dict[str, str] | None = None) -> None:
     write_run(run.config, asdict(facts))
 
 
-def record(run: Run, progress: Progress, val_loss: float, updates_per_s: float) -> dict:
+def record(run: Run, progress: Progress, val_loss: float, updates_per_s: float, saver: Saver) -> dict:
     """Prints an evaluation, adds it to the progress and to metrics.jsonl, and keeps the weights if they are the best.
     Returns its line of metrics.jsonl. Ends the program where the loss is not finite."""
     it = progress.iter
@@ -355,20 +356,20 @@ def record(run: Run, progress: Progress, val_loss: float, updates_per_s: float) 
     progress.losses = []
     if val_loss < progress.best:
         progress.best = val_loss
-        save_best(run)
-    if run.processes.is_first:
-        write_metrics(run.config.out_dir, progress.metrics)
+        save_best(run, saver)
+    saver.write(write_metrics, run.config.out_dir, progress.metrics)
     return metrics
 
 
-def save_best(run: Run) -> None:
+def save_best(run: Run, saver: Saver) -> None:
     """The adapter in PEFT's format or, without LoRA, the model in Hugging Face's."""
     config = run.config
+    write = partial(saver.write, write_weights)  # a copy, in a thread: the loop goes on
     if run.processes.is_first and config.rank:
-        options = {"bias": config.lora_bias, "also": also_trained(config), "rslora": config.rslora}
+        options = {"bias": config.lora_bias, "also": also_trained(config), "rslora": config.rslora, "write": write}
         save_adapter(run.model, config.out_dir, config.init_from, **options)
     elif run.processes.is_first:
-        run.model.save_pretrained(config.out_dir, dtype=run.dtype)
+        run.model.save_pretrained(config.out_dir, dtype=run.dtype, write=write)
 
 
 # --- the program -----------------------------------------------------------------------------------

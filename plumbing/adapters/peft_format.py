@@ -19,7 +19,7 @@ from plumbing.adapters.layers import (
     sizes,
 )
 from plumbing.adapters.trainable import check_ties, lora_state_dict
-from plumbing.program.files import check_finite, read_tensors, write_json, write_tensors
+from plumbing.program.files import check_finite, read_tensors, write_weights
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -52,13 +52,13 @@ def _whole_modules(model, names):
     return sorted(found)
 
 
-def save_adapter(model, directory, base_model="", bias="none", also=None, rslora=False):
+def save_adapter(model, directory, base_model="", bias="none", also=None, rslora=False, write=write_weights):
     """Writes the adapters of `model` as PEFT does: adapter_config.json and adapter_model.safetensors.
 
     base_model: the base's name or path, kept in the config for PEFT's users. bias and also: what was trained
     next to the adapters, as in `mark_only_lora_as_trainable`. rslora: the scale is written as alpha / sqrt(r), PEFT's
-    use_rslora; else the same scale is written as another alpha / r. Raises ValueError if the model has no adapter
-    or its layers differ in rank or alpha.
+    use_rslora; else the same scale is written as another alpha / r. write: what writes the two files. Raises
+    ValueError if the model has no adapter or its layers differ in rank or alpha.
     """
     layers = lora_layers(model)
     kinds = {(layer.lora_A.size(0), alpha_of(layer, rslora), dropout_of(layer)) for layer in layers.values()}
@@ -95,9 +95,7 @@ def save_adapter(model, directory, base_model="", bias="none", also=None, rslora
         "inference_mode": True,
         "modules_to_save": whole or None,
     }
-    os.makedirs(directory, exist_ok=True)
-    write_tensors(os.path.join(directory, ADAPTER_WEIGHTS), tensors, scale_note(config))
-    write_json(os.path.join(directory, ADAPTER_CONFIG), config)
+    write(directory, ADAPTER_WEIGHTS, tensors, scale_note(config), ADAPTER_CONFIG, config)
 
 
 def scale_note(config):

@@ -11,8 +11,7 @@ from plumbing.program.files import (
     find_asset,
     find_copy,
     read_tensors,
-    write_json,
-    write_tensors,
+    write_weights,
 )
 from plumbing.program.hub import fetch_model
 
@@ -146,9 +145,9 @@ def check_tied(a, b, directory):
         )
 
 
-def write_checkpoint(directory: str, config, tensors: dict, dtype=None) -> None:
+def write_checkpoint(directory: str, config, tensors: dict, dtype=None, write=write_weights) -> None:
     """Hugging Face's GPT-2 layout: config.json and model.safetensors. config: a GPTConfig; tensors: {parameter:
-    tensor}, each (out, in); dtype: that of the file (None: as the tensors are)."""
+    tensor}, each (out, in); dtype: that of the file (None: as the tensors are); write: what writes the files."""
     stored = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().t() if CONV1D.search(name) else tensor.detach()
@@ -175,6 +174,4 @@ def write_checkpoint(directory: str, config, tensors: dict, dtype=None) -> None:
     if config.n_classes:
         settings["id2label"] = {i: f"LABEL_{i}" for i in range(config.n_classes)}
         settings["pad_token_id"] = config.vocab_size - 1
-    os.makedirs(directory, exist_ok=True)
-    write_tensors(os.path.join(directory, "model.safetensors"), stored, f"n_head={config.n_head}")
-    write_json(os.path.join(directory, "config.json"), settings)
+    write(directory, "model.safetensors", stored, f"n_head={config.n_head}", "config.json", settings)

@@ -10,12 +10,15 @@ import time
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from plumbing.program.errors import first_line
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # of the repository
 ASSETS = os.path.join(ROOT, "assets")
+
+
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # in a header
+DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
 def find_asset(name: str) -> str:
@@ -112,20 +115,33 @@ def write_json(path, value):
         f.write((json.dumps(value, indent=2) + "\n").encode())
 
 
+def write_weights(directory, name, tensors, note, config_name, config):
+    """A file of weights and then the config beside it."""
+    os.makedirs(directory, exist_ok=True)
+    write_tensors(os.path.join(directory, name), tensors, note)
+    write_json(os.path.join(directory, config_name), config)
+
+
 def write_tensors(path, tensors, note):
     """A safetensors file. Its metadata, which other readers pass over, holds the tensors' SHA-256 and a note: what
-    the config file next to it must say. The same tensors give the same bytes."""
+    the config file next to it must say. The same tensors give the same bytes. (safetensors' own writer copies all of
+    them twice, and writes the header in an order that varies from run to run.)"""
     check = hashlib.sha256()
     for name in sorted(tensors):
         add_to_check(check, name, tensors[name])
-    data = memoryview(save(tensors, metadata={"format": "pt", "sha256": check.hexdigest(), "config": note}))
-    n = 8 + int.from_bytes(data[:8], "little")
-    # safetensors writes its header in an order that varies from run to run.
-    header = json.dumps(json.loads(bytes(data[8:n])), sort_keys=True).encode()
-    header += b" " * (-len(header) % 8)
+    header = {"__metadata__": {"format": "pt", "sha256": check.hexdigest(), "config": note}}
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # so each begins at its own alignment
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, sort_keys=True).encode()
+    text += b" " * (-len(text) % 8)
     with whole_file(path) as f:
-        f.write(len(header).to_bytes(8, "little") + header)
-        f.write(data[n:])
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            f.write(as_bytes(tensors[name]))
 
 
 @contextlib.contextmanager
@@ -169,4 +185,9 @@ def check_finite(tensor, name, path):
 def add_to_check(check, name, tensor):
     """Feeds a tensor's name, kind and bytes to a hash."""
     check.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-    check.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    check.update(as_bytes(tensor))
+
+
+def as_bytes(tensor):
+    """A CPU tensor's bytes, as an array."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()

@@ -34,23 +34,24 @@ class Progress:
         return self.metrics[-1]["iter"] if self.metrics else None
 
 
-def save_checkpoint(out_dir, progress, model, optimizers, scaler) -> None:
-    """Writes checkpoint.pt. Raises OSError, with the room that is needed, if it cannot be written."""
-    trained = trained_parameters(model)
-    state = {
+def collect_state(progress, model, optimizers, scaler) -> dict:
+    """What checkpoint.pt holds. The tensors are those of the run, which go on changing."""
+    return {
         "progress": asdict(progress),
-        "trained": {name: p.detach() for name, p in trained.items()},
+        "trained": {name: p.detach() for name, p in trained_parameters(model).items()},
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "scaler": scaler.state_dict(),
     }
+
+
+def save_checkpoint(out_dir: str, state: dict) -> None:
+    """Writes checkpoint.pt. Raises OSError, with the room that is needed, if it cannot be written."""
     path = os.path.join(out_dir, CHECKPOINT)
     try:
         with whole_file(path) as f:
             torch.save(state | {"sha256": hash_state(state)}, f)
     except (OSError, RuntimeError) as e:  # torch's writer wraps some
-        states = [s for optimizer in optimizers for s in optimizer.state.values()]
-        moments = [t for s in states for t in s.values() if torch.is_tensor(t)]
-        room = sum(t.nbytes for t in [*trained.values(), *moments]) / 1e6
+        room = sum(value.nbytes for _, value in leaves(state) if torch.is_tensor(value)) / 1e6
         raise OSError(
             f"{path} could not be written, it takes {room:.0f} MB more than the last one, which is whole "
             f"({first_line(e, 120)})"
@@ -157,21 +158,44 @@ def trained_parameters(model):
 def hash_state(state) -> str:
     """SHA-256 of nested dicts and lists of tensors and plain values."""
     check = hashlib.sha256()
-
-    def add(path, value):
+    for path, value in leaves(state):
         if torch.is_tensor(value):
             add_to_check(check, path, value.cpu())
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                add(f"{path}/{key}", item)
-        elif isinstance(value, list | tuple):
-            for i, item in enumerate(value):
-                add(f"{path}/{i}", item)
         else:
             check.update(f"{path} {value!r}".encode())
-
-    add("", state)
     return check.hexdigest()
+
+
+def leaves(state, path=""):
+    """(path, value) of all that nested dicts and lists hold."""
+    if not isinstance(state, dict | list | tuple):
+        yield path, state
+        return
+    for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+        yield from leaves(value, f"{path}/{key}")
+
+
+def copy_state(state, copies: dict):
+    """Nested dicts and lists as they are now: each tensor's copy, in the CPU's memory, is put into `copies` and used
+    again by the next call."""
+    pairs = []
+
+    def replace(value, path):
+        if torch.is_tensor(value):
+            if path not in copies:
+                copies[path] = torch.empty_like(value, device="cpu")
+            pairs.append((copies[path], value))
+            return copies[path]
+        if isinstance(value, dict):
+            return {key: replace(item, f"{path}/{key}") for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(replace(item, f"{path}/{i}") for i, item in enumerate(value))
+        return value
+
+    copied = replace(state, "")
+    if pairs:  # in one call: each would wait for a thread that is in Python
+        torch._foreach_copy_(*zip(*pairs))
+    return copied
 
 
 def write_metrics(out_dir: str, metrics: list[dict]) -> None:

@@ -45,7 +45,11 @@ def exit_diverged(config, is_first: bool, it: int, what: str) -> NoReturn:
     sys.exit(3)
 
 
-OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory")
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 @contextlib.contextmanager
@@ -56,7 +60,7 @@ def explain_failure(config):
     except OSError as e:
         exit_with(f"{e}; --init_from=resume goes on from the last checkpoint")
     except RuntimeError as e:
-        if not isinstance(e, torch.OutOfMemoryError) and not any(words in str(e) for words in OUT_OF_MEMORY):
+        if not is_out_of_memory(e):
             raise
         exit_with(f"out of memory; the same training in smaller pieces: {smaller_pieces(config)}")
 

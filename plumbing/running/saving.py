@@ -2,10 +2,11 @@
 
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 
 from tqdm import tqdm
 
-from plumbing.running.checkpoint import save_checkpoint
+from plumbing.running.checkpoint import collect_state, copy_state, save_checkpoint
 from plumbing.running.endings import StopSignals, exit_stopped
 
 FULL_SAVE_SECONDS = 180  # without LoRA: at least so long between the checkpoints of two evaluations
@@ -13,7 +14,11 @@ FULL_SAVE_SECONDS = 180  # without LoRA: at least so long between the checkpoint
 
 class Saver:
     """Writes checkpoints: after evaluations, every save_interval updates, and after Ctrl-C or SIGTERM, which it
-    listens to in a `with` block."""
+    listens to in a `with` block.
+
+    A thread writes the files, one after the other, while the loop goes on: so a checkpoint on the disk is never newer
+    than the best weights that go with it. At the block's end all is written.
+    """
 
     def __init__(self, run, progress):
         self.run = run
@@ -21,22 +26,72 @@ class Saver:
         self.signals = StopSignals()
         self.saved_it = None  # the update at which the last one was written
         self.saved_at = -math.inf  # seconds
+        self.thread = ThreadPoolExecutor(1)
+        self.error = None  # the thread's; it writes nothing after it
+        self.calls = []  # what it is to do next: (function, arguments)
+        self.last = {}  # {function: the Future of its last call}
+        self.copies = {}  # {function: the tensors of its last call}
 
     def __enter__(self):
         self.signals.__enter__()
         return self
 
-    def __exit__(self, *error):
-        self.signals.__exit__(*error)
+    def __exit__(self, kind, *error):
+        self.start()
+        self.thread.shutdown()
+        self.signals.__exit__(kind, *error)
+        if kind is None:
+            self.check()
+
+    def write(self, function, *args) -> None:
+        """Copies the tensors in args as they are now, for function(*args) in the first process's thread. Waits only
+        for the same function's last call."""
+        if self.run.processes.is_first:
+            if function in self.last:
+                wait([self.last[function]])
+                self.check()
+            self.calls.append((function, copy_state(args, self.copies.setdefault(function, {}))))
+
+    def start(self) -> None:
+        """Lets the thread write. Not before all is copied: it would slow that down."""
+        for function, args in self.calls:
+            self.last[function] = self.thread.submit(self._call, function, args)
+        self.calls = []
+
+    def _call(self, function, args):
+        try:
+            if self.error is None:
+                function(*args)
+        except BaseException as e:
+            self.error = e
+
+    def check(self) -> None:
+        """Raises what went wrong in the thread."""
+        if self.error is not None:
+            raise self.error
+
+    def finish(self) -> None:
+        """Waits until all is written."""
+        self.start()
+        wait(self.last.values())
+        self.check()
 
     def save_after_evaluation(self, is_last: bool) -> None:
-        # Without LoRA a checkpoint is three times the model, 4.3 GB for gpt2-medium: not at each evaluation.
-        if self.run.config.rank or is_last or time.monotonic() - self.saved_at > FULL_SAVE_SECONDS:
+        if self.run.config.rank:
+            # Evaluations may come faster than a disk writes.
+            is_due = save_checkpoint not in self.last or self.last[save_checkpoint].done()
+        else:
+            # Without LoRA a checkpoint is three times the model, 4.3 GB for gpt2-medium: not at each evaluation.
+            is_due = time.monotonic() - self.saved_at > FULL_SAVE_SECONDS
+        if is_due or is_last:
             self.save()
             self.saved_at = time.monotonic()
+        self.start()
 
     def save_or_stop(self) -> None:
-        """Saves if it is due. Saves and ends the program after a signal in any of the processes."""
+        """Saves if it is due. Saves and ends the program after a signal in any of the processes, or an error in the
+        thread."""
+        self.check()
         config = self.run.config
         it = self.progress.iter
         n_stopped = self.run.processes.total(self.signals.received is not None)
@@ -44,6 +99,7 @@ class Saver:
         if (n_stopped or is_due) and self.saved_it != it:
             self.save()
         if n_stopped:
+            self.finish()
             command = f"python train.py --init_from=resume --out_dir={config.out_dir}"
             print0(self.run, f"stopped at update {it}, saved; to go on: {command}")
             exit_stopped(self.signals.received)
@@ -51,7 +107,13 @@ class Saver:
     def save(self) -> None:
         run = self.run
         if run.processes.is_first:
-            save_checkpoint(run.config.out_dir, self.progress, run.model, run.optimizers, run.scaler)
+            state = collect_state(self.progress, run.model, run.optimizers, run.scaler)
+            if run.config.rank:
+                self.write(save_checkpoint, run.config.out_dir, state)
+            else:  # a copy would be three times the model
+                self.finish()
+                save_checkpoint(run.config.out_dir, state)
+        self.start()
         self.saved_it = self.progress.iter
 
 

@@ -63,6 +63,72 @@ def test_an_honest_device_is_taken(fake_mps, capsys):
     assert not capsys.readouterr().out
 
 
+def round_to_tf32(t):
+    """As a GPU rounds what it multiplies: 10 bits after the first."""
+    return ((t.detach().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+class LinearInTF32(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return round_to_tf32(x) @ round_to_tf32(w).T
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        grad = round_to_tf32(grad)
+        return grad @ round_to_tf32(w), (grad.mT @ round_to_tf32(x)).sum(0)
+
+
+def test_a_device_that_rounds_products_is_taken(monkeypatch, fake_mps, capsys):
+    """Lost if it fails: in NVIDIA's containers, which multiply in TF32, a healthy A100 is told to compute wrong
+    numbers, and the run goes to the CPU for hours."""
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "linear", LinearInTF32.apply)
+        rounded = machine.try_device("cpu")
+    fake_mps(lambda *results: rounded)
+    exact = machine.try_device("cpu")
+    assert not torch.allclose(rounded[1], exact[1], rtol=1e-3, atol=1e-4)  # by element they do differ
+    assert machine.pick_device() == "mps" and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: out of memory"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"),
+    ],
+)
+def test_a_device_in_use_is_one_line(monkeypatch, fake_mps, error):
+    """Lost if it fails: where another program fills the GPU, the run goes to the CPU for hours."""
+
+    def refuse(device):
+        raise error
+
+    monkeypatch.setattr(machine, "try_device", refuse)
+    with pytest.raises(ValueError, match=r"mps is in use .*--device=cpu") as caught:
+        machine.pick_device()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_second_gpu_is_asked_for_its_own_dtype(monkeypatch):
+    """Lost if it fails: beside an A100 a T4, as cuda:1, computes in bfloat16 by emulation, many times slower."""
+    at = [0]
+
+    def exchange(index):
+        before, at[0] = at[0], index if index >= 0 else at[0]
+        return before
+
+    monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
+    monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: at[0] == 0)
+    assert [machine.pick_dtype(f"cuda:{i}") for i in (0, 1)] == [torch.bfloat16, torch.float16]
+    assert at == [0]
+
+
 def test_cudnns_attention_is_off_in_training_and_in_scoring():
     """Otherwise newer GPUs plan half a second for each new length of a batch, longer than they compute."""
     torch.backends.cuda.enable_cudnn_sdp(True)
@@ -147,6 +213,15 @@ def test_half_of_torchruns_environment_is_one_line(monkeypatch, values):
     with pytest.raises(ValueError, match=r"unset .*torchrun") as caught:
         machine.Processes(SimpleNamespace(device="cpu", batch_size=8))
     assert "\n" not in str(caught.value) and f"WORLD_SIZE={values['WORLD_SIZE']}" in str(caught.value)
+
+
+def test_processes_wait_for_one_that_downloads(monkeypatch):
+    """Lost if it fails: a run over many GPUs ends after ten minutes where one machine's network is slow."""
+    asked = {}
+    set_environment(monkeypatch, RANK=0, WORLD_SIZE=2, **TORCHRUN)
+    monkeypatch.setattr(machine.dist, "init_process_group", lambda backend, **options: asked.update(options))
+    machine.Processes(SimpleNamespace(device="cpu", batch_size=8))
+    assert asked["timeout"].total_seconds() >= 3600
 
 
 def test_several_processes_do_not_share_one_accelerator(monkeypatch):

@@ -109,6 +109,38 @@ def test_a_machine_that_is_switched_off_and_on_again(place):
         assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-5)
 
 
+SUM = """
+import sys
+import torch
+import torch.distributed as dist
+from types import SimpleNamespace
+from plumbing.running import machine
+processes = machine.Processes(SimpleNamespace(device="cpu", batch_size=8))
+machine.SUM_BYTES = 4000  # a thousand numbers
+torch.manual_seed(processes.world_rank)
+params = [torch.nn.Parameter(torch.empty(n, 3)) for n in (1, 100, 900, 300, 2, 33, 1, 333, 1)]
+for p in params[1:]:  # the first has no gradient in this process
+    p.grad = torch.randn(p.shape)
+flat = torch.cat([torch.zeros(3), *(p.grad.flatten() for p in params[1:])])
+dist.all_reduce(flat)
+largest, cat = [], torch.cat
+torch.cat = lambda tensors: largest.append(sum(t.nbytes for t in tensors)) or cat(tensors)
+addresses = [p.grad.data_ptr() for p in params[1:]]
+processes.sum_gradients(params)
+assert torch.equal(flat, cat([p.grad.flatten() for p in params]))
+assert [p.grad.data_ptr() for p in params[1:]] == addresses and 2 <= len(largest) and max(largest) <= 4000, largest
+processes.leave()
+"""
+
+
+def test_gradients_are_summed_in_pieces():
+    """Lost if it fails: full tuning over several GPUs takes the memory of one more model than the table says, or a
+    gradient is another one than in one sum."""
+    common = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    for process in [start("-c", SUM, fresh=True, RANK=rank, LOCAL_RANK=rank, **common) for rank in range(2)]:
+        finish(process)
+
+
 def test_more_processes_than_examples_end_in_one_line(place, monkeypatch, capfd):
     """Otherwise processes without work hang or divide by zero on a machine that is paid by the hour."""
     for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}.items():

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from configurator import Config, configure
 from tools import sweep
 from tools.report import questions
+from tools.runs.ray_runs import count_places, share_machines
 from tools.runs.run import AGAINST, PlannedRun
 
 
@@ -211,6 +212,24 @@ def test_runs_side_by_side_need_ray(place, capsys, monkeypatch):
         sweep.main(configure([*flags(place, "none"), "--jobs=2"], cls=sweep.SweepConfig, trains=False))
     err = capsys.readouterr().err
     assert stop.value.code == 2 and 'pip install "ray>=2.60"' in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "gpus, cpus, jobs, share, threads, places",
+    [
+        (2, 16, 1, 1, 8, 2),
+        (2, 16, 2, 1, 8, 2),
+        (2, 16, 3, 1 / 2, 4, 4),
+        (2, 16, 5, 1 / 3, 2, 6),
+        (8, 96, 3, 1, 12, 8),
+    ],
+)
+def test_gpus_are_shared_by_whole_runs(gpus, cpus, jobs, share, threads, places):
+    """Lost if it fails: on two GPUs --jobs=3 makes two runs at a time: a third of one and a third of the other GPU
+    are no place for a run."""
+    need, n_threads = share_machines([{"Alive": True, "Resources": {"GPU": gpus, "CPU": cpus}}], jobs, on_gpu=True)
+    assert need == {"num_gpus": share, "num_cpus": 0} and n_threads == threads
+    assert gpus * int(1 / need["num_gpus"] + 1e-9) == count_places({"GPU": gpus}, need) == places >= jobs
 
 
 CLUSTER = """

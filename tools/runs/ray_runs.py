@@ -6,6 +6,7 @@ import glob
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -132,7 +133,7 @@ def share_machines(nodes, jobs, on_gpu):
     with_gpu = [machine for machine in machines if machine.get("GPU")] if on_gpu else []
     if with_gpu:
         n_gpus = min(machine["GPU"] for machine in with_gpu)
-        share = min(1.0, n_gpus / jobs)
+        share = 1 / math.ceil(jobs / n_gpus)  # of one GPU: a run does not reach over two
         n_cpus = min(machine.get("CPU", 1) for machine in with_gpu)
         return {"num_gpus": share, "num_cpus": 0}, max(1, int(n_cpus * share / n_gpus))
     n_cpus = [machine["CPU"] for machine in machines if machine.get("CPU")]
