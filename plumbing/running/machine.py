@@ -201,7 +201,14 @@ class Processes:
             self.device = "cpu"
         else:
             raise ValueError(f"device={config.device}: several processes need GPUs of their own, or --device=cpu")
-        dist.init_process_group("nccl" if on_cuda else "gloo")
+        try:
+            dist.init_process_group("nccl" if on_cuda else "gloo")
+        except (ValueError, RuntimeError) as e:
+            place = ":".join(os.environ[name] for name in TORCHRUN[1:])
+            raise ValueError(
+                f"{place}, of MASTER_ADDR and MASTER_PORT: the processes cannot meet there ({first_line(e)}); type "
+                "another --master_port, or torchrun --standalone"
+            ) from e
 
     def leave(self):
         if self.world_size > 1:
