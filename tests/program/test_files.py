@@ -3,6 +3,7 @@
 python -m pytest tests/program/test_files.py
 """
 
+import errno
 import itertools
 import json
 import os
@@ -100,6 +101,18 @@ def test_an_install_without_what_ships_says_what_to_do(monkeypatch, tmp_path, ca
 
 
 # --- the clock -----------------------------------------------------------------------------------
+
+
+def test_a_full_disk_names_the_file(monkeypatch, tmp_path):
+    """Lost if it fails: "No space left on device", and nobody knows of which disk."""
+
+    def fails(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match=r"run\.json"):
+        write_json(str(tmp_path / "run.json"), {})
+    assert not os.listdir(tmp_path)
 
 
 def test_a_clock_that_is_set_back_changes_nothing(place, monkeypatch):
