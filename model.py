@@ -207,7 +207,8 @@ class GPT(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight  # tied
         if config.lora_rank and not lora_layers(self):
             raise ValueError(
-                f"lora_targets={config.lora_targets!r} matches no layer, such as transformer.h.0.attn.c_attn"
+                f"lora_targets={config.lora_targets!r} matches no layer, such as transformer.h.0.attn.c_attn, or "
+                "LoRALinear has no nn.Parameter lora_A"
             )
         if self.transformer.wte.weight.device.type != "meta":  # meta: shapes without numbers (from_pretrained)
             self._init_weights()
