@@ -23,7 +23,7 @@ def parse_flags(argv: list[str], cls: type, about: str) -> tuple[str | None, dic
         prog=program_name(),
         usage="%(prog)s [configs/FILE.py] [--key=value ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=make_help(cls, about),
+        description=make_help(cls, about) if {"-h", "--help"} & {*argv} else None,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
