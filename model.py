@@ -110,6 +110,10 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
+class Head(nn.modules.linear.NonDynamicallyQuantizableLinear):
+    """Its weight is read and it is not called. torch's class says that: an adapter by hooks would go unseen."""
+
+
 class MLP(nn.Module):
     # task
     def __init__(self, config, layer):
@@ -197,13 +201,14 @@ class GPT(nn.Module):
             }
         )
         if config.n_classes:
-            self.score = nn.Linear(config.n_embd, config.n_classes, bias=False)
+            self.score = Head(config.n_embd, config.n_classes, bias=False)
         else:
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head = Head(config.n_embd, config.vocab_size, bias=False)
             self.lm_head.weight = self.transformer.wte.weight  # tied
         if config.lora_rank and not lora_layers(self):
             raise ValueError(
-                f"lora_targets={config.lora_targets!r} matches no layer, such as transformer.h.0.attn.c_attn"
+                f"lora_targets={config.lora_targets!r} matches no layer, such as transformer.h.0.attn.c_attn, or "
+                "LoRALinear has no nn.Parameter lora_A"
             )
         if self.transformer.wte.weight.device.type != "meta":  # meta: shapes without numbers (from_pretrained)
             self._init_weights()

@@ -219,8 +219,15 @@ class Processes:
             self.device = "cpu"
         else:
             raise ValueError(f"device={config.device}: several processes need GPUs of their own, or --device=cpu")
-        # The others wait while the first on a machine downloads: longer than NCCL's 10 minutes.
-        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(hours=1))
+        try:
+            # The others wait while the first on a machine downloads: longer than NCCL's 10 minutes.
+            dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(hours=1))
+        except (ValueError, RuntimeError) as e:
+            place = ":".join(os.environ[name] for name in TORCHRUN[1:])
+            raise ValueError(
+                f"{place}, of MASTER_ADDR and MASTER_PORT: the processes cannot meet there ({first_line(e)}); type "
+                "another --master_port, or torchrun --standalone"
+            ) from e
 
     def leave(self):
         if self.world_size > 1:

@@ -5,6 +5,7 @@ python -m pytest tests/running/test_machine.py
 
 import io
 import os
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -222,6 +223,17 @@ def test_processes_wait_for_one_that_downloads(monkeypatch):
     monkeypatch.setattr(machine.dist, "init_process_group", lambda backend, **options: asked.update(options))
     machine.Processes(SimpleNamespace(device="cpu", batch_size=8))
     assert asked["timeout"].total_seconds() >= 3600
+
+
+@pytest.mark.parametrize("port", ["taken", "many", 99999])
+def test_a_place_where_processes_cannot_meet_is_one_line(monkeypatch, port):
+    """Lost if it fails: a second run on one machine ends in a traceback of torch's."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1] if port == "taken" else port
+        set_environment(monkeypatch, RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        with pytest.raises(ValueError, match=f"127.0.0.1:{port}") as caught:
+            machine.Processes(SimpleNamespace(device="cpu", batch_size=8))
+    assert "\n" not in str(caught.value)
 
 
 def test_several_processes_do_not_share_one_accelerator(monkeypatch):
