@@ -26,7 +26,7 @@ from torch import nn
 
 from configurator import Config, Facts, configure
 from dataloader import CustomDataLoader, make_loader
-from plumbing.adapters.layers import lora_arguments
+from plumbing.adapters.layers import cast_together, lora_arguments
 from plumbing.adapters.own_lora import check_frozen, check_start
 from plumbing.adapters.peft_format import ADAPTER_WEIGHTS, save_adapter
 from plumbing.adapters.trainable import parameter_report, train_also
@@ -186,7 +186,8 @@ def compute_loss(model: GPT, batch: Batch) -> torch.Tensor:
     """Mean loss over a batch's targets. The prefix that the prompts share goes through the model once, with its
     gradient, and every row continues from it."""
     options = {"prefix": batch.prefix, "scored": batch.scored, "class_weights": batch.class_weights}
-    _, loss = model(batch.idx, batch.targets, **options)
+    with cast_together(model.adapted if model.training else [], model.compute_dtype):
+        _, loss = model(batch.idx, batch.targets, **options)
     return loss
 
 
