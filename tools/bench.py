@@ -43,7 +43,7 @@ from plumbing.program.terminal import forgiving_output
 from plumbing.running.machine import pick_device, pick_dtype
 from tools.report.page import make_markdown
 from tools.runs.measure import describe_machine, make_untrained, peak_memory, spread, time_latency, timed
-from train import set_up, update
+from train import micro_batches, set_up, update
 
 PARTS = "train,score,start,latency,peak,neighbour"
 SHAPES = {"gpt2-medium": (24, 16, 1024), "gpt2-mini": (6, 4, 256)}  # n_layer, n_head, n_embd
@@ -203,7 +203,7 @@ def make_table(rows):
 def train_ours(config):
     """train.py's own update."""
     run = set_up(config)
-    return lambda indices: update(run, indices, 0)[0]
+    return lambda indices: update(run, micro_batches(run, indices), 0)[0]
 
 
 def peer_model(config):

@@ -35,11 +35,14 @@ class Saver:
             self.save()
             self.saved_at = time.monotonic()
 
-    def save_or_stop(self) -> None:
+    def is_stopped(self) -> bool:
+        """Whether a signal came to this process."""
+        return self.signals.received is not None
+
+    def save_or_stop(self, n_stopped: float) -> None:
         """Saves if it is due. Saves and ends the program after a signal in any of the processes."""
         config = self.run.config
         it = self.progress.iter
-        n_stopped = self.run.processes.total(self.signals.received is not None)
         is_due = config.save_interval > 0 and it % config.save_interval == 0
         if (n_stopped or is_due) and self.saved_it != it:
             self.save()
