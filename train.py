@@ -93,6 +93,14 @@ class Run:
         """Updates in an epoch."""
         return self.loader.n_batches("train", self.global_batch)
 
+    @property
+    def has_cuda_graphs(self) -> bool:
+        """Whether all kernels of a forward or backward pass are launched at once, for each shape that came before. A
+        second piece's gradient would be written over the first one's, so there must be one piece (pytorch issue
+        169545)."""
+        config = self.config
+        return config.compile and self.processes.device.startswith("cuda") and config.gradient_accumulation_steps == 1
+
 
 # --- the loop --------------------------------------------------------------------------------------
 
@@ -214,7 +222,10 @@ def micro_batches(run: Run, indices: np.ndarray) -> Iterator[tuple[Batch, float]
         mine = indices[start : start + size][run.processes.world_rank :: run.processes.world_size]
         if len(mine):
             share = run.loader.n_scored("train", mine) / n_scored
-            yield run.loader.batch("train", mine).to(run.processes.device), share
+            batch = run.loader.batch("train", mine)
+            if run.has_cuda_graphs:
+                batch = batch.widen(16, run.loader.block_size)  # six shapes in an epoch of rt_reviews, not 50
+            yield batch.to(run.processes.device), share
 
 
 def draw_batches(run: Run, it: int) -> Iterator[np.ndarray]:
@@ -258,11 +269,13 @@ def evaluate(run: Run) -> float:
     losses = []
     counts = []
     run.model.eval()  # merges the adapters, too: an evaluation costs what the base model costs
-    for indices in batches[processes.world_rank :: processes.world_size]:
-        n_scored = loader.n_scored("validation", indices)
-        batch = loader.batch("validation", indices).to(processes.device)
-        losses.append(compute_loss(run.model, batch))
-        counts.append(n_scored)
+    # CUDA graphs know the addresses of weights. Merged ones are new each time.
+    graphs = torch.compiler.set_stance("force_eager") if run.has_cuda_graphs else contextlib.nullcontext()
+    with graphs:
+        for indices in batches[processes.world_rank :: processes.world_size]:
+            batch = loader.batch("validation", indices).to(processes.device)
+            losses.append(compute_loss(run.model, batch))
+            counts.append(loader.n_scored("validation", indices))
     run.model.train()
     losses = torch.stack(losses).tolist() if losses else []  # Python waits for a GPU here, and not at each batch
     total, count = processes.totals([sum(map(operator.mul, losses, counts)), sum(counts)])
@@ -307,9 +320,11 @@ def make_run(config: Config, processes: Processes, dtype: torch.dtype, loader, m
     # A scaler is made ready by its first scale(). A process may have no example in its first update, and unscale_
     # would then fail.
     scaler.scale(torch.zeros((), device=processes.device))
+    run = Run(config, processes, dtype, loader, model, params, optimizers, scaler)
     if config.compile:
-        model.compile(dynamic=True)
-    return Run(config, processes, dtype, loader, model, params, optimizers, scaler)
+        model.adapted = []  # the compiler casts them inside its kernels
+        model.compile(dynamic=True, mode="reduce-overhead" if run.has_cuda_graphs else None)
+    return run
 
 
 # task

@@ -185,7 +185,7 @@ def test_an_evaluation_of_some_batches_sees_short_and_long_texts(monkeypatch, n_
     )
     processes = SimpleNamespace(world_rank=0, world_size=1, device="cpu", totals=list)
     model = torch.nn.Linear(1, 1)
-    run = SimpleNamespace(config=Config(eval_iters=n_wanted), loader=loader, processes=processes, model=model)
+    run = train.Run(Config(eval_iters=n_wanted), processes, torch.float32, loader, model, [], [], None)
     monkeypatch.setattr(train, "compute_loss", lambda model, batch: torch.tensor(1.0))
     assert train.evaluate(run) == 1
     assert len(set(seen)) == n_wanted

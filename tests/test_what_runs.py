@@ -96,3 +96,12 @@ def test_adapters_cast_together_give_the_same_bits(checkpoint, dtype):
     assert len(found[0]) == 1 + 2 * 6
     for ours, reference in zip(*found):
         assert ours.dtype == torch.float32 and torch.equal(ours, reference)
+
+
+def test_an_evaluation_leaves_the_weights_where_they_are(checkpoint):
+    """Otherwise CUDA graphs are recorded anew after each evaluation, or compute with memory that is freed."""
+    model = GPT.from_pretrained(checkpoint, lora_rank=2, lora_alpha=6).set_dtype(torch.bfloat16).train()
+    places = {name: p.data_ptr() for name, p in model.named_parameters()}
+    model.eval()(tokens(2, 5))
+    model.train()
+    assert places == {name: p.data_ptr() for name, p in model.named_parameters()}
