@@ -31,6 +31,7 @@ from plumbing.adapters.layers import cast_together, lora_arguments
 from plumbing.adapters.own_lora import check_frozen, check_start
 from plumbing.adapters.peft_format import ADAPTER_WEIGHTS, save_adapter
 from plumbing.adapters.trainable import parameter_report, train_also
+from plumbing.gpt2 import cuda_graphs
 from plumbing.gpt2.base import check_base, check_base_stays, fingerprint_base
 from plumbing.gpt2.batch import Batch
 from plumbing.gpt2.files import context_size
@@ -92,14 +93,6 @@ class Run:
     def n_batches(self) -> int:
         """Updates in an epoch."""
         return self.loader.n_batches("train", self.global_batch)
-
-    @property
-    def has_cuda_graphs(self) -> bool:
-        """Whether all kernels of a forward or backward pass are launched at once, for each shape that came before. A
-        second piece's gradient would be written over the first one's, so there must be one piece (pytorch issue
-        169545)."""
-        config = self.config
-        return config.compile and self.processes.device.startswith("cuda") and config.gradient_accumulation_steps == 1
 
 
 # --- the loop --------------------------------------------------------------------------------------
@@ -223,8 +216,8 @@ def micro_batches(run: Run, indices: np.ndarray) -> Iterator[tuple[Batch, float]
         if len(mine):
             share = run.loader.n_scored("train", mine) / n_scored
             batch = run.loader.batch("train", mine)
-            if run.has_cuda_graphs:
-                batch = batch.widen(16, run.loader.block_size)  # six shapes in an epoch of rt_reviews, not 50
+            if cuda_graphs.are_used(run.config, run.processes.device):
+                batch = batch.widen(cuda_graphs.STEP, run.loader.block_size)
             yield batch.to(run.processes.device), share
 
 
@@ -269,9 +262,7 @@ def evaluate(run: Run) -> float:
     losses = []
     counts = []
     run.model.eval()  # merges the adapters, too: an evaluation costs what the base model costs
-    # CUDA graphs know the addresses of weights. Merged ones are new each time.
-    graphs = torch.compiler.set_stance("force_eager") if run.has_cuda_graphs else contextlib.nullcontext()
-    with graphs:
+    with cuda_graphs.left_out(run.config, processes.device):
         for indices in batches[processes.world_rank :: processes.world_size]:
             batch = loader.batch("validation", indices).to(processes.device)
             losses.append(compute_loss(run.model, batch))
@@ -320,11 +311,9 @@ def make_run(config: Config, processes: Processes, dtype: torch.dtype, loader, m
     # A scaler is made ready by its first scale(). A process may have no example in its first update, and unscale_
     # would then fail.
     scaler.scale(torch.zeros((), device=processes.device))
-    run = Run(config, processes, dtype, loader, model, params, optimizers, scaler)
     if config.compile:
-        model.adapted = []  # the compiler casts them inside its kernels
-        model.compile(dynamic=True, mode="reduce-overhead" if run.has_cuda_graphs else None)
-    return run
+        cuda_graphs.compile_model(model, config, processes.device)
+    return Run(config, processes, dtype, loader, model, params, optimizers, scaler)
 
 
 # task
