@@ -55,9 +55,7 @@ def attend(q, k, v, mask=None, dropout=0.0):  # (B, H, T, D), k and v (B, H, K, 
     """Scaled dot-product attention ("Attention Is All You Need", Vaswani et al. 2017, section 3.2.1):
     softmax(q k^T / sqrt(D) + mask) v. mask: 0 where a token may look and minus infinity elsewhere, of a shape that
     broadcasts to (B, H, T, K). None: T = K tokens, and each looks at itself and at those before it."""
-    # torch's fused kernel never holds all the weights. On Apple's mps it has been wrong without an error (pytorch
-    # issues 163597, 181133, 184180, 195910).
-    if q.is_cuda or (q.is_cpu and k.size(2) > LONG):
+    if is_fused(q, k.size(2)):
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
     if mask is None:
         mask = causal_mask(q.size(2), k.size(2), q)
@@ -66,8 +64,14 @@ def attend(q, k, v, mask=None, dropout=0.0):  # (B, H, T, D), k and v (B, H, K, 
     return weights @ v
 
 
-def split_heads(qkv, B):  # (B T, 3, H, D) -> q, k and v, each (B, H, T, D)
-    return qkv.unflatten(0, (B, -1)).permute(2, 0, 3, 1, 4)  # (B, T, 3, H, D) -> (3, B, H, T, D)
+def is_fused(q, K):
+    """Whether torch's fused kernel computes attention to K tokens. It never holds all the weights. On Apple's mps it
+    has been wrong without an error (pytorch issues 163597, 181133, 184180, 195910)."""
+    return q.is_cuda or (q.is_cpu and K > LONG)
+
+
+def split_heads(qkv):  # (B, T, 3, H, D) -> q, k and v, each (B, H, T, D)
+    return [t.transpose(1, 2) for t in qkv.unbind(2)]
 
 
 def join_heads(y):  # (B, H, T, D) -> (B T, C)
@@ -93,7 +97,7 @@ class Attention(nn.Module):
         if seen.P:
             y = attend_with_prefix(qkv, seen, dropout)  # (R, C); below
         else:
-            q, k, v = split_heads(qkv, seen.B)  # each (8, 16, 52, 64)
+            q, k, v = split_heads(qkv.unflatten(0, (seen.B, -1)))  # each (8, 16, 52, 64)
             if seen.past is not None:
                 k, v = seen.past.extend(self.layer, k, v)
             y = join_heads(attend(q, k, v, seen.mask, dropout))  # (416, 1024)
@@ -108,6 +112,10 @@ class Attention(nn.Module):
 class LayerNorm(nn.LayerNorm):
     def forward(self, x):  # weights that train are float32 while x may be bfloat16
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class Head(nn.modules.linear.NonDynamicallyQuantizableLinear):
+    """Its weight is read and it is not called. torch's class says that: an adapter by hooks would go unseen."""
 
 
 class MLP(nn.Module):
@@ -160,14 +168,22 @@ class Seen:
     P: int  # 0: no prefix
     past: KVCache | None  # keys and values of earlier calls; then there is no prefix
     mask: torch.Tensor | None  # as for attend
+    places: torch.Tensor | None  # (P + B T,): the tokens of x among those of whole rows; for the fused kernel
 
 
 def attend_with_prefix(qkv, seen, dropout):  # (P + B T, 3, H, D) -> (P + B T, C)
     """The prefix attends to itself, each row to the prefix and to itself."""
     prefix_qkv, row_qkv = qkv.split([seen.P, seen.B * seen.T])
+    row_qkv = row_qkv.unflatten(0, (seen.B, -1))  # (B, T, 3, H, D)
+    # A GPU is busy for less time than Python needs to launch its kernels. Attention of whole rows, prefix and all,
+    # is 17 kernels a layer in 10.
+    if seen.places is not None:
+        whole_qkv = torch.cat([prefix_qkv.expand(seen.B, -1, -1, -1, -1), row_qkv], dim=1)  # (B, P + T, 3, H, D)
+        y = join_heads(attend(*split_heads(whole_qkv), dropout=dropout))  # (B (P + T), C)
+        return y.index_select(0, seen.places)
     # A copy: a view would keep all of qkv in memory until the backward pass.
-    prefix_q, prefix_k, prefix_v = split_heads(prefix_qkv, 1).contiguous()  # each (1, H, P, D)
-    q, k, v = split_heads(row_qkv, seen.B)  # each (B, H, T, D)
+    prefix_q, prefix_k, prefix_v = split_heads(prefix_qkv.clone()[None])  # each (1, H, P, D)
+    q, k, v = split_heads(row_qkv)  # each (B, H, T, D)
     k = put_before(prefix_k, k)  # (B, H, P + T, D)
     v = put_before(prefix_v, v)
     prefix_y = attend(prefix_q, prefix_k, prefix_v, None, dropout)
@@ -197,13 +213,15 @@ class GPT(nn.Module):
             }
         )
         if config.n_classes:
-            self.score = nn.Linear(config.n_embd, config.n_classes, bias=False)
+            self.score = Head(config.n_embd, config.n_classes, bias=False)
         else:
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head = Head(config.n_embd, config.vocab_size, bias=False)
             self.lm_head.weight = self.transformer.wte.weight  # tied
-        if config.lora_rank and not lora_layers(self):
+        self.adapted = list(lora_layers(self).values())
+        if config.lora_rank and not self.adapted:
             raise ValueError(
-                f"lora_targets={config.lora_targets!r} matches no layer, such as transformer.h.0.attn.c_attn"
+                f"lora_targets={config.lora_targets!r} matches no layer, such as transformer.h.0.attn.c_attn, or "
+                "LoRALinear has no nn.Parameter lora_A"
             )
         if self.transformer.wte.weight.device.type != "meta":  # meta: shapes without numbers (from_pretrained)
             self._init_weights()
@@ -260,7 +278,12 @@ class GPT(nn.Module):
         t = self.transformer
         like = torch.empty(0, dtype=self.compute_dtype or t.wte.weight.dtype, device=idx.device)  # x is to be like it
         pos = torch.arange(P, P + T, device=idx.device)  # (T,): where each row's tokens stand
-        mask = causal_mask(T, P + T, like) if P else None
+        mask = places = None
+        if P and is_fused(like, P + T):
+            places = torch.arange(B * (P + T), device=idx.device).view(B, P + T)
+            places = torch.cat([places[0, :P], places[:, P:].flatten()])  # the first row's prefix, and all rows
+        elif P:
+            mask = causal_mask(T, P + T, like)
         if past is not None:  # the rows go on after its tokens, and may look at them
             pos, mask = past.place(B, T, like)
         tokens = idx.flatten()  # (R,)
@@ -270,7 +293,7 @@ class GPT(nn.Module):
             pos = torch.cat([torch.arange(P, device=idx.device), pos])
         x = F.embedding(tokens, t.wte.weight) + F.embedding(pos, t.wpe.weight)  # (P + B T, C)
         x = t.drop(x.to(like.dtype))
-        seen = Seen(B, T, P, past, mask)
+        seen = Seen(B, T, P, past, mask, places)
         for block in t.h[:-1]:
             x = block(x, seen)
         if scored is not None:
@@ -313,13 +336,14 @@ class GPT(nn.Module):
             token = self.pick_token(x, temperature, top_k)  # (rows,)
             out[rows, n] = token
             is_last = n + 1 == max_new_tokens
-            if stop is not None and not is_last and (token == stop).any():  # a finished row costs nothing more
-                goes_on = token != stop
-                rows = rows[goes_on]
-                token = token[goes_on]
-                cache.keep(goes_on)
-                if len(rows) == 0:
+            if stop is not None and not is_last:  # a finished row costs nothing more
+                goes_on = (token != stop).nonzero()[:, 0]  # Python waits for the GPU here, and nowhere else
+                if len(goes_on) == 0:
                     return torch.cat([idx, out[:, : n + 1]], dim=1)
+                if len(goes_on) < len(rows):
+                    rows = rows[goes_on]
+                    token = token[goes_on]
+                    cache.keep(goes_on)
             new = token[:, None]
         return torch.cat([idx, out], dim=1)
 

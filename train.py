@@ -12,9 +12,10 @@ loss.png, README.md. Training only computes losses; generate.py finds the accura
 
 import contextlib
 import math
+import operator
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -27,10 +28,11 @@ from torch import nn
 
 from configurator import Config, Facts, configure
 from dataloader import CustomDataLoader, make_loader
-from plumbing.adapters.layers import lora_arguments
+from plumbing.adapters.layers import cast_together, lora_arguments
 from plumbing.adapters.own_lora import check_frozen, check_start
 from plumbing.adapters.peft_format import ADAPTER_WEIGHTS, save_adapter
 from plumbing.adapters.trainable import parameter_report, train_also
+from plumbing.gpt2 import cuda_graphs
 from plumbing.gpt2.base import check_base, check_base_stays, fingerprint_base
 from plumbing.gpt2.batch import Batch
 from plumbing.gpt2.files import context_size
@@ -41,7 +43,14 @@ from plumbing.program.stored_run import write_run
 from plumbing.program.terminal import forgiving_output
 from plumbing.running.checkpoint import Progress, begin_or_resume, check_same_data, locked_folder, write_metrics
 from plumbing.running.endings import exit_diverged, explain_failure
-from plumbing.running.machine import Processes, compute_deterministically, keep_memory, pick_dtype, read_torchrun
+from plumbing.running.machine import (
+    Processes,
+    compute_deterministically,
+    keep_memory,
+    pick_dtype,
+    read_torchrun,
+    seed_generator,
+)
 from plumbing.running.optimizers import build_optimizers
 from plumbing.running.saving import Saver, Stopwatch, open_bar, print0
 from plumbing.running.wandb_run import WandbRun
@@ -104,7 +113,8 @@ def run_updates(run: Run, progress: Progress) -> None:
     """From where `progress` stands up to max_iters updates."""
     config = run.config
     wandb = WandbRun(config, wanted=config.wandb_log and run.processes.is_first)
-    batches = draw_batches(run, progress.iter)
+    batches = (list(micro_batches(run, indices)) for indices in draw_batches(run, progress.iter))
+    batch = next(batches)
     watch = Stopwatch(progress.iter)
 
     with open_bar(run, progress) as bar, Saver(run, progress) as saver:
@@ -126,7 +136,7 @@ def run_updates(run: Run, progress: Progress) -> None:
             # A checkpoint is saved before the step (after a signal the program ends there, too): the weights have
             # just given a finite loss and gradient, so a run that resumes from them does not resume from NaN. It
             # computes this gradient again.
-            loss, was_skipped = update(run, next(batches), it, before_step=saver.save_or_stop)
+            loss, was_skipped, batch = update(run, batch, it, batches, saver)
             progress.losses.append(loss)
             progress.skipped += was_skipped
             progress.iter += 1
@@ -135,33 +145,37 @@ def run_updates(run: Run, progress: Progress) -> None:
     wandb.finish()
 
 
-def update(run: Run, indices: np.ndarray, it: int, before_step: Callable = lambda: None) -> tuple[float, bool]:
-    """Update `it`, on the global batch `indices`. Returns its mean loss, and whether the step was skipped, since
-    float16's gradients overflowed. Ends the program where loss or gradient are not finite."""
-    model = run.model
+def update(run: Run, batch: Iterable[tuple[Batch, float]], it: int, batches: Iterable = (), saver=None):
+    """Update `it`, on a global batch as `micro_batches` cuts it. Returns its mean loss; whether the step was skipped,
+    since float16's gradients overflowed; and the next of `batches`. Ends the program where loss or gradient are not
+    finite. Python waits for a GPU once: for loss and gradient norm. float16's scaler makes it wait a second time."""
     processes = run.processes
     set_learning_rate(run, it)
     # Dropout depends on seed, update and process alone: a resumed run draws the same, and no random state is stored.
     # (The factors are primes: another seed, update or process rarely gives the same sum.)
-    torch.manual_seed((run.config.seed * 1_000_003 + it * 1009 + processes.world_rank) % 2**63)
+    seed = run.config.seed * 1_000_003 + it * 1009 + processes.world_rank
+    seed_generator(processes.device, seed % 2**63)
 
     # --- forward and backward
     loss = 0.0
-    for batch, share in micro_batches(run, indices):
-        part = share * compute_loss(model, batch)
+    for piece, share in batch:
+        part = share * compute_loss(run.model, piece)
         run.scaler.scale(part).backward()
         loss += part.detach()
     processes.sum_gradients(run.params)
-    loss = processes.total(float(loss))
 
     # --- clip
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
-    norm = float(nn.utils.clip_grad_norm_(run.params, run.config.grad_clip or math.inf))
+    norm = nn.utils.clip_grad_norm_(run.params, run.config.grad_clip or math.inf)
+    following = next(iter(batches), None)  # made while a GPU computes what was launched until now
+    is_stopped = saver is not None and saver.is_stopped()
+    loss, norm, n_stopped = processes.totals([loss, norm / processes.world_size, is_stopped])
     overflowed = run.scaler.is_enabled() and not math.isfinite(norm)  # float16 does, now and then
     if not math.isfinite(loss) or not (math.isfinite(norm) or overflowed):
         exit_diverged(run.config, processes.is_first, it, f"loss {loss}, gradient norm {norm}")
-    before_step()
+    if saver:
+        saver.save_or_stop(n_stopped)
 
     # --- step
     for optimizer in run.optimizers:
@@ -172,14 +186,15 @@ def update(run: Run, indices: np.ndarray, it: int, before_step: Callable = lambd
     if overflowed and run.scaler.get_scale() < 1:
         what = "float16's gradients overflow at any scale (--dtype=float32 has the range)"
         exit_diverged(run.config, processes.is_first, it, what)
-    return loss, overflowed
+    return loss, overflowed, following
 
 
 def compute_loss(model: GPT, batch: Batch) -> torch.Tensor:
     """Mean loss over a batch's targets. The prefix that the prompts share goes through the model once, with its
     gradient, and every row continues from it."""
     options = {"prefix": batch.prefix, "scored": batch.scored, "class_weights": batch.class_weights}
-    _, loss = model(batch.idx, batch.targets, **options)
+    with cast_together(model.adapted if model.training else [], model.compute_dtype):
+        _, loss = model(batch.idx, batch.targets, **options)
     return loss
 
 
@@ -193,7 +208,10 @@ def micro_batches(run: Run, indices: np.ndarray) -> Iterator[tuple[Batch, float]
         mine = indices[start : start + size][run.processes.world_rank :: run.processes.world_size]
         if len(mine):
             share = run.loader.n_scored("train", mine) / n_scored
-            yield run.loader.batch("train", mine).to(run.processes.device), share
+            batch = run.loader.batch("train", mine)
+            if cuda_graphs.are_used(run.config, run.processes.device):
+                batch = batch.widen(cuda_graphs.STEP, run.loader.block_size)
+            yield batch.to(run.processes.device), share
 
 
 def draw_batches(run: Run, it: int) -> Iterator[np.ndarray]:
@@ -234,16 +252,18 @@ def evaluate(run: Run) -> float:
     # They are sorted from short to long texts. We cut the list into n_wanted parts and take the middle of each.
     if 0 < n_wanted < len(batches):
         batches = [batches[int((i + 0.5) * len(batches) / n_wanted)] for i in range(n_wanted)]
-    total = 0.0
-    count = 0
+    losses = []
+    counts = []
     run.model.eval()  # merges the adapters, too: an evaluation costs what the base model costs
-    for indices in batches[processes.world_rank :: processes.world_size]:
-        n_scored = loader.n_scored("validation", indices)
-        batch = loader.batch("validation", indices).to(processes.device)
-        total += compute_loss(run.model, batch).item() * n_scored
-        count += n_scored
+    with cuda_graphs.left_out(run.config, processes.device):
+        for indices in batches[processes.world_rank :: processes.world_size]:
+            batch = loader.batch("validation", indices).to(processes.device)
+            losses.append(compute_loss(run.model, batch))
+            counts.append(loader.n_scored("validation", indices))
     run.model.train()
-    return processes.total(total) / processes.total(count)
+    losses = torch.stack(losses).tolist() if losses else []  # Python waits for a GPU here, and not at each batch
+    total, count = processes.totals([sum(map(operator.mul, losses, counts)), sum(counts)])
+    return total / count
 
 
 # --- what a run is made of -------------------------------------------------------------------------
@@ -281,7 +301,7 @@ def make_run(config: Config, processes: Processes, dtype: torch.dtype, loader, m
     # would then fail.
     scaler.scale(torch.zeros((), device=processes.device))
     if config.compile:
-        model.compile(dynamic=True)
+        cuda_graphs.compile_model(model, config, processes.device)
     return Run(config, processes, dtype, loader, model, params, optimizers, scaler)
 
 

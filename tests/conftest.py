@@ -319,10 +319,10 @@ def stop_after(monkeypatch, update):
     """SIGTERM comes while this update is computed."""
     plain = train.update
 
-    def stopped_update(run, indices, it, **options):
+    def stopped_update(run, batch, it, *others):
         if it == update:
             signal.raise_signal(signal.SIGTERM)
-        return plain(run, indices, it, **options)
+        return plain(run, batch, it, *others)
 
     monkeypatch.setattr(train, "update", stopped_update)
 

@@ -21,7 +21,7 @@ from generate import ModelSampler
 from model import GPT
 from plumbing.adapters.peft_format import load_adapter
 from plumbing.data.tokenizer import end_of_text
-from train import build_model, evaluate, set_up, train, update
+from train import build_model, evaluate, micro_batches, set_up, train, update
 
 WORDS = {"ham": "lunch", "news": "minister", "spam": "prize"}
 
@@ -85,7 +85,7 @@ def test_gradient_of_uneven_batches_is_the_whole_batchs(place):
         model = build_model(run.config, "cpu", torch.float64, n_classes=3)
         params = [p for p in model.parameters() if p.requires_grad]
         run = dataclasses.replace(run, model=model, params=params, optimizers=[])
-        update(run, range(13), 0)
+        update(run, micro_batches(run, range(13)), 0)
         grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
         loss = evaluate(run)
     loader = run.loader

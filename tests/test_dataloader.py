@@ -26,11 +26,13 @@ import pyarrow.parquet
 import pytest
 import tiktoken_ext.openai_public
 import tokenizers
+import torch
 
 from configurator import Config
 from dataloader import CustomDataLoader, Prompt, make_loader
 from plumbing.data import data_set, sources, token_cache
 from plumbing.data.tokenizer import gpt2_encoding
+from plumbing.gpt2.batch import find_scored
 from plumbing.program.files import ASSETS
 
 END = "<|endoftext|>"
@@ -800,3 +802,27 @@ def test_no_hub_is_one_line_with_the_offline_command(monkeypatch):
     root = os.path.dirname(ASSETS)
     with open(os.path.join(root, command[1]), encoding="utf-8") as f:
         assert 'dataset = "rt_reviews"' in f.read()
+
+
+@pytest.mark.parametrize("batch_size", [8, 32])
+def test_an_epoch_of_wide_batches_has_six_shapes(batch_size):
+    """Otherwise --compile=True on CUDA records a graph for each length, and runs out of memory."""
+    loader = CustomDataLoader("rt_reviews", batch_size=batch_size, wanted=("train",))
+    batches = [loader.batch("train", indices).widen(16, 1024) for indices in loader.order("train", batch_size, 0)]
+    shapes = {(tuple(b.idx.shape), tuple(b.targets.shape), len(b.scored), b.prefix.size(1)) for b in batches}
+    assert len({shape for shape in shapes if shape[0][0] == batch_size}) <= 6  # the last batch has fewer rows
+
+
+def test_a_wide_batch_scores_the_same_tokens():
+    """Otherwise --compile=True on CUDA trains on other words than labels."""
+    loader = CustomDataLoader("rt_reviews", batch_size=5, wanted=("train",))
+    plain = loader.batch("train", range(5))
+    wide = plain.widen(16, 1024)
+    assert wide.idx.size(1) % 16 == 0 and wide.idx.size(1) - plain.idx.size(1) in range(16)
+    assert torch.equal(wide.scored, find_scored(wide.targets))
+    for name in ("idx", "targets"):
+        ours, reference = getattr(wide, name), getattr(plain, name)
+        assert torch.equal(ours[:, : reference.size(1)], reference)
+        assert torch.equal(ours.flatten()[wide.scored], reference.flatten()[plain.scored])
+    n_most = plain.prefix.size(1) + plain.idx.size(1) + 1
+    assert plain.widen(50, n_most).idx.size(1) == plain.idx.size(1) + 1  # never beyond the context

@@ -313,8 +313,6 @@ DAMAGE = {  # what happened to the directory: (how, error, what its message name
     "fewer layers": (lambda d: edit_config(d, n_layer=2), ValueError, "config.json"),
     "another model": (lambda d: edit_config(d, model_type="llama"), ValueError, "model_type='llama'"),
     "another GELU": (lambda d: edit_config(d, activation_function="relu"), ValueError, "activation_function='relu'"),
-    "index damaged": (lambda d: (d / "model.safetensors.index.json").write_text("{"), ValueError, "index.json"),
-    "index no index": (lambda d: (d / "model.safetensors.index.json").write_text("{}"), ValueError, "index.json"),
 }
 
 

@@ -154,7 +154,8 @@ def test_update_is_the_loops_own(place):
     losses = []
     for it in range(7):
         epoch, place_in_epoch = divmod(it, 3)  # 48 reviews are three batches of 16
-        losses.append(train.update(run, run.loader.order("train", 16, epoch)[place_in_epoch], it)[0])
+        indices = run.loader.order("train", 16, epoch)[place_in_epoch]
+        losses.append(train.update(run, train.micro_batches(run, indices), it)[0])
     trained = {name: p.detach() for name, p in run.model.named_parameters() if p.requires_grad}
     assert leaves(trained) == leaves(read_checkpoint(place / "loop")["trained"])
     assert read_metrics(place / "loop")[-1]["train_loss"] == sum(losses) / 7
@@ -182,9 +183,9 @@ def test_an_evaluation_of_some_batches_sees_short_and_long_texts(monkeypatch, n_
         n_scored=lambda split, indices: 1,
         batch=lambda split, indices: SimpleNamespace(to=lambda device: seen.append(indices[0])),
     )
-    processes = SimpleNamespace(world_rank=0, world_size=1, device="cpu", total=float)
+    processes = SimpleNamespace(world_rank=0, world_size=1, device="cpu", totals=list)
     model = torch.nn.Linear(1, 1)
-    run = SimpleNamespace(config=Config(eval_iters=n_wanted), loader=loader, processes=processes, model=model)
+    run = train.Run(Config(eval_iters=n_wanted), processes, torch.float32, loader, model, [], [], None)
     monkeypatch.setattr(train, "compute_loss", lambda model, batch: torch.tensor(1.0))
     assert train.evaluate(run) == 1
     assert len(set(seen)) == n_wanted

@@ -13,37 +13,37 @@ from conftest import tokens
 import lora
 import model as chapter
 from lora import mark_only_lora_as_trainable
-from model import GPT, Attention, GPTConfig, Seen, attend, causal_mask
+from model import GPT, GPTConfig, attend, causal_mask
+from plumbing.adapters.layers import cast_together
+from plumbing.gpt2.batch import Batch
 
 
 def close(ours, reference):
     torch.testing.assert_close(ours, reference, rtol=0, atol=1e-10)
 
 
-def run(function, inputs, weights):
-    """(value, gradients) of (function(*inputs) * weights).sum()."""
-    inputs = [t.clone().requires_grad_() for t in inputs]
-    out = function(*inputs)
-    (out * weights).sum().backward()
-    return [out.detach(), *(t.grad for t in inputs)]
-
-
 @pytest.mark.parametrize("P, B, T", [*itertools.product((0, 1, 5), (1, 3), (1, 4)), (12, 8, 40), (9, 2, 130)])
 def test_attention_written_out_is_torchs_own(P, B, T, monkeypatch):
     """Otherwise training on a CPU is of another model than on a GPU, where torch's fused kernel computes."""
     torch.manual_seed(0)
-    attention = Attention(GPTConfig(n_embd=16, n_head=2), 0).double()
-    x = torch.randn(P + B * T, 16, dtype=torch.float64)
-    weights = torch.randn(P + B * T, 16, dtype=torch.float64)
-    seen = Seen(B, T, P, None, causal_mask(T, P + T, x) if P else None)
+    model = GPT(GPTConfig(n_layer=2, n_embd=16, n_head=2, vocab_size=50, block_size=200)).double()
+    idx, prefix = tokens(B, T) % 50, tokens(1, P) % 50
+    weights = torch.randn(B, T, 16, dtype=torch.float64)
     used = []
     fused = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **o: used.append(1) or fused(*a, **o))
-    plain = run(lambda t: attention(t, seen), (x,), weights)
+
+    def run():
+        model.zero_grad()
+        states = model.hidden(idx, prefix=prefix)
+        (states * weights).sum().backward()
+        return [states.detach(), *(p.grad.clone() for p in model.transformer.parameters())]
+
+    plain = run()
     assert not used  # the formula ran
     monkeypatch.setattr(chapter, "LONG", 0)
-    torchs = run(lambda t: attention(t, seen), (x,), weights)
-    assert used
+    torchs = run()
+    assert len(used) == 2  # once a layer, prefix or not
     for ours, reference in zip(plain, torchs):
         close(ours, reference)
 
@@ -76,3 +76,32 @@ def test_training_runs_the_lines_of_lora_py(checkpoint, monkeypatch, dropout):
     products.clear()
     model.eval()(tokens(2, 5), tokens(2, 5))
     assert products and not any(2 in shape for shape in products)  # merged: W0 + (alpha / r) B A alone
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_adapters_cast_together_give_the_same_bits(checkpoint, dtype):
+    """Otherwise an update trains other numbers than the layers of lora.py by themselves."""
+    model = GPT.from_pretrained(checkpoint, lora_rank=2, lora_alpha=6)
+    mark_only_lora_as_trainable(model).set_dtype(dtype).train()
+    own = dict(model.named_parameters())
+    batch = Batch(tokens(1, 3), tokens(2, 5), tokens(2, 5))
+    found = []
+    for layers in ([], model.adapted):
+        model.zero_grad()
+        with cast_together(layers, dtype):
+            _, loss = model(batch.idx, batch.targets, prefix=batch.prefix)
+        loss.backward()
+        assert all(p is own[name] for name, p in model.named_parameters())
+        found.append([loss.detach(), *(p.grad.clone() for p in own.values() if p.requires_grad)])
+    assert len(found[0]) == 1 + 2 * 6
+    for ours, reference in zip(*found):
+        assert ours.dtype == torch.float32 and torch.equal(ours, reference)
+
+
+def test_an_evaluation_leaves_the_weights_where_they_are(checkpoint):
+    """Otherwise CUDA graphs are recorded anew after each evaluation, or compute with memory that is freed."""
+    model = GPT.from_pretrained(checkpoint, lora_rank=2, lora_alpha=6).set_dtype(torch.bfloat16).train()
+    places = {name: p.data_ptr() for name, p in model.named_parameters()}
+    model.eval()(tokens(2, 5))
+    model.train()
+    assert places == {name: p.data_ptr() for name, p in model.named_parameters()}

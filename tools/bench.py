@@ -42,10 +42,18 @@ from plumbing.program.settings import setting
 from plumbing.program.terminal import forgiving_output
 from plumbing.running.machine import pick_device, pick_dtype
 from tools.report.page import make_markdown
-from tools.runs.measure import describe_machine, make_untrained, peak_memory, spread, time_latency, timed
-from train import set_up, update
+from tools.runs.launches import CASE, EXAMPLES, launches, save_narrow, train_narrow
+from tools.runs.measure import (
+    describe_machine,
+    make_untrained,
+    peak_memory,
+    spread,
+    time_latency,
+    timed,
+)
+from train import micro_batches, set_up, update
 
-PARTS = "train,score,start,latency,peak,neighbour"
+PARTS = "train,score,start,latency,peak,neighbour,launches"
 SHAPES = {"gpt2-medium": (24, 16, 1024), "gpt2-mini": (6, 4, 256)}  # n_layer, n_head, n_embd
 PEER = "transformers + peft"
 PRODUCT = "matrix product"
@@ -190,7 +198,8 @@ def make_table(rows):
         memory = f"{row['memory'] / 1e9:.2f} GB" if row["memory"] else ""
         beside = ""
         if ratio := row.get("time_ratio"):
-            beside = f"{ratio['median']:.2f} x the time ({ratio['low']:.2f} .. {ratio['high']:.2f})"
+            what = "as many" if row["unit"] == "kernels" else "the time"
+            beside = f"{ratio['median']:.2f} x {what} ({ratio['low']:.2f} .. {ratio['high']:.2f})"
         if row.get("memory_ratio"):
             beside += f", {row['memory_ratio']:.2f} x the memory"
         table.append([row["case"], row["system"], f"{middle} {row['unit']} ({low} .. {high})", memory, beside])
@@ -203,7 +212,7 @@ def make_table(rows):
 def train_ours(config):
     """train.py's own update."""
     run = set_up(config)
-    return lambda indices: update(run, indices, 0)[0]
+    return lambda indices: update(run, micro_batches(run, indices), 0)[0]
 
 
 def peer_model(config):
@@ -215,6 +224,7 @@ def peer_model(config):
     options = {"torch_dtype": getattr(torch, config.dtype), "attn_implementation": "sdpa"}
     model = GPT2LMHeadModel.from_pretrained(config.init_from, **options).to(config.device)
     options = {"target_modules": ["c_attn", "attn.c_proj"], "fan_in_fan_out": True, "task_type": "CAUSAL_LM"}
+    options["lora_dropout"] = config.dropout
     return get_peft_model(model, LoraConfig(r=config.rank, lora_alpha=config.alpha, **options))
 
 
@@ -226,13 +236,13 @@ def pad(rows, device, side="right"):
     return ids.to(device), mask.to(device)
 
 
-def train_peer(config):
+def train_peer(config, examples=None):
     """The usual loop: padding to the batch's longest, labels of -100 where nothing is scored, fused AdamW. Below
     float32 autocast too: on a CPU it makes peft a sixth faster than half-precision weights alone."""
     dtype = getattr(torch, config.dtype)
     kind = config.device.split(":")[0]
     model = peer_model(config).train()
-    examples = make_loader(config, 1024).splits["train"]
+    examples = examples or make_loader(config, 1024).splits["train"]
     options = {"lr": config.lr, "betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, fused=kind in ("cpu", "cuda"), **options)
@@ -484,6 +494,22 @@ def measure_latency(bench):
             bench.add_rows(case, unit, {f"{name}, {config.dtype}": times for name, times in seconds.items()}, amount)
 
 
+def measure_launches(bench):
+    """Half precision, as on a GPU."""
+    dtype = bench.dtypes[0] if bench.on_gpu else "bfloat16"
+    config = replace(bench.settings(save_narrow(bench.folder), 4, 2, dtype), dropout=0.05)
+    systems = {f"ours, {dtype}": train_narrow, f"{PEER}, {dtype}": partial(train_peer, examples=EXAMPLES)}
+    answers = {name: [] for name in systems}
+    with running({name: partial(launches, load, config) for name, load in systems.items()}, bench.device) as pipes:
+        for _ in range(2 + bench.steps if bench.in_time(CASE) else 0):
+            for name, pipe in pipes.items():
+                pipe.send((0, 1))
+                answers[name].append(pipe.recv()[1])
+    for n, unit in enumerate(("ms of CPU time", "kernels")):
+        counts = {name: [(1e3, 1)[n] * answer[n] for answer in given[2:]] for name, given in answers.items() if given}
+        bench.add_rows(CASE, unit, counts)
+
+
 def measure_neighbours(bench):
     """Training while something else runs on the same cores: a notebook, a browser, another training."""
     for shape, rank, size in [("gpt2-mini", 16, 32), ("gpt2-medium", 128, 8)][: 1 if bench.config.quick else 2]:
@@ -548,6 +574,7 @@ MEASURES = {
     "latency": measure_latency,
     "neighbour": measure_neighbours,
     "peak": measure_peak,
+    "launches": measure_launches,
     "data": measure_data,
 }
 

@@ -46,17 +46,19 @@ def export(run: str, out: str, dtype: str = "float32") -> None:
     sampler = ModelSampler(config=make_config(init_from="resume", out_dir=run, device="cpu", dtype="float32"))
     sampler.load_prompt()
     sampler.load_model()
-    parent = os.path.dirname(os.path.abspath(out))
-    os.makedirs(parent, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent) as place:
+    is_there = os.path.isdir(out)  # it may be a link, a mount or the folder that we are in: then it stays
+    beside = out if is_there else os.path.dirname(os.path.abspath(out))
+    os.makedirs(beside, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=beside) as place:
         new = os.path.join(place, "model")
         sampler.model.save_pretrained(new, getattr(torch, dtype))
         finish_config(new, sampler.prompt)
         write_tokenizer(new, sampler.block_size, padding_side="right" if sampler.prompt.classify else "left")
         write(new, "README.md", make_card(sampler.config, sampler.prompt, os.path.basename(os.path.abspath(out))))
-        if os.path.isdir(out):
-            os.rmdir(out)
-        put_in_place(new, out)
+        for name in os.listdir(new) if is_there else ():
+            put_in_place(os.path.join(new, name), os.path.join(out, name))
+        if not is_there:
+            put_in_place(new, out)
     if not sampler.prompt.classify and not keeps_its_tokens(sampler.prompt):
         print("note: without its label the template ends in other tokens than in training; answers may differ")
 

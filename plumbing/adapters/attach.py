@@ -32,7 +32,9 @@ def attach_lora(
         listed = ", ".join(examples) or "none"
         raise ValueError(f"targets={targets}: matches no linear layer's name; there are {len(names)}: {listed}")
     for name, layer in chosen.items():
-        check_layer(layer, name, targets)
+        if "lora_A" in layer._parameters:
+            raise ValueError(f"targets={targets}: {name} has an adapter already; detach_lora takes it off")
+        check_layer(layer, name, f"targets={targets}")
         n_out, n_in = adapter.sizes(layer)
         adapter.check_rank(rank, n_in, n_out, name)
     for layer in chosen.values():
@@ -40,16 +42,12 @@ def attach_lora(
     return list(chosen)
 
 
-def check_layer(layer: nn.Module, name: str, targets: str) -> None:
-    """Raises ValueError for a layer that cannot get an adapter."""
-    if "lora_A" in layer._parameters:
-        raise ValueError(f"targets={targets}: {name} has an adapter already; detach_lora takes it off")
-    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):  # nn.MultiheadAttention's out_proj
-        raise ValueError(
-            f"targets={targets}: nn.MultiheadAttention reads {name}.weight itself, without calling the layer"
-        )
+def check_layer(layer: nn.Module, name: str, where: str) -> None:
+    """Raises ValueError for a layer that cannot get an adapter. where: the line's beginning."""
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):  # nn.MultiheadAttention's, our heads
+        raise ValueError(f"{where}: this model reads {name}.weight itself, without calling the layer")
     if not layer.weight.is_floating_point():
-        raise ValueError(f"targets={targets}: {name} is stored in {layer.weight.dtype}, not in floating point")
+        raise ValueError(f"{where}: {name} is stored in {layer.weight.dtype}, not in floating point")
 
 
 def add_adapter(layer: nn.Module, rank: int, alpha: float, dropout: float = 0.0) -> None:
@@ -121,6 +119,12 @@ def put_aside(model: nn.Module, names: Iterable[str]) -> None:
         aside = model.get_submodule(module).__dict__.setdefault("_put_aside", {})
         if leaf not in aside:
             aside[leaf] = state[name].clone()
+
+
+def names_aside(model: nn.Module) -> set[str]:
+    """The names of what an adapter's file has replaced."""
+    modules = model.named_modules()
+    return {f"{name}.{leaf}" for name, module in modules for leaf in module.__dict__.get("_put_aside", ())}
 
 
 def put_back(model: nn.Module) -> None:

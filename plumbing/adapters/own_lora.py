@@ -32,7 +32,7 @@ def check_layers(model, layer_class: type, rank: int) -> None:
     for name, layer in model.named_modules():
         if not isinstance(layer, layer_class):
             continue
-        if layer.bias is None:
+        if getattr(layer, "bias", None) is None:
             raise ValueError(f"lora.py: {name} has lost its bias: LoRALinear(..., bias=True) has one, as nn.Linear")
         if "lora_A" not in layer._parameters:
             continue
@@ -43,6 +43,8 @@ def check_layers(model, layer_class: type, rank: int) -> None:
             if found is None or tuple(found.shape) != expected:
                 shape = "missing" if found is None else tuple(found.shape)
                 raise ValueError(f"lora.py: {name}.{key} is {shape}, and should be {words[key]} = {expected}")
+        if not isinstance(getattr(layer, "lora_scaling", None), (int, float)):
+            raise ValueError(f"lora.py: {name}.lora_scaling is no number, and should be lora_alpha / lora_rank")
 
 
 def check_frozen(model) -> None:
@@ -62,7 +64,8 @@ def check_frozen(model) -> None:
 
 
 def check_start(model) -> None:
-    """Raises ValueError if B A is not zero in a layer that was made anew: training would not start from the base."""
+    """Raises ValueError if B A is not zero in a layer that was made anew: training would not start from the base. And
+    for a class of one's own that computes something else than the formula."""
     for name, layer in lora_layers(model).items():
         A = layer.lora_A.detach()
         B = layer.lora_B.detach()
@@ -73,3 +76,40 @@ def check_start(model) -> None:
                 f"lora.py: {name} starts with B A other than zero, so not from the base model: reset_parameters sets "
                 "B to zero"
             )
+        if not A.any() and not B.any():
+            raise ValueError(f"lora.py: {name} starts with A and B zero, so neither can learn: draw A at random")
+    if not getattr(layer, "mixes_dtypes", False):
+        check_formula(type(layer))
+
+
+@torch.no_grad()
+def check_formula(layer_class: type) -> None:
+    """Raises ValueError if a small layer without dropout is not nn.Linear while B is zero; if A and B then add
+    nothing, or something else in eval(), in a second eval() or in train() after it; or if lora_scaling does not scale
+    what they add."""
+    layer = layer_class(7, 5, lora_rank=2, lora_alpha=3.0)
+    numbers = torch.Generator().manual_seed(0)
+    for param in (layer.weight, layer.bias, layer.lora_A, layer.lora_B):
+        param.normal_(generator=numbers)
+    x = torch.randn(3, 7, generator=numbers)
+    plain = nn.functional.linear(x, layer.weight, layer.bias)
+
+    def added(mode):
+        layer.train(mode)
+        return layer(x.clone()) - plain
+
+    B = layer.lora_B.clone()
+    layer.lora_B.zero_()
+    found = {"is not nn.Linear where B is zero": (added(True), torch.zeros(3, 5))}
+    layer.lora_B.copy_(B)
+    delta = added(True)
+    found["adds something else in eval() than in train()"] = (added(False), delta)
+    found["adds something else in eval() that is called twice"] = (added(False), delta)
+    found["adds something else in train() after eval()"] = (added(True), delta)
+    layer.lora_scaling *= 2
+    found["adds something that lora_scaling does not scale"] = (added(True), 2 * delta)
+    for what, (value, expected) in found.items():
+        if not torch.allclose(value, expected, rtol=1e-3, atol=1e-3):
+            raise ValueError(f"lora.py: LoRALinear {what}")
+    if not delta.any():
+        raise ValueError("lora.py: LoRALinear adds nothing of A and B")

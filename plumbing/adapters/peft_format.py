@@ -1,13 +1,14 @@
 """Adapters from and to PEFT: its two files, adapter_config.json and adapter_model.safetensors."""
 
 import json
+import math
 import os
 import re
 
 import torch
 from torch import nn
 
-from plumbing.adapters.attach import add_adapter, put_aside, put_back
+from plumbing.adapters.attach import add_adapter, check_layer, names_aside, put_aside, put_back
 from plumbing.adapters.layers import (
     alpha_of,
     dropout_of,
@@ -18,7 +19,8 @@ from plumbing.adapters.layers import (
     shared_parameters,
     sizes,
 )
-from plumbing.adapters.trainable import check_ties, lora_state_dict
+from plumbing.adapters.trainable import check_names, lora_state_dict
+from plumbing.program.errors import compile_pattern
 from plumbing.program.files import check_finite, read_tensors, write_weights
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -58,7 +60,8 @@ def save_adapter(model, directory, base_model="", bias="none", also=None, rslora
     base_model: the base's name or path, kept in the config for PEFT's users. bias and also: what was trained
     next to the adapters, as in `mark_only_lora_as_trainable`. rslora: the scale is written as alpha / sqrt(r), PEFT's
     use_rslora; else the same scale is written as another alpha / r. write: what writes the two files. Raises
-    ValueError if the model has no adapter or its layers differ in rank or alpha.
+    ValueError if the model has no adapter, if its layers differ in rank or alpha, or if something that belongs to the
+    adapter would be lost.
     """
     layers = lora_layers(model)
     kinds = {(layer.lora_A.size(0), alpha_of(layer, rslora), dropout_of(layer)) for layer in layers.values()}
@@ -67,9 +70,12 @@ def save_adapter(model, directory, base_model="", bias="none", also=None, rslora
     rank, alpha, dropout = kinds.pop()
     state = lora_state_dict(model, bias, also)
     others = state.keys() - lora_state_dict(model, bias).keys()
-    check_ties(model, others, also)
+    check_names(model, others, also)
     whole = _whole_modules(model, others)
     state |= {n: t for n, t in model.state_dict().items() if any(n.startswith(f"{m}.") for m in whole)}
+    lost = sorted(names_aside(model) - state.keys())
+    if lost:
+        raise ValueError(f'the adapter on this model brought {lost[0]} along: type bias="all", or name it in `also`')
     tensors = {}
     for name, tensor in state.items():
         module, _, leaf = name.rpartition(".")
@@ -77,12 +83,15 @@ def save_adapter(model, directory, base_model="", bias="none", also=None, rslora
             leaf = "base_layer.bias"
         elif leaf in ("lora_A", "lora_B"):
             leaf += ".weight"
+        elif _is_turned(model, name):
+            tensor = tensor.t()
         tensors[f"{PEFT_PREFIX}{module}.{leaf}"] = tensor.detach().cpu().contiguous()
     classifies = any(m.rpartition(".")[2] in ("score", "classifier") for m in whole)
     config = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if classifies else "CAUSAL_LM" if hasattr(model, "lm_head") else None,
         "base_model_name_or_path": base_model,
+        "revision": None,  # load_adapter looks for it
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": dropout,
@@ -96,6 +105,12 @@ def save_adapter(model, directory, base_model="", bias="none", also=None, rslora
         "modules_to_save": whole or None,
     }
     write(directory, ADAPTER_WEIGHTS, tensors, scale_note(config), ADAPTER_CONFIG, config)
+
+
+def _is_turned(model, name):
+    """Whether Hugging Face keeps this weight as (in, out), and our layer, ours or one of your own, as (out, in)."""
+    module, _, leaf = name.rpartition(".")
+    return leaf == "weight" and merges_itself(dict(model.named_modules()).get(module))
 
 
 def scale_note(config):
@@ -135,11 +150,14 @@ def read_config(directory):
             config = json.load(f)
         patterns = [*(config.get("rank_pattern") or {}).values(), *(config.get("alpha_pattern") or {}).values()]
         numbers = [config["r"], config["lora_alpha"], *patterns]
-        if not isinstance(config["r"], int) or not all(isinstance(number, (int, float)) for number in numbers):
+        if not isinstance(config["r"], int) or not all(map(math.isfinite, numbers)):
             raise ValueError("r and lora_alpha must be numbers")
+        for key in ("rank_pattern", "alpha_pattern"):
+            for pattern in config.get(key) or ():
+                compile_pattern(key, pattern)
         if not 0 <= config.get("lora_dropout", 0.0) < 1:
             raise ValueError(f"lora_dropout={config['lora_dropout']} is no share")
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as e:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as e:
         raise ValueError(f"{path} is damaged or no adapter config: {e}") from e
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}, not 'LORA'")
@@ -205,6 +223,8 @@ def load_adapter(model, directory):
     Raises FileNotFoundError, or ValueError if the adapter was made for another model (then the model is as it was).
     """
     config, tensors = read_adapter(directory)
+    if "revision" in config:  # PEFT has always written it; before we did, our files had these weights as (out, in)
+        tensors = {name: t.t() if _is_turned(model, name) else t for name, t in tensors.items()}
     where = os.path.join(find_adapter(directory), ADAPTER_WEIGHTS)
     modules = dict(model.named_modules())
     adapted = {name.rpartition(".")[0] for name in tensors if name.endswith(".lora_A")}
@@ -220,6 +240,8 @@ def load_adapter(model, directory):
     missing = [name for name in needed if name not in tensors]
     if missing or not adapted:
         raise ValueError(f"{where} is not whole: {missing[0] if missing else 'any lora_A'} is missing")
+    for name in adapted:
+        check_layer(modules[name], name, where)
     _check_shared(model, tensors, where)
     put_back(model)  # what an earlier adapter's file has replaced
     put_aside(model, (name for name in tensors if "lora_" not in name))

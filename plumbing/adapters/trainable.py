@@ -45,15 +45,15 @@ def train_also(model: nn.Module, bias: str = "none", also: str | None = None) ->
     `also` finds nothing, or what no adapter's file can hold."""
     names = trainable_names(model, bias, also)
     if lora_layers(model):
-        check_ties(model, names - trainable_names(model, bias), also)
+        check_names(model, names - trainable_names(model, bias), also)
     for name, param in model.named_parameters():
         if name in names:
             param.requires_grad = True
 
 
-def check_ties(model, names, also):
-    """Raises ValueError if a parameter that several modules hold is among the names: an adapter's file has it once,
-    and whoever loads it would change them all, or one alone."""
+def check_names(model, names, also):
+    """Raises ValueError for a name that an adapter's file has no place for. It has a layer whole or its adapter, not
+    both. And it has a parameter that several modules hold once: who loads it would change them all, or one alone."""
     for tied in shared_parameters(model):
         for name in tied:
             if name in names:
@@ -61,6 +61,13 @@ def check_ties(model, names, also):
                     f"trainable={also}: {name} is one tensor with {next(n for n in tied if n != name)}, which no "
                     "adapter's file can hold; name other parameters, or train without LoRA (--rank=0)"
                 )
+    for name in sorted(names):
+        module = name.rpartition(".")[0]
+        if module in lora_layers(model):
+            raise ValueError(
+                f"trainable={also}: {name} belongs to a layer with an adapter, and PEFT's files hold no layer twice; "
+                "name other parameters (--lora_bias trains biases), or train without LoRA (--rank=0)"
+            )
 
 
 def lora_state_dict(model: nn.Module, bias: str = "none", also: str | None = None) -> dict[str, torch.Tensor]:

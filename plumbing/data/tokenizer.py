@@ -1,6 +1,6 @@
 """GPT-2's tokenizer, from the table of merges that ships here: no download, no second vocabulary to mix up."""
 
-import base64
+import binascii
 import functools
 import os
 import re
@@ -16,11 +16,9 @@ END = "<|endoftext|>"
 @functools.cache
 def gpt2_encoding() -> tiktoken.Encoding:
     """GPT-2's byte-pair encoding: 50,257 tokens, end-of-text is the last."""
-    ranks = {}
     with open(find_asset("gpt2.tiktoken"), "rb") as f:
-        for line in f:
-            token, rank = line.split()
-            ranks[base64.b64decode(token)] = int(rank)
+        words = f.read().split()  # token, rank, token, rank ...
+    ranks = dict(zip(map(binascii.a2b_base64, words[::2]), map(int, words[1::2])))
     return tiktoken.Encoding(
         name="gpt2",
         pat_str=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",

@@ -84,7 +84,7 @@ def fingerprint_base(name: str) -> dict[str, str] | None:
         with open_tensors(path) as f:
             for key in f.keys():  # noqa: SIM118  (not a dict)
                 if full_name(key) != "lm_head.weight" and not MASK.search(key):
-                    samples[full_name(key)] = take_some(f.get_slice(key))
+                    samples[full_name(key)] = take_some(f, key)
     names = " ".join(sorted(samples)).encode()
     values = torch.cat([samples[key] for key in sorted(samples)])
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
@@ -92,12 +92,13 @@ def fingerprint_base(name: str) -> dict[str, str] | None:
     return {dtype: hashlib.sha256(names + v.numpy().tobytes()).hexdigest() for dtype, v in rounded.items()}
 
 
-def take_some(stored, n=64):
+def take_some(file, key, n=64):
     """A stored vector, or n values of the first, the middle and the last row of a matrix, as float32: the rest of it
     is not read."""
+    stored = file.get_slice(key)
     size = stored.get_shape()
     if len(size) != 2:
-        return stored[:].flatten().float()
+        return file.get_tensor(key).flatten().float()
     rows, columns = size
     places = [(0, 0), (rows // 2, max(0, columns - n) // 2), (rows - 1, max(0, columns - n))]
     return torch.cat([stored[row : row + 1, start : start + n].flatten().float() for row, start in places])

@@ -37,16 +37,16 @@ def find_checkpoint(name):
     else:
         known = ", ".join([*HUB_MODELS, "gpt2-mini"])
         raise FileNotFoundError(f"init_from={name}: no such directory; type one that exists, or one of {known}")
-    index = os.path.join(directory, "model.safetensors.index.json")
-    if os.path.exists(index):
+    whole, index = (os.path.join(directory, f"model.safetensors{end}") for end in ("", ".index.json"))
+    files = ["model.safetensors"]
+    if os.path.exists(index) and not os.path.exists(whole):  # transformers too takes the whole file first
         try:
             with open(index, encoding="utf-8") as f:
-                files = sorted(set(json.load(f)["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+                files = sorted({os.path.basename(file) for file in json.load(f)["weight_map"].values()})
+            files[0]  # there is one
+        except (ValueError, LookupError, TypeError, AttributeError) as e:
             raise ValueError(f"{index} is damaged: {e!r}") from e
-    else:
-        files = ["model.safetensors"]
-    paths = [os.path.join(directory, os.path.basename(f)) for f in ["config.json", *files]]
+    paths = [os.path.join(directory, file) for file in ["config.json", *files]]
     for path in paths:
         if not os.path.isfile(path):
             hint = " (python -m tools.pretrain makes one)" if name == "gpt2-mini" else ""
@@ -73,7 +73,7 @@ def read_config(path):
     if config.get("n_inner") not in (None, 4 * sizes["n_embd"]):
         raise ValueError(f"{path}: n_inner={config['n_inner']}, but this GPT-2's MLP is {4 * sizes['n_embd']} wide")
     for key, value in sizes.items():
-        if not isinstance(value, int) or value < 1:
+        if type(value) is not int or value < 1:  # True is an int too
             raise ValueError(f"{path}: {SIZES[key]}={value!r} is no size")
     if config.get("architectures") == ["GPT2ForSequenceClassification"]:
         sizes["n_classes"] = len(config.get("id2label") or (0, 1))  # transformers leaves two classes out
@@ -115,8 +115,13 @@ def read_weights(files: list, n_head: int, expected: dict, dtype) -> dict:
                     f"{path} does not fit its config.json: {key} is {tuple(tensor.shape)}, "
                     f"expected {expected.get(key, 'nothing')}"
                 )
-            state[key] = tensor.to(dtype).contiguous()
-            check_finite(state[key], key, path)
+            if not tensor.is_floating_point():
+                raise ValueError(f"{path}: {key} is stored in {tensor.dtype}, which is no floating point")
+            tensor = tensor.to(dtype).contiguous()
+            if key in state and not torch.equal(state[key], tensor):
+                raise ValueError(f"{path}: {key} is there a second time, with other values")
+            state[key] = tensor
+            check_finite(tensor, key, path)
     directory = os.path.dirname(files[0])
     missing = sorted(expected.keys() - state.keys() - {"score.weight"})
     if missing:

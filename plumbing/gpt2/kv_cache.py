@@ -29,7 +29,7 @@ class KVCache:
         return other
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Only these rows (bool or int, one dimension) stay."""
+        """Only the rows of these numbers stay."""
         self.layers = [(k[rows], v[rows]) for k, v in self.layers]
         if self.real is not None:
             self.real = self.real[rows]

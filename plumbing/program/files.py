@@ -54,7 +54,7 @@ def find_cache() -> str:
     return path if path.startswith("~") else os.path.abspath(path)
 
 
-UNWRITABLE = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS)
+UNWRITABLE = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 
 
 @contextlib.contextmanager
@@ -86,7 +86,9 @@ def whole_file(path):
             f.flush()
             os.fsync(f.fileno())
         put_in_place(new, path)
-    except BaseException:
+    except BaseException as e:
+        if isinstance(e, OSError) and e.strerror:
+            e.filename = e.filename or path  # a write's error has none
         with contextlib.suppress(FileNotFoundError):
             os.remove(new)
         raise

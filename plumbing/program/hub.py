@@ -1,6 +1,7 @@
 """The hub: a line says what is asked for, it has ten seconds to answer, and what it refuses is one line."""
 
 import contextlib
+import fnmatch
 import glob
 import os
 from typing import NoReturn
@@ -15,16 +16,18 @@ SECONDS = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 10))
 def fetch_model(what: str, repo_ids: tuple[str, ...], patterns: list[str]) -> str:
     """The folder of a model's files: from the hub's cache if all are there, under any of its names, or fetched by the
     first. what: the setting and its value, to begin an error's line with. Raises ValueError or OSError."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
 
     for repo_id in repo_ids:
         with contextlib.suppress(OSError):  # not in the cache
             folder = snapshot_download(repo_id, allow_patterns=patterns, local_files_only=True)
             if all(glob.glob(os.path.join(glob.escape(folder), pattern)) for pattern in patterns):
                 return folder
-    ask_hub(what, repo_ids[0], "model")
-    try:
-        return snapshot_download(repo_ids[0], allow_patterns=patterns)
+    names = [file.rfilename for file in ask_hub(what, repo_ids[0], "model").siblings]
+    names = [name for pattern in patterns for name in fnmatch.filter(names, pattern) if "/" not in name]
+    try:  # file by file: snapshot_download asks for the names once more, and waits for ever
+        paths = [hf_hub_download(repo_ids[0], name, etag_timeout=SECONDS) for name in names]
+        return os.path.dirname(paths[0])
     except Exception as e:  # the client's own, and those of the HTTP library that its version uses
         explain(what, repo_ids[0], e)
 
@@ -54,12 +57,13 @@ def load_data_set(what: str, repo_ids: tuple[str, ...]):
 
 
 def ask_hub(what, repo_id, kind):
-    """Raises the error of `explain` if the hub has not answered in SECONDS, or has no such repository."""
+    """What the hub says of a repository. Raises the error of `explain` if it has not answered in SECONDS, or has no
+    such one."""
     from huggingface_hub import HfApi, constants
 
     print(f"asking {constants.ENDPOINT} for {repo_id}", flush=True)
     try:
-        HfApi().repo_info(repo_id, repo_type=kind, timeout=SECONDS)
+        return HfApi().repo_info(repo_id, repo_type=kind, timeout=SECONDS)
     except Exception as e:
         explain(what, repo_id, e)
 

@@ -10,11 +10,11 @@ import sys
 
 
 class Pipe(io.RawIOBase):
-    """Writes to a file descriptor. What comes after its reader has gone is dropped."""
+    """Writes to a file descriptor. What comes after its reader has gone, or its disk is full, is dropped."""
 
     def __init__(self, descriptor):
         self.descriptor = descriptor
-        self.reader_has_gone = False
+        self.error = None
 
     def fileno(self):
         return self.descriptor
@@ -23,13 +23,11 @@ class Pipe(io.RawIOBase):
         return True
 
     def write(self, data):
-        if not self.reader_has_gone:
+        if not self.error:
             try:
                 return os.write(self.descriptor, data)
             except OSError as e:
-                if e.errno not in (errno.EPIPE, errno.EINVAL):  # Windows says EINVAL
-                    raise
-                self.reader_has_gone = True
+                self.error = e
         return len(data)
 
 
@@ -57,11 +55,14 @@ def forgiving_output():
     finally:
         sys.stdout.flush()
         sys.stdout, sys.stderr = before
-    if pipe and pipe.reader_has_gone:
-        sys.exit(128 + 13)  # SIGPIPE, which Windows does not have
+    if pipe and pipe.error:
+        if pipe.error.errno in (errno.EPIPE, errno.EINVAL):  # Windows says EINVAL
+            sys.exit(128 + 13)  # SIGPIPE, which Windows does not have
+        print(f"error: standard output: {pipe.error.strerror}; what was printed after that is lost", file=sys.stderr)
+        sys.exit(2)
 
 
 def reader_has_gone() -> bool:
     """Whether nobody reads any more what this program prints. Then what only prints need not go on."""
     buffer = getattr(sys.stdout, "buffer", None)
-    return getattr(getattr(buffer, "raw", buffer), "reader_has_gone", False)
+    return bool(getattr(getattr(buffer, "raw", buffer), "error", None))

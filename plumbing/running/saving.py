@@ -88,13 +88,16 @@ class Saver:
             self.saved_at = time.monotonic()
         self.start()
 
-    def save_or_stop(self) -> None:
+    def is_stopped(self) -> bool:
+        """Whether a signal came to this process."""
+        return self.signals.received is not None
+
+    def save_or_stop(self, n_stopped: float) -> None:
         """Saves if it is due. Saves and ends the program after a signal in any of the processes, or an error in the
         thread."""
         self.check()
         config = self.run.config
         it = self.progress.iter
-        n_stopped = self.run.processes.total(self.signals.received is not None)
         is_due = config.save_interval > 0 and it % config.save_interval == 0
         if (n_stopped or is_due) and self.saved_it != it:
             self.save()

@@ -30,6 +30,7 @@ def write_card(config, loader, result: dict | None = None) -> None:
     parts = [front_matter(config), opening(config), data_section(config, loader), settings_section(config)]
     parts += [result_section(config, result), loading_section(config, loader), LICENCE]
     text = "\n\n".join(parts) + "\n\n"
+    text = text.encode("utf-8", "backslashreplace").decode()  # a folder's name may be no text
     with whole_file(path) as f:
         f.write(f"{text}{MARK}{checksum(text)} -->\n".encode())
 

@@ -4,11 +4,14 @@ python -m pytest tests/adapters/test_leftovers.py
 """
 
 import copy
+import json
+import math
 
 import pytest
 import torch
 from conftest import tokens
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 import train
@@ -61,7 +64,7 @@ def test_a_tied_embedding_is_refused_before_the_first_update(base, tmp_path, als
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("also", ["wpe", "ln_f", r"wpe|ln_", r"h\.0\.ln_1"])
+@pytest.mark.parametrize("also", ["wpe", "ln_f", r"wpe|ln_", r"h\.0\.ln_1", "mlp", r"h\.1\.mlp\.c_fc\.bias"])
 def test_what_is_not_tied_goes_on(base, tmp_path, also):
     """Lost if it fails: positions and norms, which many train next to LoRA, are refused along with the embedding."""
     config = make_config(init_from=base, rank=2, trainable=also, out_dir=str(tmp_path / "out"))
@@ -77,6 +80,40 @@ def test_what_is_not_tied_goes_on(base, tmp_path, also):
         torch.testing.assert_close(logits(other), expected, rtol=0, atol=1e-3)
     peft = PeftModel.from_pretrained(by_hooks(base), tmp_path).eval()
     torch.testing.assert_close(logits(peft), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("also", [r"h\.1\.attn\.c_proj", r"h\.0\.", r"c_attn\.bias$", r"c_attn\.weight$"])
+def test_a_layer_with_an_adapter_is_not_trained_whole_too(base, tmp_path, also):
+    """Lost if it fails: a run trains to its end, and PEFT cannot open its adapter."""
+    config = make_config(init_from=base, rank=2, trainable=also, out_dir=str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"trainable=.*--rank=0"):
+        train.build_model(config, "cpu", torch.float32)
+    model = by_hooks(base)
+    attach_lora(model, "attn", rank=2, alpha=4)
+    with pytest.raises(ValueError, match="trainable="):
+        save_adapter(model, str(tmp_path / "adapter"), also=also)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_older_versions_wrote_turned_are_read(base, tmp_path):
+    """Lost if it fails: a run of an older version answers with its weights turned, or not at all."""
+    model = train.build_model(
+        make_config(init_from=base, rank=2, lora_targets="c_attn", trainable="c_proj", out_dir=str(tmp_path)),
+        "cpu",
+        torch.float32,
+    )
+    torch.nn.init.normal_(model.transformer.h[0].attn.c_proj.weight)  # square: its shape does not tell
+    save_adapter(model, str(tmp_path), also="c_proj")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    del config["revision"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    turned = {n: t.t().contiguous() if n.endswith("c_proj.weight") else t for n, t in tensors.items()}
+    save_file(turned, path)
+    other = by_hand(base)
+    load_adapter(other, str(tmp_path))
+    assert torch.equal(logits(other), logits(model.eval()))
 
 
 def test_a_tied_embedding_trains_where_all_is_saved(base, tmp_path):
@@ -107,13 +144,17 @@ KINDS = {  # what an adapter of PEFT's brings beside A and B
     "all biases": {"target_modules": ["c_attn"], "bias": "all"},
     "their biases": {"target_modules": ["attn.c_proj"], "bias": "lora_only", "r": 3},
     "modules": {"target_modules": ["c_attn", "c_fc"], "modules_to_save": ["ln_f", "wpe"]},
+    "layers": {"target_modules": ["c_attn"], "modules_to_save": ["mlp", "attn.c_proj"]},
     "both": {"target_modules": ["c_fc"], "bias": "all", "modules_to_save": ["ln_1"]},
 }
 
 
+HEAD = {"target_modules": ["c_attn", "lm_head"]}
+
+
 def peft_adapter(base, folder, kind, seed=1):
     """An adapter that PEFT made and saved, in which all that it holds differs from the base."""
-    options = {"r": 2, "lora_alpha": 5, "fan_in_fan_out": True, "task_type": "CAUSAL_LM"} | KINDS[kind]
+    options = {"r": 2, "lora_alpha": 5, "fan_in_fan_out": True, "task_type": "CAUSAL_LM"} | KINDS.get(kind, HEAD)
     model = get_peft_model(by_hooks(base), LoraConfig(**options))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -195,6 +236,57 @@ def test_merging_for_good_makes_it_the_models_own(base, tmp_path):
     load_adapter(model, b)
     detach_lora(model)
     assert same_bits(model, merged)
+
+
+@pytest.mark.parametrize("make", [by_hand, by_hooks])
+@pytest.mark.parametrize("kind", ["all biases", "modules"])
+def test_what_an_adapter_brought_is_not_left_out_when_it_is_saved(base, tmp_path, make, kind):
+    """Lost if it fails: an adapter that was opened and saved again is another one, without a word."""
+    a, theirs = peft_adapter(base, tmp_path / "a", kind)
+    model = make(base)
+    load_adapter(model, a)
+    with pytest.raises(ValueError, match=r"bias|ln_f"):
+        save_adapter(model, str(tmp_path / "b"))
+    assert not (tmp_path / "b").exists()
+    save_adapter(model, str(tmp_path / "b"), bias="all", also="ln_f|wpe")
+    other = make(base)
+    load_adapter(other, str(tmp_path / "b"))
+    torch.testing.assert_close(logits(other), theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_an_adapter_on_the_head_is_refused_where_the_head_is_not_called(base, tmp_path):
+    """Lost if it fails: the adapter is on the model and changes nothing."""
+    a, theirs = peft_adapter(base, tmp_path / "a", "head")
+    model = by_hooks(base)
+    load_adapter(model, a)
+    torch.testing.assert_close(logits(model), theirs, rtol=1e-4, atol=1e-3)
+    model = by_hand(base)
+    for attempt in (lambda: load_adapter(model, a), lambda: attach_lora(model, "lm_head", rank=2, alpha=4)):
+        with pytest.raises(ValueError, match=r"lm_head\.weight"):
+            attempt()
+    assert same_bits(model, bits(by_hand(base)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_alpha": math.nan},
+        {"lora_alpha": math.inf},
+        {"lora_alpha": 10**400},
+        {"alpha_pattern": {"c_attn": math.nan}},
+        {"rank_pattern": {"(": 2}},
+    ],
+    ids=repr,
+)
+def test_numbers_that_are_none_and_patterns_that_are_none(base, tmp_path, changes):
+    """Lost if it fails: a spoiled config answers garbage, or ends in a traceback."""
+    a, _ = peft_adapter(base, tmp_path / "a", "plain")
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    model = by_hand(base)
+    with pytest.raises(ValueError, match=r"adapter_config\.json"):
+        load_adapter(model, a)
+    assert same_bits(model, bits(by_hand(base)))
 
 
 def test_a_refused_adapter_changes_nothing(base, tmp_path):

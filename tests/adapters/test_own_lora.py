@@ -21,6 +21,12 @@ ZERO_B = "            nn.init.zeros_(self.lora_B)\n"
 UNDRAWN = [(DRAW_A, ""), (ZERO_B, "            pass\n")]
 
 
+SCALE = "            self.lora_scaling = lora_alpha / lora_rank\n"
+FORWARD = "nn.Linear.forward(self, x)"
+ONCE = "if self.is_lora() and mode == self.has_weights_merged"
+NUMBER = ("self.lora_dropout(x)", "nn.functional.dropout(x, self.lora_dropout, self.training)")
+
+
 @pytest.fixture
 def build(monkeypatch, checkpoint):
     """A model of train.py's whose layers are those of a student's file, changed in places."""
@@ -52,8 +58,18 @@ def layer_of(built):
         [(EMPTY_A, EMPTY_A.replace("empty", "randn")), (DRAW_A, "")],
         [(EMPTY_B, EMPTY_B.replace("empty", "zeros")), (EMPTY_A, EMPTY_A.replace("empty", "randn")), *UNDRAWN],
         [(DRAW_A + ZERO_B, "            nn.init.zeros_(self.lora_A)\n            nn.init.normal_(self.lora_B)\n")],
+        [("nn.Dropout(lora_dropout)", "lora_dropout"), NUMBER],
+        [(SCALE, SCALE.replace("lora_rank", "math.sqrt(lora_rank)"))],
     ],
-    ids=["the handout's", "B in the constructor", "A in the constructor", "both there", "A is the zero one"],
+    ids=[
+        "the handout's",
+        "B in the constructor",
+        "A in the constructor",
+        "both there",
+        "A is the zero one",
+        "dropout is a number",
+        "a scale of its own",
+    ],
 )
 def test_a_right_file_starts_from_the_base(build, changes):
     """Lost if it fails: a file that the course's grader calls right trains from uninitialised memory."""
@@ -76,6 +92,19 @@ def test_a_right_file_starts_from_the_base(build, changes):
             ["(192, 4)", "lora_B"],
         ),
         ([("bias=bias, device", "bias=False, device")], ["c_attn", "bias"]),
+        ([(SCALE, "")], ["lora_scaling"]),
+        ([(SCALE, SCALE.replace("lora_alpha / lora_rank", "torch.tensor(2.0)"))], ["lora_scaling"]),
+        ([("lora_A", "A")], ["lora_A"]),
+        ([(DRAW_A, "            nn.init.zeros_(self.lora_A)\n")], ["c_attn", "zero"]),
+        ([(FORWARD, "x @ self.weight.T")], ["nn.Linear"]),
+        ([("if self.is_lora() and not self.has_weights_merged", "if False")], ["adds"]),
+        ([("if self.is_lora() and not self.has_weights_merged", "if self.is_lora()")], ["eval()"]),
+        ([("out + self.lora_scaling *", "out +")], ["adds"]),
+        ([("out + self.lora_scaling *", "out +"), ("sign * self.lora_scaling *", "sign *")], ["lora_scaling"]),
+        ([("sign * self.lora_scaling *", "sign *")], ["adds"]),
+        ([(ONCE, "if self.is_lora() and not mode")], ["eval()", "twice"]),
+        ([("            self.has_weights_merged = not mode\n", "")], ["eval()"]),
+        ([("sign = -1 if mode else 1", "sign = 1")], ["after eval()"]),
         ([('param.requires_grad = "lora_" in name', "pass")], ["wte", "more", "requires_grad = False"]),
         ([('param.requires_grad = "lora_" in name', "param.requires_grad = False")], ["lora_A", "does not train"]),
         ([('"lora_" in name', '"lora_A" in name')], ["lora_B", "does not train"]),

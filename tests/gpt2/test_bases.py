@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import finish, flags, here, one_line_of, start, tokens
 from safetensors.torch import load_file, save_file
+from transformers import GPT2LMHeadModel
 
 import generate
 from configurator import Facts, configure, make_config
@@ -81,6 +82,45 @@ def test_a_classifier_needs_no_head(base):
     """Lost if it fails: a body that is sound cannot be given a classifier, for a head that is thrown away."""
     rewrite(base, add_head(1.5))
     assert GPT.from_pretrained(str(base), n_classes=2).score.weight.shape == (2, 64)
+
+
+# --- files that contradict themselves -----------------------------------------------------------
+
+
+WEIGHT = "transformer.h.0.mlp.c_fc.weight"
+CONTRADICTIONS = {
+    "no numbers": lambda tensors: {WEIGHT: tensors[WEIGHT] > 0},
+    "quantised": lambda tensors: {WEIGHT: tensors[WEIGHT].to(torch.int8)},
+    "twice": lambda tensors: {WEIGHT.removeprefix("transformer."): 2 * tensors[WEIGHT]},
+}
+
+
+@pytest.mark.parametrize("how", CONTRADICTIONS)
+def test_what_is_no_weight_is_refused(base, how):
+    """Lost if it fails: a base is read as something else than it is."""
+    rewrite(base, lambda tensors: tensors.update(CONTRADICTIONS[how](tensors)))
+    line = error_line(partial(GPT.from_pretrained, str(base)))
+    assert str(base) in line and WEIGHT in line
+
+
+def test_a_whole_file_counts_before_shards(hf, base, tmp_path):
+    """Lost if it fails: a model that is saved where shards lay before is not the one that is read there."""
+    save_sharded(hf, base, tmp_path)
+    model = GPT.from_pretrained(str(base))
+    with torch.no_grad():
+        model.transformer.ln_f.weight.mul_(2)
+    model.save_pretrained(str(base))
+    assert torch.equal(GPT.from_pretrained(str(base)).transformer.ln_f.weight, model.transformer.ln_f.weight)
+    theirs = GPT2LMHeadModel.from_pretrained(base).transformer.ln_f.weight
+    assert torch.equal(theirs, model.transformer.ln_f.weight)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": {"a": 3}}'])
+def test_a_damaged_index_is_one_line(base, text):
+    """Lost if it fails: a traceback."""
+    (base / "model.safetensors").unlink()
+    (base / "model.safetensors.index.json").write_text(text)
+    assert "index.json" in error_line(partial(GPT.from_pretrained, str(base)))
 
 
 # --- numbers that are none -----------------------------------------------------------------------
@@ -268,8 +308,7 @@ def test_weights_that_were_saved_anew_are_the_same_base(hf, base, tmp_path, how)
     saved_anew = fingerprint_base(str(base))
     check(base, saved_anew)
     hf.save_pretrained(base)
-    if how != "in shards":  # whose index stays there
-        check(base, saved_anew)
+    check(base, saved_anew)
 
 
 def scale_all(factor):
@@ -282,6 +321,7 @@ OTHERS = {  # what has happened to the weights
     "one bias": lambda tensors: tensors["transformer.h.0.ln_1.bias"].add_(0.01),
     "trained on a little": scale_all(1.001),
     "trained on a little, in bfloat16": scale_all(1.01),
+    "a number in a vector's place": lambda tensors: tensors.update({"transformer.ln_f.bias": torch.tensor(0.5)}),
     "two layers in each other's place": lambda tensors: tensors.update(
         {
             "transformer.h.0.attn.c_proj.weight": tensors["transformer.h.1.attn.c_proj.weight"].clone(),

@@ -63,6 +63,8 @@ FAILS = {  # how writing fails: the error, and the path in it, below the cache's
     "disk full, said of a file": (errno.ENOSPC, "cache/x/tokens"),
     "read-only": (errno.EROFS, "cache/x"),
     "read-only home": (errno.EACCES, ""),
+    "a file in its place": (errno.EEXIST, "cache"),
+    "a file above it": (errno.ENOTDIR, "cache/x"),
 }
 
 

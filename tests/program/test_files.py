@@ -3,6 +3,7 @@
 python -m pytest tests/program/test_files.py
 """
 
+import errno
 import itertools
 import json
 import os
@@ -116,6 +117,18 @@ def test_safetensors_reads_what_is_written(tmp_path):
 
 
 # --- the clock -----------------------------------------------------------------------------------
+
+
+def test_a_full_disk_names_the_file(monkeypatch, tmp_path):
+    """Lost if it fails: "No space left on device", and nobody knows of which disk."""
+
+    def fails(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match=r"run\.json"):
+        write_json(str(tmp_path / "run.json"), {})
+    assert not os.listdir(tmp_path)
 
 
 def test_a_clock_that_is_set_back_changes_nothing(place, monkeypatch):

@@ -71,6 +71,23 @@ def test_closed_streams_stop_nothing(place, closed):
     assert codes == [0] and "Traceback" not in err and (place / name / "accuracy.json").exists()
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's full device")
+def test_a_log_on_a_full_disk_stops_nothing(place):
+    """Lost if it fails: a run ends with the disk of its log; or what is missing in the log is told to nobody."""
+    codes, _, err = shell(f"{python('train.py', *flags(place, 'full', **RUN))} > /dev/full")
+    assert codes == [2] and err.count("\n") == 1 and "No space" in err
+    assert read_metrics(place / "full")[-1]["iter"] == 4 and (place / "full" / "README.md").exists()
+
+
+def test_a_folder_whose_name_is_no_text(place):
+    """Lost if it fails: in a folder with an old file system's name a run ends in a traceback."""
+    folder = os.fsdecode(os.fsencode(place / "old-") + b"\xe4")
+    codes, _, err = shell(python("train.py", *flags(place, "x", **RUN), f"--out_dir={folder}"))
+    assert codes == [0] and err == "", err
+    with open(os.path.join(folder, "README.md"), encoding="utf-8") as f:
+        assert r"\udce4" in f.read()
+
+
 def test_a_sweeps_plan_may_be_cut_off(place):
     """Lost if it fails: `sweep --dry_run | head` ends in a traceback below the lines that were wanted."""
     argv = flags(place, "sweep", ranks="1,2,3,4,5,6,7,8", seeds="1,2,3,4,5,6,7,8,9")

@@ -295,7 +295,7 @@ def test_memory_is_what_the_table_says(gpu, name, kind, note):
     if gpu.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(gpu)
     for it in range(2):  # AdamW's moments are there from the first on
-        train.update(run, range(32), it)
+        train.update(run, train.micro_batches(run, range(32)), it)
     measured = peak_memory(gpu)
     note(f"memory, {name}, {kind}", gb=measured / 1e9, foreseen_gb=foreseen / 1e9)
     if gpu.startswith("cuda"):  # elsewhere the peak is that of the whole process

@@ -5,6 +5,7 @@ python -m pytest tests/running/test_machine.py
 
 import io
 import os
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -224,6 +225,17 @@ def test_processes_wait_for_one_that_downloads(monkeypatch):
     assert asked["timeout"].total_seconds() >= 3600
 
 
+@pytest.mark.parametrize("port", ["taken", "many", 99999])
+def test_a_place_where_processes_cannot_meet_is_one_line(monkeypatch, port):
+    """Lost if it fails: a second run on one machine ends in a traceback of torch's."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1] if port == "taken" else port
+        set_environment(monkeypatch, RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        with pytest.raises(ValueError, match=f"127.0.0.1:{port}") as caught:
+            machine.Processes(SimpleNamespace(device="cpu", batch_size=8))
+    assert "\n" not in str(caught.value)
+
+
 def test_several_processes_do_not_share_one_accelerator(monkeypatch):
     """Otherwise torchrun on a Mac ends in a traceback from inside gloo."""
     set_environment(monkeypatch, RANK=0, WORLD_SIZE=2, **TORCHRUN)
@@ -343,3 +355,11 @@ def test_the_vendor_where_there_is_no_proc(monkeypatch):
     for processor, expected in (("Intel64 Family 6 Model 207, GenuineIntel", True), ("AMD64 Family 25", False)):
         monkeypatch.setattr(machine.platform, "processor", lambda processor=processor: processor)
         assert machine.is_intel() == expected
+
+
+def test_a_seed_gives_the_numbers_of_torchs_own_call():
+    """Otherwise a run with dropout ends in other bits than it did before."""
+    torch.manual_seed(7)
+    reference = torch.rand(5)
+    machine.seed_generator("cpu", 7)
+    assert torch.equal(torch.rand(5), reference)

@@ -22,6 +22,7 @@ from transformers import GPT2LMHeadModel
 import train
 from configurator import Config, configure
 from plumbing.running.adamw import AdamW
+from plumbing.running.machine import Processes
 
 
 def test_adamw_is_torchs(place):
@@ -110,24 +111,23 @@ def overflowing(monkeypatch):
         params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
         optimizers = [torch.optim.SGD([{"params": [p], "peak_lr": 0.1}], lr=0.1) for p in params]
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        processes = SimpleNamespace(is_first=True, world_rank=0, total=float, sum_gradients=lambda params: None)
+        processes = Processes(Config(device="cpu"))
         run = {"config": Config(out_dir="nowhere"), "params": params, "model": params, "optimizers": optimizers}
         return SimpleNamespace(**run, scaler=scaler, processes=processes)
 
     monkeypatch.setattr(train, "compute_loss", loss)
-    monkeypatch.setattr(train, "micro_batches", lambda run, indices: [(None, 1.0)])
     return make
 
 
 def test_where_one_gradient_overflows_no_optimizer_steps(overflowing):
     """Otherwise clipping spreads AdamW's infinite gradient over Muon's matrices, and they become NaN for good."""
     run = overflowing()
-    _, was_skipped = train.update(run, None, 30)
+    _, was_skipped, _ = train.update(run, [(None, 1.0)], 30)
     assert was_skipped
     assert all(torch.equal(p, torch.ones(3)) and p.grad is None for p in run.params)
     assert run.scaler.get_scale() == 2.0**9
     run.params[0].data.fill_(2.0)
-    _, was_skipped = train.update(run, None, 30)
+    _, was_skipped, _ = train.update(run, [(None, 1.0)], 30)
     assert not was_skipped
     assert (run.params[0] < 2).all() and (run.params[1] < 1).all()
 
@@ -135,7 +135,7 @@ def test_where_one_gradient_overflows_no_optimizer_steps(overflowing):
 def test_overflow_without_end_ends_the_run(overflowing, capsys):
     """Otherwise the scale falls to 0 and every later update is left out, to the end of the run."""
     with pytest.raises(SystemExit) as ended:
-        train.update(overflowing(scale=1.0), None, 30)
+        train.update(overflowing(scale=1.0), [(None, 1.0)], 30)
     assert ended.value.code == 3
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--dtype=float32" in error and "update 30" in error
@@ -148,5 +148,4 @@ def test_a_process_without_examples_in_its_first_update_goes_on(place, monkeypat
     run = train.set_up(config)
     for p in run.params:  # what the other processes' sum gives it, after no scaled loss of its own
         p.grad = torch.zeros_like(p)
-    monkeypatch.setattr(train, "micro_batches", lambda run, indices: [])
-    assert train.update(run, [], 0) == (0.0, False)
+    assert train.update(run, [], 0) == (0.0, False, None)

@@ -12,7 +12,7 @@ from conftest import finish, start
 
 from configurator import configure
 from tools import bench
-from tools.runs import measure
+from tools.runs import launches, measure
 
 
 def test_its_own_flags_are_read():
@@ -66,3 +66,14 @@ def test_help_says_how_the_program_is_started():
     assert out.startswith("usage: python -m tools.bench [configs/FILE.py] [--key=value ...]\n")
     out, _ = finish(start("train.py", "--help"))
     assert out.startswith("usage: python train.py [configs/FILE.py] [--key=value ...]\n")
+
+
+def test_an_update_launches_no_more_kernels_than_it_did(tmp_path, monkeypatch):
+    """Otherwise the GPU's training, which waits for launches, becomes slower, and no test on a CPU tells."""
+    config = bench.Config(init_from=launches.save_narrow(tmp_path), rank=4, alpha=16, dropout=0.05, dtype="bfloat16")
+    config.device = "cpu"
+    monkeypatch.setattr("model.LONG", 0)  # set by `launches`, and put back here
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    count = launches.launches(launches.train_narrow, config)
+    count(None)  # AdamW's moments are made
+    assert count(None)[1] <= 1300

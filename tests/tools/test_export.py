@@ -6,6 +6,7 @@ python -m pytest tests/tools/test_export.py
 import hashlib
 import inspect
 import json
+import os
 import re
 
 import pytest
@@ -158,6 +159,18 @@ def test_what_cannot_be_exported_is_refused(mini, tmp_path, capsys):
         err = capsys.readouterr().err
         assert ended.value.code == 2 and words in err and err.count("\n") == 1, err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
+
+
+def test_an_empty_folder_that_cannot_be_renamed_is_filled(mini, tmp_path, monkeypatch):
+    """Lost if it fails: a container's volume, a link or the folder that one is in is refused after all the work."""
+    for name in ("here", "behind"):
+        (tmp_path / name).mkdir()
+    os.symlink(tmp_path / "behind", tmp_path / "link")
+    monkeypatch.chdir(tmp_path / "here")
+    for out, folder in ((".", "here"), (str(tmp_path / "link"), "behind")):
+        export.export(str(mini / "run"), out)
+        assert set(os.listdir(tmp_path / folder)) == set(os.listdir(mini / "out"))
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_what_is_written_is_whole(mini, tmp_path, monkeypatch):

@@ -230,6 +230,14 @@ def test_a_zip_file_and_folders_within(tmp_path):
     assert rows["ben"] == {"submission": "ben"} | full | {"lora.py": "0.0", "total": "4.0"}
 
 
+def test_a_file_that_grows_when_it_is_unpacked_is_one_line(tmp_path):
+    """Lost if it fails: a small zip file takes all the memory of the teacher's machine."""
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("lora.py", b"#" * (64 << 20))
+    done = run(GRADE, tmp_path / "bomb.zip", f"--out={tmp_path}/g.csv", "--parts=1")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "bomb.zip: lora.py" in done.stderr
+
+
 def test_gradescope(tmp_path):
     """Lost if it fails: what is uploaded to Gradescope gives no grades, or has the solution in it."""
     archive = tmp_path / "autograder.zip"

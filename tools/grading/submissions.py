@@ -30,6 +30,7 @@ FILES = ("lora.py", "model.py", "dataloader.py", "train.py", "generate.py")
 PARTS = (*FILES, "trained")  # part 6
 POINTS = {"lora.py": 9, "model.py": 3, "dataloader.py": 4, "train.py": 2, "generate.py": 5, "trained": 2}
 MOST = 1 << 24  # bytes of reports from one process
+LARGEST = 1 << 20  # bytes of an exercise's file
 TRAINING = "test_training_reaches_75_percent"
 # What an exercise does not need: where a file has such a word and the handout's has not, a teacher should look at it.
 UNUSUAL = {"_exit", "_getframe", "atexit", "builtins", "ctypes", "eval", "exec", "f_back", "gc", "globals"}
@@ -45,13 +46,19 @@ def read_files(submission: Path) -> dict[str, bytes]:
     passed over: it might lead to the solution."""
     if submission.is_dir():
         paths = [path for path in submission.rglob("*.py") if is_own_file(path, submission)]
-        there = [(path.relative_to(submission), path.read_bytes) for path in paths]
+        there = [(path.relative_to(submission), path.stat().st_size, path.read_bytes) for path in paths]
     else:
         archive = zipfile.ZipFile(submission)
-        there = [(Path(name), lambda name=name: archive.read(name)) for name in archive.namelist()]
-    there.sort(key=lambda pair: len(pair[0].parts), reverse=True)
+        there = [
+            (Path(file.filename), file.file_size, lambda file=file: archive.read(file)) for file in archive.filelist
+        ]
+    there = [file for file in there if file[0].name in FILES and "__MACOSX" not in file[0].parts]
+    there.sort(key=lambda file: len(file[0].parts), reverse=True)
+    for path, size, _ in there:
+        if size > LARGEST:
+            raise ValueError(f"{submission}: {path} has {size:,} bytes, and an exercise has at most {LARGEST:,}")
     try:
-        return {path.name: read() for path, read in there if path.name in FILES and "__MACOSX" not in path.parts}
+        return {path.name: read() for path, _, read in there}
     except (zipfile.BadZipFile, RuntimeError) as e:  # such as one with a password
         raise ValueError(f"{submission}: {e}") from e
 
