@@ -43,7 +43,7 @@ from tools.report.questions import write_report
 from tools.runs.measure import describe_machine, spread, time_latency, timed
 from tools.runs.ray_runs import run_on_ray
 from tools.runs.run import AGAINST, CLAIM, FULL, LORA, UNTUNED, PlannedRun, run_here
-from train import evaluate, set_up, update
+from train import evaluate, micro_batches, set_up, update
 
 KINDS = "untuned,lora,full,lr_alpha,latency"
 SMALL = 2e8  # bytes of a base that a core can train by itself
@@ -246,8 +246,11 @@ def measure_speed(config):
     """(seconds of an update, of an evaluation): the mean of two updates after a warm-up, and one evaluation."""
     run = set_up(config)
     device = run.processes.device
-    batches = run.loader.order("train", run.global_batch, 0)[:3]
-    times = [timed(device, update, run, batch, 0)[0] for batch in batches]
+
+    def make_update(indices):
+        update(run, list(micro_batches(run, indices)), 0)
+
+    times = [timed(device, make_update, indices)[0] for indices in run.loader.order("train", run.global_batch, 0)[:3]]
     return mean(times[1:] or times), timed(device, evaluate, run)[0]
 
 

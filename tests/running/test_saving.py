@@ -64,7 +64,7 @@ def test_nothing_is_written_after_an_error(saver):
     with pytest.raises(OSError, match="no space left"):
         saver.finish()
     with pytest.raises(OSError, match="no space left"):
-        saver.save_or_stop()
+        saver.save_or_stop(0)
     assert written == []
     saver.error = None  # it has been told
 

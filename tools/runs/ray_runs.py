@@ -228,7 +228,8 @@ def read_pieces(files):
 
 def execute(folder, commands, files, copies, environment, seconds):
     """A run, on a worker. Yields the machine's name and then the run's files, as pieces, whenever a checkpoint was
-    saved and `seconds` have passed, and at the end. The working directory is the code, which Ray has brought."""
+    saved and `seconds` have passed since the last time, and at the end. The working directory is the code, which Ray
+    has brought."""
     yield socket.gethostname()
     here = {}
     with FileLock("copies.lock"):
@@ -239,7 +240,7 @@ def execute(folder, commands, files, copies, environment, seconds):
                 fetch(content, f"{place}.tmp")
                 os.rename(f"{place}.tmp", place)
     environment = environment | {"NANOLORA_COPIES": json.dumps(here), "NANOLORA_CACHE": os.path.abspath("cache")}
-    sent_at = -seconds
+    sent_at = time.monotonic()  # a run that is soon done sends its end alone
     try:
         fetch(files, folder)
         sent = read_times(folder)
