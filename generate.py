@@ -25,7 +25,7 @@ from plumbing.adapters.peft_format import load_adapter
 from plumbing.data.labels import find_label, refuse_unlearned, split_names
 from plumbing.data.tokenizer import end_of_text, gpt2_encoding
 from plumbing.gpt2.base import check_same_weights, check_vocabulary
-from plumbing.gpt2.files import context_size, find_checkpoint, read_config
+from plumbing.gpt2.files import context_size, find_model, read_model_config
 from plumbing.program.errors import one_line_errors
 from plumbing.program.files import make_folder
 from plumbing.program.terminal import forgiving_output
@@ -212,7 +212,7 @@ class ModelSampler:
         untrained classification head: only its accuracy is meaningful."""
         config = self.config
         classify = config.task == "classify"
-        if classify and not config.run and not read_config(find_checkpoint(config.init_from)[0]).get("n_classes"):
+        if classify and not config.run and not read_model_config(find_model(config.init_from)[0]).get("n_classes"):
             raise ValueError(f"init_from={config.init_from}: a language model has no classes; train.py adds them")
         if self.prompt is None:
             names = self.find_label_names()

@@ -20,7 +20,7 @@ from lora import LoRALinear
 from plumbing.adapters.layers import lora_layers, merged_weight
 from plumbing.adapters.own_lora import check_layers, draw_adapter
 from plumbing.gpt2.batch import find_scored
-from plumbing.gpt2.files import find_checkpoint, read_config, read_weights, write_checkpoint
+from plumbing.gpt2.files import find_model, read_model_config, read_weights, write_model
 from plumbing.gpt2.kv_cache import KVCache, causal_mask, put_before
 from plumbing.program.errors import compile_pattern
 
@@ -390,8 +390,8 @@ class GPT(nn.Module):
         overrides: fields of GPTConfig (lora_rank, dropout ...). Raises FileNotFoundError, or ValueError naming the
         file and what is wrong with it.
         """
-        config_path, files = find_checkpoint(name)
-        config = GPTConfig(**(read_config(config_path) | overrides))
+        config_path, files = find_model(name)
+        config = GPTConfig(**(read_model_config(config_path) | overrides))
         with torch.device("meta"):  # shapes only: no time is spent on weights that are about to be replaced
             model = cls(config)
         check_layers(model, LoRALinear, config.lora_rank)
@@ -410,10 +410,10 @@ class GPT(nn.Module):
 
     def save_pretrained(self, directory: str, dtype: torch.dtype | None = None, **options) -> None:
         """Writes Hugging Face's GPT-2 layout: config.json and model.safetensors, adapters merged in.
-        dtype: that of the file (None: as the parameters are). options: write_checkpoint's."""
+        dtype: that of the file (None: as the parameters are). options: write_model's."""
         merged = {f"{name}.weight": merged_weight(layer) for name, layer in lora_layers(self).items()}
         tensors = {n: merged.get(n, p) for n, p in self.named_parameters() if "lora_" not in n}
-        write_checkpoint(directory, self.config, tensors, dtype, **options)
+        write_model(directory, self.config, tensors, dtype, **options)
 
 
 def make_embedding(n, n_embd):

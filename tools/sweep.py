@@ -31,7 +31,7 @@ from generate import ModelSampler
 from plumbing.data.sources import find_source
 from plumbing.data.token_cache import cache_folder
 from plumbing.gpt2.base import check_vocabulary
-from plumbing.gpt2.files import context_size, find_checkpoint
+from plumbing.gpt2.files import context_size, find_model
 from plumbing.program.errors import one_line_errors
 from plumbing.program.files import make_folder, whole_file, write_json
 from plumbing.program.settings import fields_of, setting
@@ -118,7 +118,7 @@ def count_jobs(config):
         raise ValueError(f"jobs={config.jobs}: type a number from 1 on, or auto")
     if pick_device(config.device).startswith("cuda"):
         return torch.cuda.device_count()
-    if os.path.getsize(find_checkpoint(config.init_from)[0]) > SMALL:
+    if os.path.getsize(find_model(config.init_from)[0]) > SMALL:
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
@@ -324,7 +324,7 @@ def measure_base(config):
 
 def find_sources(config):
     """{what a setting names: its file or folder here}, of all that another machine may lack."""
-    sources = {config.init_from: os.path.dirname(find_checkpoint(config.init_from)[0])}
+    sources = {config.init_from: os.path.dirname(find_model(config.init_from)[0])}
     if config.dataset == "rt_reviews":
         find_source("rt_reviews")  # now it is in the cache
         sources["rt_reviews"] = cache_folder("rt_reviews")

@@ -141,7 +141,7 @@ def find_adapter(directory):
     return inside[0] if inside else directory
 
 
-def read_config(directory):
+def read_adapter_config(directory):
     """PEFT's config of an adapter. Raises FileNotFoundError, or ValueError for one that is damaged or whose A and B
     mean something else than plain LoRA: every key that is not known here must be unset."""
     path = os.path.join(directory, ADAPTER_CONFIG)
@@ -182,7 +182,7 @@ def read_adapter(directory):
     Raises FileNotFoundError or ValueError, naming the file, for what is missing, damaged or not plain LoRA.
     """
     directory = find_adapter(directory)
-    config = read_config(directory)
+    config = read_adapter_config(directory)
     path = os.path.join(directory, ADAPTER_WEIGHTS)
     pickle = os.path.join(directory, "adapter_model.bin")
     if os.path.exists(pickle) and not os.path.exists(path):

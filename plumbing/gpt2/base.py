@@ -8,7 +8,7 @@ import re
 
 import torch
 
-from plumbing.gpt2.files import MASK, find_checkpoint, full_name, read_config
+from plumbing.gpt2.files import MASK, find_model, full_name, read_model_config
 from plumbing.program.files import find_asset, open_tensors
 
 N_TOKENS = 50257  # of GPT-2's vocabulary
@@ -28,8 +28,8 @@ def check_vocabulary(name: str) -> None:
     """Raises ValueError for a base of another vocabulary than GPT-2's, whose token ids are all that is used here."""
     if name == "scratch":
         return
-    config = find_checkpoint(name)[0]
-    n = read_config(config)["vocab_size"]
+    config = find_model(name)[0]
+    n = read_model_config(config)["vocab_size"]
     if n < N_TOKENS:
         raise ValueError(f"init_from={name}: vocab_size={n}, but texts are made of GPT-2's {N_TOKENS:,} tokens")
     known = [os.path.join(os.path.dirname(config), file) for file in TOKENIZERS]
@@ -65,7 +65,7 @@ def check_base_stays(config) -> None:
     """Raises ValueError where a run that trains all weights would write them over its base."""
     if config.run or config.rank or config.init_from == "scratch" or not os.path.isdir(config.out_dir):
         return
-    config_path, files = find_checkpoint(config.init_from)
+    config_path, files = find_model(config.init_from)
     for path in (config_path, *files, *map(os.path.realpath, files)):
         if os.path.samefile(os.path.dirname(path), config.out_dir):
             raise ValueError(
@@ -80,7 +80,7 @@ def fingerprint_base(name: str) -> dict[str, str] | None:
     if name == "scratch":
         return None
     samples = {}
-    for path in find_checkpoint(name)[1]:
+    for path in find_model(name)[1]:
         with open_tensors(path) as f:
             for key in f.keys():  # noqa: SIM118  (not a dict)
                 if full_name(key) != "lm_head.weight" and not MASK.search(key):

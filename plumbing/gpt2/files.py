@@ -1,4 +1,4 @@
-"""A GPT-2 checkpoint: where it lies (a name, a directory, the hub), and reading and writing Hugging Face's layout."""
+"""A GPT-2 model's files: where they lie (a name, a directory, the hub); Hugging Face's layout read and written."""
 
 import json
 import os
@@ -24,7 +24,7 @@ HUB_MODELS = {  # what a user types: the repository on the hub
 CONV1D = re.compile(r"(attn\.c_attn|c_proj|mlp\.c_fc)\.weight$")  # stored by Hugging Face as (in, out)
 
 
-def find_checkpoint(name):
+def find_model(name):
     """(config.json, [safetensors files]) of a model's name or directory; from the hub's cache if it is there."""
     name = find_copy(name)
     if name in HUB_MODELS:
@@ -56,10 +56,10 @@ def find_checkpoint(name):
 
 def context_size(name):
     """Tokens that a model's positions reach."""
-    return read_config(find_checkpoint(name)[0])["block_size"]
+    return read_model_config(find_model(name)[0])["block_size"]
 
 
-def read_config(path):
+def read_model_config(path):
     """GPTConfig's fields from a Hugging Face config.json; ValueError for what this GPT-2 does not compute."""
     try:
         with open(path, encoding="utf-8") as f:
@@ -150,7 +150,7 @@ def check_tied(a, b, directory):
         )
 
 
-def write_checkpoint(directory: str, config, tensors: dict, dtype=None, write=write_weights) -> None:
+def write_model(directory: str, config, tensors: dict, dtype=None, write=write_weights) -> None:
     """Hugging Face's GPT-2 layout: config.json and model.safetensors. config: a GPTConfig; tensors: {parameter:
     tensor}, each (out, in); dtype: that of the file (None: as the tensors are); write: what writes the files."""
     stored = {}

@@ -168,7 +168,7 @@ def run_python(code, home, address, **more):
     return process.returncode, out, err, time.monotonic() - began
 
 
-FIND = 'from plumbing.gpt2.files import find_checkpoint; print(find_checkpoint("gpt2-medium")[0])'
+FIND = 'from plumbing.gpt2.files import find_model; print(find_model("gpt2-medium")[0])'
 LOAD = "from plumbing.data.sources import find_source; print(find_source({!r}).digest)"
 ASKS = {
     "model": (FIND, MODEL),

@@ -21,7 +21,7 @@ import train
 from configurator import configure
 from plumbing.data.token_cache import whole_folder
 from plumbing.data.tokenizer import gpt2_encoding
-from plumbing.gpt2.files import find_checkpoint
+from plumbing.gpt2.files import find_model
 from plumbing.program import files
 from plumbing.program.errors import one_line_errors
 from plumbing.program.files import write_json
@@ -95,7 +95,7 @@ def test_an_install_without_what_ships_says_what_to_do(monkeypatch, tmp_path, ca
     """Lost if it fails: after a plain `pip install .` the first command ends in a path that nobody knows."""
     monkeypatch.setattr(files, "ASSETS", str(tmp_path / "assets"))
     gpt2_encoding.cache_clear()
-    for use in (gpt2_encoding, lambda: find_checkpoint("gpt2-mini")):
+    for use in (gpt2_encoding, lambda: find_model("gpt2-mini")):
         with pytest.raises(SystemExit) as stop, one_line_errors():
             use()
         err = capsys.readouterr().err

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from plumbing.adapters.peft_format import ADAPTER_CONFIG, find_adapter, rank_and_alpha, read_adapter
 from plumbing.gpt2.base import check_same_weights
-from plumbing.gpt2.files import HUB_MODELS, find_checkpoint
+from plumbing.gpt2.files import HUB_MODELS, find_model
 from plumbing.program.errors import UserError, first_line
 from plumbing.program.files import check_finite
 from plumbing.program.hub import fetch_model
@@ -191,7 +191,7 @@ def find_base(name):
     if os.path.isdir(name):
         return name
     if name in HUB_MODELS or name == "gpt2-mini":
-        return os.path.dirname(find_checkpoint(name)[0])
+        return os.path.dirname(find_model(name)[0])
     try:
         return fetch_model(f"base={name} is not a directory here", (name,), ["*.safetensors"])
     except (ValueError, OSError) as e:

@@ -17,7 +17,7 @@ from lora import mark_only_lora_as_trainable
 from model import GPT, GPTConfig
 from plumbing.adapters.layers import lora_arguments
 from plumbing.adapters.trainable import train_also
-from plumbing.gpt2.files import find_checkpoint, read_config
+from plumbing.gpt2.files import find_model, read_model_config
 from plumbing.program.files import ROOT
 from plumbing.program.settings import settings_of
 from plumbing.program.stored_run import RUN_CONFIG, find_changes
@@ -126,7 +126,7 @@ def flags(config: Config) -> list[str]:
 def count_parameters(config: Config) -> tuple[int, int]:
     """(trained, all) of a run with these settings."""
     with torch.device("meta"):  # shapes only
-        model = GPT(GPTConfig(**read_config(find_checkpoint(config.init_from)[0]), **lora_arguments(config)))
+        model = GPT(GPTConfig(**read_model_config(find_model(config.init_from)[0]), **lora_arguments(config)))
     if config.rank:
         mark_only_lora_as_trainable(model)
     elif config.trainable:
