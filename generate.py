@@ -75,7 +75,7 @@ class ModelSampler:
         settings |= {key: value for key, value in named.items() if value is not None}
         self.config = config or make_config(out_dir=out_dir, init_from=init_from, **settings)
         self.device = pick_device(self.config.device)
-        self.block_size = context_size(checkpoint_of(self.config))
+        self.block_size = context_size(model_of(self.config))
         if not self.config.run:
             check_vocabulary(self.config.init_from)
         self.loader: CustomDataLoader | None = None  # the split that is scored
@@ -248,16 +248,16 @@ def open_model(config: Config, device: str, dtype: torch.dtype, n_classes: int =
     has_adapter = config.run is not None and config.rank > 0
     if config.run:
         then = config.run.base if has_adapter else config.run.model
-        check_same_weights(checkpoint_of(config), then, config.out_dir)
+        check_same_weights(model_of(config), then, config.out_dir)
     lora = lora_arguments(config) if has_adapter else {}
-    model = GPT.from_pretrained(checkpoint_of(config), dtype=dtype, n_classes=n_classes, **lora)
+    model = GPT.from_pretrained(model_of(config), dtype=dtype, n_classes=n_classes, **lora)
     if has_adapter:
         load_adapter(model, config.out_dir)
     model.requires_grad_(False)
     return model.to(device).set_dtype(dtype).eval()  # eval merges W0 + (alpha / r) B A: it costs what the base costs
 
 
-def checkpoint_of(config):
+def model_of(config):
     """Where a config's full weights are stored: the base's, or those of a run that trained them all."""
     return config.out_dir if config.run and config.rank == 0 else config.init_from
 

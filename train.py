@@ -43,14 +43,7 @@ from plumbing.program.stored_run import write_run
 from plumbing.program.terminal import forgiving_output
 from plumbing.running.checkpoint import Progress, begin_or_resume, check_same_data, locked_folder, write_metrics
 from plumbing.running.endings import exit_diverged, explain_failure
-from plumbing.running.machine import (
-    Processes,
-    compute_deterministically,
-    keep_memory,
-    pick_dtype,
-    read_torchrun,
-    seed_generator,
-)
+from plumbing.running.machine import Processes, read_torchrun, seed_generator, start_machine
 from plumbing.running.optimizers import build_optimizers
 from plumbing.running.saving import Saver, Stopwatch, open_bar, print0
 from plumbing.running.wandb_run import WandbRun
@@ -273,7 +266,7 @@ def set_up(config: Config) -> Run:
     """Data, model and optimizers of a config. Raises ValueError or OSError for what cannot be had."""
     if config.predict is not None:
         raise ValueError(f"--predict={config.predict} is for generate.py --init_from=resume, after the training")
-    processes, dtype = set_up_machine(config)
+    processes, dtype = start_machine(config, LoRALinear)
     torch.manual_seed(config.seed)
     check_base(config)
     loader = make_loader(config, context_size(config.init_from))
@@ -281,16 +274,6 @@ def set_up(config: Config) -> Run:
     n_classes = len(loader.label_names) if config.task == "classify" else 0
     model = build_model(config, processes.device, dtype, n_classes)
     return make_run(config, processes, dtype, loader, model)
-
-
-def set_up_machine(config: Config) -> tuple[Processes, torch.dtype]:
-    """The processes with their devices, and the dtype to compute in."""
-    keep_memory()
-    if config.deterministic:
-        compute_deterministically()
-    processes = Processes(config)
-    before = config.run.dtype if config.run else None
-    return processes, pick_dtype(processes.device, config.dtype, LoRALinear, before)
 
 
 def make_run(config: Config, processes: Processes, dtype: torch.dtype, loader, model: GPT) -> Run:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from configurator import Config, configure
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, LoRALinear
 from plumbing.data.readers import read_columns
 from plumbing.data.token_cache import cache_folder, hash_files, read_meta, whole_folder, write_meta
 from plumbing.data.tokenizer import end_of_text, gpt2_encoding
@@ -35,8 +35,9 @@ from plumbing.program.settings import CALL, MODEL, RUN, setting
 from plumbing.program.terminal import forgiving_output
 from plumbing.running.checkpoint import check_same_data, locked_folder
 from plumbing.running.endings import explain_failure
+from plumbing.running.machine import start_machine
 from plumbing.running.optimizers import build_optimizers
-from train import Run, make_run, open_folder, print_end, print_start, run_updates, set_up_machine
+from train import Run, make_run, open_folder, print_end, print_start, run_updates
 
 
 @dataclass
@@ -238,7 +239,7 @@ def lowercase_spaced(text):
 
 def set_up(config: PretrainConfig) -> Run:
     """Text, model and optimizers. Raises ValueError or OSError for what cannot be had."""
-    processes, dtype = set_up_machine(config)
+    processes, dtype = start_machine(config, LoRALinear)
     check_base(config)
     torch.manual_seed(config.seed)
     if config.init_from == "scratch":

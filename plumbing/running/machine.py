@@ -299,3 +299,13 @@ class Processes:
             dist.all_reduce(flat)
             parts = flat.split([grad.numel() for grad in grads])
             torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads)])
+
+
+def start_machine(config, layer) -> tuple[Processes, torch.dtype]:
+    """The processes of a training with their devices, and the dtype to compute in. layer: LoRALinear."""
+    keep_memory()
+    if config.deterministic:
+        compute_deterministically()
+    processes = Processes(config)
+    before = config.run.dtype if config.run else None
+    return processes, pick_dtype(processes.device, config.dtype, layer, before)

@@ -28,6 +28,7 @@ from plumbing.data.tokenizer import gpt2_encoding
 from plumbing.gpt2 import memory
 from plumbing.gpt2.batch import Batch
 from plumbing.program.files import write_json
+from plumbing.running import machine
 from plumbing.running.machine import Processes, pick_dtype
 from plumbing.running.optimizers import build_optimizers
 from tools.runs.measure import peak_memory
@@ -96,7 +97,7 @@ def skip_without(device, dtype):
 @pytest.fixture
 def any_dtype(monkeypatch):
     """The dtype that is asked for, float16 on a CPU too, where a user's is refused for its speed."""
-    for module in (train, generate):
+    for module in (machine, generate):
         monkeypatch.setattr(module, "pick_dtype", lambda device, dtype, mixed, before=None: getattr(torch, dtype))
 
 

@@ -21,6 +21,7 @@ from transformers import GPT2LMHeadModel
 
 import train
 from configurator import Config, configure
+from plumbing.running import machine
 from plumbing.running.adamw import AdamW
 from plumbing.running.machine import Processes
 
@@ -91,7 +92,7 @@ def test_float16_skips_are_counted_and_shown(place, capsys, monkeypatch):
             scalers.append(self)
 
     monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
-    monkeypatch.setattr(train, "pick_dtype", lambda *args, **options: torch.float16)  # refused on CPUs, for its speed
+    monkeypatch.setattr(machine, "pick_dtype", lambda *args, **options: torch.float16)  # refused on CPUs, for its speed
     settings = {"rank": 2, "alpha": 8, "batch_size": 8, "max_iters": 48, "eval_interval": 24, "lr": 1e-2}
     metrics = here(flags(place, "float16", **settings))
     halved = 40 - math.log2(scalers[0].get_scale())  # each skip halves the scale
@@ -143,7 +144,7 @@ def test_overflow_without_end_ends_the_run(overflowing, capsys):
 
 def test_a_process_without_examples_in_its_first_update_goes_on(place, monkeypatch):
     """Otherwise torchrun in float16 ends in the scaler's assertion where a first batch is short."""
-    monkeypatch.setattr(train, "pick_dtype", lambda *args, **options: torch.float16)
+    monkeypatch.setattr(machine, "pick_dtype", lambda *args, **options: torch.float16)
     config = configure(flags(place, "short", rank=2, alpha=8, max_iters=2))
     run = train.set_up(config)
     for p in run.params:  # what the other processes' sum gives it, after no scaled loss of its own

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
 from plumbing.gpt2.batch import Batch
-from train import build_model, make_run, set_up_machine, update
+from plumbing.running.machine import start_machine
+from train import build_model, make_run, update
 
 CASE = "an update, 24 layers of width 32, 2 texts, r = 4, dropout 0.05"
 EXAMPLES = [SimpleNamespace(tokens=list(range(24)), n_prompt=22)] * 2  # of which the first 8 tokens are shared
@@ -38,7 +39,7 @@ class CountKernels(TorchDispatchMode):
 
 
 def save_narrow(folder: str) -> str:
-    """A checkpoint with gpt2-medium's depth, in a new folder there."""
+    """A model with gpt2-medium's depth, in a new folder there."""
     path = os.path.join(folder, "narrow")
     config = model.GPTConfig(n_layer=24, n_head=2, n_embd=32, vocab_size=300, block_size=64)
     model.GPT(config).save_pretrained(path)
@@ -47,7 +48,7 @@ def save_narrow(folder: str) -> str:
 
 def train_narrow(config):
     """train.py's own update, on EXAMPLES."""
-    processes, dtype = set_up_machine(config)
+    processes, dtype = start_machine(config, model.LoRALinear)
     run = make_run(config, processes, dtype, None, build_model(config, processes.device, dtype))
     tokens = torch.tensor([example.tokens for example in EXAMPLES])  # (2, 24)
     targets = torch.full((2, 15), -1)
