@@ -13,7 +13,6 @@ Such templates come from Wei et al. 2022, Finetuned Language Models Are Zero-Sho
 """
 
 import math
-import re
 from collections.abc import Callable, Collection
 from functools import partial
 
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 
 from plumbing.data.data_set import DataSet
-from plumbing.data.labels import Asked, check_words
+from plumbing.data.labels import Asked, check_template, check_words
 from plumbing.data.token_cache import Example, take_turns
 from plumbing.data.tokenizer import end_of_text, gpt2_encoding
 from plumbing.gpt2.batch import IGNORE, Batch, pad
@@ -144,15 +143,6 @@ class Prompt:
         prompts = {tuple(ex.tokens[: ex.n_prompt]) for ex in examples}
         if len(prompts) > 1 or before_label[-1].isalnum() or before_label.endswith("{text}"):
             raise ValueError(f"template={self.template!r}: put a space or a line break before {{label}}")
-
-
-def check_template(template: str) -> None:
-    """Raises ValueError for a template without {text} and, at its end, {label}."""
-    fields = re.findall(r"\{(\w*)\}", template)
-    if sorted(fields) != ["label", "text"]:
-        raise ValueError(f"template={template!r}: it needs {{text}} and {{label}} once each, and no other field")
-    if not template.endswith("{label}"):
-        raise ValueError(f"template={template!r}: {{label}} comes last, so that it is what the model writes")
 
 
 # --- a data set -> batches -------------------------------------------------------------------------

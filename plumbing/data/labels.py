@@ -28,6 +28,15 @@ def check_words(names: list[str]) -> None:
         )
 
 
+def check_template(template: str) -> None:
+    """Raises ValueError for a template without {text} and, at its end, {label}."""
+    fields = re.findall(r"\{(\w*)\}", template)
+    if sorted(fields) != ["label", "text"]:
+        raise ValueError(f"template={template!r}: it needs {{text}} and {{label}} once each, and no other field")
+    if not template.endswith("{label}"):
+        raise ValueError(f"template={template!r}: {{label}} comes last, so that it is what the model writes")
+
+
 def fold(text):
     """Without capitals; an accent is always part of its letter."""
     return unicodedata.normalize("NFC", text).casefold()

@@ -92,7 +92,8 @@ def test_float16_skips_are_counted_and_shown(place, capsys, monkeypatch):
             scalers.append(self)
 
     monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
-    monkeypatch.setattr(machine, "pick_dtype", lambda *args, **options: torch.float16)  # refused on CPUs, for its speed
+    # Refused on CPUs, for its speed.
+    monkeypatch.setattr(machine, "pick_dtype", lambda *args, **options: torch.float16)
     settings = {"rank": 2, "alpha": 8, "batch_size": 8, "max_iters": 48, "eval_interval": 24, "lr": 1e-2}
     metrics = here(flags(place, "float16", **settings))
     halved = 40 - math.log2(scalers[0].get_scale())  # each skip halves the scale
