@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from plumbing.program.config_file import find_config_file, read_config_file
 from plumbing.program.errors import one_line_errors
-from plumbing.program.flags import parse_flags
+from plumbing.program.flags import note_scale, parse_flags
 from plumbing.program.settings import CALL, MODEL, RUN, check_values, fields_of, fit_value, kept_keys, setting
 from plumbing.program.stored_run import RUN_CONFIG, read_run, refuse_another_run, refuse_changes
 
@@ -153,15 +153,3 @@ def combine(typed, from_file, cls, trains):
     if config.label_names != stored.get("label_names"):  # typed now: they say what the labels of other data mean
         config.run.word_of = None
     return config
-
-
-def note_scale(config, rank_before):
-    """A line for a rank that is typed without alpha: the adapter's scale changes too, and few mean that."""
-    # With rslora alpha is meant to stay.
-    if config.rslora or 0 in (config.rank, rank_before) or config.rank == rank_before:
-        return
-    kept = config.alpha / rank_before
-    print(
-        f"note: rank={config.rank} with alpha={config.alpha:g} scales the adapter by {config.alpha / config.rank:g}; "
-        f"--alpha={kept * config.rank:g} keeps the config's {kept:g}"
-    )

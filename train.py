@@ -105,7 +105,7 @@ def train(config: Config) -> list[dict]:
 def run_updates(run: Run, progress: Progress) -> None:
     """From where `progress` stands up to max_iters updates."""
     config = run.config
-    wandb = WandbRun(config, wanted=config.wandb_log and run.processes.is_first)
+    wandb = WandbRun(config, run.processes.is_first)
     batches = (list(micro_batches(run, indices)) for indices in draw_batches(run, progress.iter))
     batch = next(batches)
     watch = Stopwatch(progress.iter)
@@ -379,9 +379,6 @@ def save_best(run: Run, saver: Saver) -> None:
 
 
 def print_start(run: Run, progress: Progress) -> None:
-    name = run.config.wandb_run_name
-    if name and not run.config.wandb_log:
-        print0(run, f"note: wandb_run_name={name} is not used: type --wandb_log=True to log there")
     print0(run, parameter_report(run.model))
     dtype = str(run.dtype).removeprefix("torch.")
     updates = f"from update {progress.iter} to {run.config.max_iters}"

@@ -110,3 +110,15 @@ def make_help(cls, about):
                 comment += f" ({', '.join(choices)})" if choices else ""
                 lines.append(f"  --{name:27} {kind:12} {default:24} {comment}")
     return "\n".join(lines).replace("%", "%%")
+
+
+def note_scale(config, rank_before):
+    """A line for a rank that is typed without alpha: the adapter's scale changes too, and few mean that."""
+    # With rslora alpha is meant to stay.
+    if config.rslora or 0 in (config.rank, rank_before) or config.rank == rank_before:
+        return
+    kept = config.alpha / rank_before
+    print(
+        f"note: rank={config.rank} with alpha={config.alpha:g} scales the adapter by {config.alpha / config.rank:g}; "
+        f"--alpha={kept * config.rank:g} keeps the config's {kept:g}"
+    )

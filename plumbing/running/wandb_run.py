@@ -7,12 +7,14 @@ from plumbing.program.settings import settings_of
 
 
 class WandbRun:
-    """A run on Weights & Biases if it is wanted and can be had; else its methods do nothing."""
+    """The first process's run on Weights & Biases, if it is wanted and can be had. Otherwise methods do nothing."""
 
-    def __init__(self, config, wanted: bool):
+    def __init__(self, config, is_first: bool):
         self.run = None
-        if wanted:
+        if is_first and config.wandb_log:
             self.run = self._try(self._start, config)
+        elif is_first and config.wandb_run_name:
+            print(f"note: wandb_run_name={config.wandb_run_name} is not used: type --wandb_log=True to log there")
 
     def log(self, values: dict, step: int) -> None:
         if self.run:
