@@ -33,6 +33,7 @@ class Facts:
     dtype: str | None = None  # of its arithmetic
     label_names: list[str] | None = None  # the words of its labels
     word_of: dict[str, str] | None = None  # {label as its data writes it: word}, {"0": "terrible", "1": "great"}
+    seed: int | None = None  # of the splits that it has drawn; another one may be typed, to write other texts with
 
 
 @dataclass
@@ -147,6 +148,7 @@ def combine(typed, from_file, cls, trains):
     if stored is None:
         return cls(**values)
     config = cls(**values | {"init_from": stored["init_from"]})
+    facts = facts | {"seed": stored.get("seed")}
     config.run = Facts(**{field.name: facts.get(field.name) for field in dataclasses.fields(Facts)})
     if config.dataset != stored.get("dataset"):
         config.run.data = None

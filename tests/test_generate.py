@@ -14,11 +14,12 @@ import sys
 
 import pytest
 import torch
-from conftest import REPO, finish, start
+from conftest import REPO, finish, flags, here, start, write_reviews
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import generate
-from configurator import Config, configure
+from configurator import Config, configure, make_config
+from dataloader import CustomDataLoader, make_loader
 from generate import ModelSampler, find_label
 from model import GPT
 from plumbing.adapters.layers import lora_layers
@@ -438,3 +439,19 @@ def test_a_mistake_in_a_program_is_an_error_of_one_line(tuned, settings, words):
     with pytest.raises((ValueError, OSError)) as e:
         ModelSampler(**{"out_dir": tuned[0]} | settings | ON_CPU)
     assert [word for word in words if word not in str(e.value)] == [] and "\n" not in str(e.value)
+
+
+def test_another_seed_scores_the_runs_own_test_split(place):
+    """Lost if it fails: a run on a file without splits, scored with another --seed, is praised for rows that it was
+    trained on."""
+    write_reviews(place / "one" / "rows.csv", 80)
+    here(flags(place, "drawn", dataset=place / "one" / "rows.csv", max_iters=1, eval_interval=1, seed=5))
+    run = str(place / "drawn")
+    trained = make_loader(make_config(init_from="resume", out_dir=run), 128, wanted=("train",))
+    scored = ModelSampler(run, seed=7)
+    scored.load_data()
+    found = {"train": trained.splits["train"], "test": scored.loader.splits["test"]}
+    rows = CustomDataLoader(str(place / "one" / "rows.csv"), wanted=("train", "test"), seed=5)
+    for split, examples in found.items():
+        assert [ex.text for ex in examples] == [ex.text for ex in rows.splits[split]]
+    assert scored.config.seed == 7  # of what is written
