@@ -35,7 +35,7 @@ class Prompt:
     """A template and the labels' words: what the model reads for a text, and what it should write.
 
     block_size: the context in tokens. classify: the text is read alone, without a template. is_answered: the model
-    writes after the prompt, up to max_new_tokens (None: enough for every label), and the context keeps room for it.
+    writes after the prompt, up to max_new_tokens (None: enough for every label), and room is left in the context.
     add_instruction: the loader's own _add_instruction_finetuning, if there is a loader.
     Raises ValueError for a template or words that cannot be used.
     """
@@ -59,8 +59,8 @@ class Prompt:
         self.encoding = gpt2_encoding()
         check_template(template)
         self.block_size = block_size
-        # The most tokens that a filled template may have: of 1,024 in training 1,023, since make_example puts
-        # end-of-text in front of an empty prompt; with an answer of 5 tokens to come 1,018.
+        # The most tokens that a filled template may have: of 1,024 in training 1,023, since an empty prompt begins
+        # with end-of-text; with an answer of 5 tokens to come 1,018.
         self.room = block_size if classify else block_size - 1
         self._check_words()
         if is_answered and not classify:
@@ -300,9 +300,9 @@ class CustomDataLoader:
     # --- records -> examples, once, into files
 
     def _load(self, data: DataSet, wanted: Collection[str]):
-        """Sets splits and prefixes. The examples come from the cache, if the same was asked for before."""
+        """Sets splits and prefixes. The examples come from the cache if it has them."""
         prompt = self.prompt
-        # Everything that determines the tokens. The sample shows an edited template or method.
+        # Everything that determines the tokens. The sample changes with an edited template or method.
         sample = prompt.fill("A joy.", 1)
         key = [self.template, self.label_names, self.loss_on, prompt.room, self.classify, sample]
         # Where every token is scored, the prefix is scored in each row, so it stays there. A classifier's input has

@@ -32,7 +32,7 @@ from plumbing.program.terminal import forgiving_output
 from plumbing.running.checkpoint import check_same_data
 from plumbing.running.machine import keep_memory, pick_device, pick_dtype
 from plumbing.scoring.accuracy import SCORED, print_score, tabulate, write_score
-from plumbing.scoring.answers import classify, decode, in_parts, read_batches, score_labels
+from plumbing.scoring.answers import decode, in_parts, read_batches, score_labels, share_classes
 from plumbing.scoring.model_card import write_card
 from plumbing.scoring.new_texts import predict_file
 
@@ -165,7 +165,7 @@ class ModelSampler:
         """What the model writes after each of the prompts (token ids), and each label's share; a classifier writes
         the likeliest class. Without wants_shares only a classifier gives the shares."""
         if self.prompt.classify:
-            shares = classify(self.model, prompts, self.config.batch_size)
+            shares = share_classes(self.model, prompts, self.config.batch_size)
             return [self.prompt.label_names[row.index(max(row))] for row in shares], shares
         texts = [None] * len(prompts)
         shares = [None] * len(prompts)
@@ -185,7 +185,7 @@ class ModelSampler:
         prompts = []
         for text in texts:
             text = text.encode("utf-8", "replace").decode()  # a lone surrogate, half of an emoji, becomes "?"
-            ex, was_cut = self.prompt.make_example(text, 0)  # any label: the prompt is what comes before it
+            ex, was_cut = self.prompt.make_example(text, 0)  # with any label: the prompt comes before it
             self.n_cut += was_cut
             prompts.append(ex.tokens[: ex.n_prompt])
         return prompts
@@ -247,7 +247,7 @@ def open_model(config: Config, device: str, dtype: torch.dtype, n_classes: int =
     """The model of a config, ready to generate: a base, or the best weights of the run in out_dir."""
     has_adapter = config.run is not None and config.rank > 0
     if config.run:
-        then = config.run.base if has_adapter else config.run.model
+        then = config.run.base if has_adapter else config.run.model  # whose weights the files held
         check_same_weights(model_of(config), then, config.out_dir)
     lora = lora_arguments(config) if has_adapter else {}
     model = GPT.from_pretrained(model_of(config), dtype=dtype, n_classes=n_classes, **lora)

@@ -71,10 +71,10 @@ class LoRALinear(MergeableLinear):  # nn.Linear with merge: weight = W0 + delta,
     # task
     def train(self, mode: bool = True):  # model.train() unmerges every layer, model.eval() merges it
         super().train(mode)
-        # Both take the function, not its value: merge calls it unless the weight is merged already, and unmerge only
-        # if somebody has set has_weights_merged by hand, so that no W0 was put aside.
+        # merge puts W0 aside, unmerge brings it back. Both take the function, not its value, which they seldom need:
+        # unmerge only where somebody has set has_weights_merged by hand.
         if self.is_lora() and mode:
-            self.unmerge(self.delta_weight)  # weight = W0, which merge has put aside
+            self.unmerge(self.delta_weight)  # weight = W0
         elif self.is_lora():
             self.merge(self.delta_weight)  # weight = W0 + (alpha / r) B A: inference costs what the base costs
         return self
@@ -88,7 +88,7 @@ class LoRALinear(MergeableLinear):  # nn.Linear with merge: weight = W0 + delta,
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none", also: str | None = None) -> nn.Module:
     """Only A and B train. Also all biases (bias="all") or those of the adapted layers (bias="lora_only"), and the
     parameters whose names the regular expression `also` finds."""
-    trainable = trainable_names(model, bias, also)
+    trainable = trainable_names(model, bias, also)  # names that hold "lora_", and what bias and also add
     for name, param in model.named_parameters():
         param.requires_grad = name in trainable
     return model

@@ -115,7 +115,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Head(nn.modules.linear.NonDynamicallyQuantizableLinear):
-    """Its weight is read and it is not called. torch's class says that: an adapter by hooks would go unseen."""
+    """Only its weight is used; it is never called. torch's class says so: an adapter by hooks would do nothing here."""
 
 
 class MLP(nn.Module):
@@ -175,8 +175,8 @@ def attend_with_prefix(qkv, seen, dropout):  # (P + B T, 3, H, D) -> (P + B T, C
     """The prefix attends to itself, each row to the prefix and to itself."""
     prefix_qkv, row_qkv = qkv.split([seen.P, seen.B * seen.T])
     row_qkv = row_qkv.unflatten(0, (seen.B, -1))  # (B, T, 3, H, D)
-    # A GPU is busy for less time than Python needs to launch its kernels. Attention of whole rows, prefix and all,
-    # is 17 kernels a layer in 10.
+    # A GPU often finishes sooner than Python launches its kernels. Attention of whole rows, prefix and all, takes 10
+    # kernels a layer instead of 17.
     if seen.places is not None:
         whole_qkv = torch.cat([prefix_qkv.expand(seen.B, -1, -1, -1, -1), row_qkv], dim=1)  # (B, P + T, 3, H, D)
         y = join_heads(attend(*split_heads(whole_qkv), dropout=dropout))  # (B (P + T), C)
@@ -248,7 +248,7 @@ class GPT(nn.Module):
         prefix (1, P)   token ids before every row. Not both. Gradient flows through past and prefix.
         class_weights   (n_classes,): the mean is a weighted one
         scored (N,)     the scored targets' places in targets.flatten(), where they are known. Without it they are
-                        found here, and Python waits for the GPU to say how many they are.
+                        found here, and Python waits for the GPU to say how many there are.
         """
         if targets is None:
             logits = self.head(self.last_states(idx, past, prefix))  # (B, V)
@@ -276,12 +276,12 @@ class GPT(nn.Module):
         if past is not None and P:
             raise ValueError("a prefix or a past, not both")
         t = self.transformer
-        like = torch.empty(0, dtype=self.compute_dtype or t.wte.weight.dtype, device=idx.device)  # x is to be like it
+        like = torch.empty(0, dtype=self.compute_dtype or t.wte.weight.dtype, device=idx.device)  # x has its dtype
         pos = torch.arange(P, P + T, device=idx.device)  # (T,): where each row's tokens stand
         mask = places = None
         if P and is_fused(like, P + T):
             places = torch.arange(B * (P + T), device=idx.device).view(B, P + T)
-            places = torch.cat([places[0, :P], places[:, P:].flatten()])  # the first row's prefix, and all rows
+            places = torch.cat([places[0, :P], places[:, P:].flatten()])  # P = 2, T = 1, B = 2: 0, 1, 2, 5
         elif P:
             mask = causal_mask(T, P + T, like)
         if past is not None:  # the rows go on after its tokens, and may look at them
@@ -358,8 +358,8 @@ class GPT(nn.Module):
 
     def exact_logits(self, x, words=None):  # (B, C), (B, m) -> (B, V)
         """Logits to compare. bfloat16 has 8 bits: near -100, where the real GPT-2's logits lie, its numbers are 0.5
-        apart, and two words often get the same one. So those of the 16 likeliest words (more than ever were within
-        one step of the best), and of `words`, are computed again in float32."""
+        apart, and two words often get the same one. So those of the 16 likeliest words, and of `words`, are computed
+        again in float32. (We never saw as many as 16 within one step of the best.)"""
         logits = self.head(x)
         precise = torch.promote_types(logits.dtype, torch.float32)
         if logits.dtype == precise:

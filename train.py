@@ -126,9 +126,9 @@ def run_updates(run: Run, progress: Progress) -> None:
             if is_last:
                 break
 
-            # A checkpoint is saved before the step (after a signal the program ends there, too): the weights have
-            # just given a finite loss and gradient, so a run that resumes from them does not resume from NaN. It
-            # computes this gradient again.
+            # update calls the saver just before its step (after a signal the program ends there, too): the weights
+            # have just given a finite loss and gradient, so a run that resumes from them does not resume from NaN.
+            # It computes this gradient again.
             loss, was_skipped, batch = update(run, batch, it, batches, saver)
             progress.losses.append(loss)
             progress.skipped += was_skipped
@@ -161,8 +161,9 @@ def update(run: Run, batch: Iterable[tuple[Batch, float]], it: int, batches: Ite
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(run.params, run.config.grad_clip or math.inf)
-    following = next(iter(batches), None)  # made while a GPU computes what was launched until now
+    following = next(iter(batches), None)  # made while a GPU computes what has been launched so far
     is_stopped = saver is not None and saver.is_stopped()
+    # Every process has the same norm; totals sums.
     loss, norm, n_stopped = processes.totals([loss, norm / processes.world_size, is_stopped])
     overflowed = run.scaler.is_enabled() and not math.isfinite(norm)  # float16 does, now and then
     if not math.isfinite(loss) or not (math.isfinite(norm) or overflowed):
@@ -263,7 +264,7 @@ def evaluate(run: Run) -> float:
 
 
 def set_up(config: Config) -> Run:
-    """Data, model and optimizers of a config. Raises ValueError or OSError for what cannot be had."""
+    """Data, model and optimizers of a config. Raises ValueError or OSError for what cannot be loaded."""
     if config.predict is not None:
         raise ValueError(f"--predict={config.predict} is for generate.py --init_from=resume, after the training")
     processes, dtype = start_machine(config, LoRALinear)
@@ -323,7 +324,7 @@ def also_trained(config: Config) -> str | None:
 
 
 def open_folder(run: Run) -> Progress:
-    """The progress from which the run goes on. Writes its settings, with those that were typed on resuming, so each
+    """The progress from which the run goes on. Writes its settings, including those typed when resuming, so each
     later resume keeps these too."""
     progress = begin_or_resume(run)
     if run.processes.is_first:

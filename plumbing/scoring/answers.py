@@ -79,7 +79,7 @@ def score_tokens(model, x, tokens):  # (N, C), (N, m) -> (N, m)
 
 
 @torch.no_grad()
-def classify(model, prompts: list[list[int]], batch_size: int) -> list[list[float]]:
+def share_classes(model, prompts: list[list[int]], batch_size: int) -> list[list[float]]:
     """The shares that a classifier gives to its classes, for each text."""
     device = next(model.parameters()).device
     shares = [None] * len(prompts)
