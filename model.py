@@ -115,7 +115,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Head(nn.modules.linear.NonDynamicallyQuantizableLinear):
-    """Only its weight is used; it is never called. torch's class says so: an adapter by hooks would do nothing here."""
+    """Only its weight is used; it is never called. torch's class says so: an adapter by hooks would do nothing."""
 
 
 class MLP(nn.Module):

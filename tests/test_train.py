@@ -308,3 +308,15 @@ def test_any_seed_that_is_accepted_trains(place):
     """Otherwise a seed drawn from the clock in nanoseconds passes the check and then ends in an overflow."""
     metrics = here(flags(place, "seed", rank=2, alpha=8, max_iters=1, seed=10**18))
     assert math.isfinite(metrics[-1]["val_loss"])
+
+
+def test_rows_widened_for_cuda_graphs_give_the_same_training(place, monkeypatch):
+    """Lost if it fails: --compile=True on a GPU ends at its first batch, or trains on other losses than without. Here
+    the rows are widened as there, and nothing is compiled."""
+    settings = {"rank": 2, "alpha": 8, "max_iters": 4, "eval_interval": 2, "dropout": 0, "batch_size": 8}
+    plain = here(flags(place, "narrow", **settings))
+    with monkeypatch.context() as patch:
+        patch.setattr(train.cuda_graphs, "are_used", lambda config, device: True)
+        wide = here(flags(place, "widened", **settings))
+    for a, b in zip(plain, wide, strict=True):
+        assert b["val_loss"] == pytest.approx(a["val_loss"], abs=1e-5)

@@ -92,7 +92,9 @@ def begin_or_resume(run) -> Progress:
     if run.processes.total(config.run is not None and is_first):
         progress = load_checkpoint(config.out_dir, run.model, run.optimizers, run.scaler, run.processes)
     elif is_first:
-        for old in (CHECKPOINT, "metrics.jsonl"):  # a resume would go on with them
+        # A resume would go on with an earlier run's, and a score be that of its weights.
+        best = "adapter_model.safetensors" if config.rank else "model.safetensors"
+        for old in (CHECKPOINT, "metrics.jsonl", best):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(config.out_dir, old))
     if config.max_iters < progress.iter:

@@ -1,8 +1,10 @@
 """How a run ends before its last update: stopped, diverged, out of memory. Each is one line and an exit code."""
 
 import contextlib
+import os
 import signal
 import sys
+import time
 from typing import NoReturn
 
 import torch
@@ -10,10 +12,12 @@ import torch
 
 class StopSignals:
     """`with StopSignals() as signals`: the first Ctrl-C or SIGTERM only sets `signals.received`, to its number, so
-    that a run can end between two updates. A second one ends the program at once."""
+    that a run can end between two updates. A second one ends the program at once, unless it is a SIGTERM within a
+    second: torchrun passes on one that a cluster has sent to each process already."""
 
     def __init__(self):
         self.received = None
+        self.received_at = 0.0  # seconds
 
     def __enter__(self):
         numbers = (signal.SIGINT, signal.SIGTERM)
@@ -25,8 +29,12 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _remember(self, number, frame):
-        self.received = self.received or number
-        signal.signal(number, signal.SIG_DFL)
+        if self.received is None:
+            self.received = number
+            self.received_at = time.monotonic()
+        elif number == signal.SIGINT or time.monotonic() - self.received_at > 1:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
 
 def exit_stopped(number: int | None) -> NoReturn:
@@ -38,8 +46,8 @@ def exit_diverged(config, is_first: bool, it: int, what: str) -> NoReturn:
     """what: the values that are no finite numbers."""
     if is_first:
         print(
-            f"error: {what} at update {it}; the last good checkpoint is in {config.out_dir}; "
-            f"try a lower --lr than {config.lr:g}",
+            f"error: {what} at update {it}; try a lower --lr than {config.lr:g}; what was saved until then is in "
+            f"{config.out_dir}",
             file=sys.stderr,
         )
     sys.exit(3)
@@ -62,7 +70,8 @@ def explain_failure(config):
     except RuntimeError as e:
         if not is_out_of_memory(e):
             raise
-        exit_with(f"out of memory; the same training in smaller pieces: {smaller_pieces(config)}")
+        again = "" if config.run is None else "start another run, with another --out_dir; "
+        exit_with(f"out of memory; {again}the same training in smaller pieces: {smaller_pieces(config)}")
 
 
 def smaller_pieces(config) -> str:

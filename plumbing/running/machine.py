@@ -151,7 +151,7 @@ def find_dtype(device, dtype, mixed):
         raise ValueError("dtype=float16 is orders of magnitude too slow on cpu; type --dtype=auto")
     elif dtype == "float16" and device.startswith("mps") and torch.__version__ < (2, 8):
         raise ValueError(
-            f"dtype=float16: the gradient scaler of torch {torch.__version__} needs float64, which mps has not (2.8 "
+            f"dtype=float16: the gradient scaler of torch {torch.__version__} needs float64, which mps lacks (2.8 "
             "does without); type --dtype=float32"
         )
     return getattr(torch, dtype)
@@ -308,4 +308,13 @@ def start_machine(config, layer) -> tuple[Processes, torch.dtype]:
         compute_deterministically()
     processes = Processes(config)
     before = config.run.dtype if config.run else None
-    return processes, pick_dtype(processes.device, config.dtype, layer, before)
+    dtype = pick_dtype(processes.device, config.dtype, layer, before)
+    if processes.world_size > 1:
+        dtypes = [None] * processes.world_size
+        dist.all_gather_object(dtypes, dtype)
+        if len(set(dtypes)) > 1:  # gradients of several could not be summed: float16's are scaled
+            names = sorted(str(d).removeprefix("torch.") for d in set(dtypes))
+            raise ValueError(
+                f"the processes would compute in {' and '.join(names)}; type --dtype={names[-1]}, or float32"
+            )
+    return processes, dtype

@@ -54,6 +54,18 @@ def test_several_processes_equal_one(place, world, n_train, n_validation, batch_
             assert a[key] == pytest.approx(b[key], abs=1e-5), (key, a, b)
 
 
+def test_processes_of_two_dtypes_are_refused(place):
+    """Lost if it fails: a T4 computes in float16, with a scaled loss, an A100 beside it in bfloat16, and the sum of
+    their gradients is that of neither."""
+    common = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    argv = [flags(place, "dtypes", dtype=dtype, max_iters=2) for dtype in ("float32", "bfloat16")]
+    many = [start("train.py", *a, RANK=rank, LOCAL_RANK=rank, **common) for rank, a in enumerate(argv)]
+    for process in many:
+        _, err = finish(process, code=2)
+        assert "bfloat16 and float32" in err
+    assert not (place / "dtypes" / "train_config.json").exists()
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -122,6 +122,7 @@ def test_a_new_run_does_not_resume_the_old_one_of_its_folder(place, monkeypatch)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at_rename(patch, 1)
         here(flags(place, "reused", **settings, lr=1e-3))
+    assert not (place / "reused" / "adapter_model.safetensors").exists()  # the older run's, which would be scored
     here(resume(place, "reused"))
     assert differences(place / "fresh", place / "reused") == []
 

@@ -3,6 +3,7 @@
 python -m pytest tests/running/test_saving.py
 """
 
+import signal
 import threading
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import torch
 from conftest import differences, finish, flags, here, read_checkpoint, resume, start, stop_after
 
 import train
-from plumbing.running import saving
+from plumbing.running import endings, saving
 from plumbing.running.checkpoint import Progress, save_checkpoint
 from plumbing.running.saving import Saver
 
@@ -139,3 +140,24 @@ def test_best_weights_that_cannot_be_written_are_one_line(place, monkeypatch, ca
     err = capfd.readouterr().err
     assert end.value.code == 2 and "Read-only file system" in err and "Traceback" not in err
     assert not (place / "refused" / "checkpoint.pt").exists()
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
+    """Lost if it fails: a cluster sends SIGTERM to each process and torchrun passes it on, and the run ends without
+    its checkpoint. A later one still ends the program at once."""
+    killed = []
+    now = [100.0]
+    monkeypatch.setattr(endings, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(endings.os, "kill", lambda pid, number: killed.append(number))
+    with endings.StopSignals() as signals:
+        signal.raise_signal(signal.SIGTERM)
+        now[0] += 0.1
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.received == signal.SIGTERM and killed == []
+        now[0] += 5
+        signal.raise_signal(signal.SIGTERM)
+        assert killed == [signal.SIGTERM]
+    with endings.StopSignals():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    assert killed == [signal.SIGTERM, signal.SIGINT]

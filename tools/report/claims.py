@@ -90,18 +90,18 @@ PLACES = {
     "output": Setting(48, targets=r"attn\.c_proj$"),
 }
 LORA = curve(1, 2, 4, 8)
-FULL = curve(1, 2, 4, 8, rank=0)
+FULL = curve(0.5, 1, 2, 4, 8, rank=0)
 # Curves that are wide enough for their best rates to contradict each claim about them.
 SAME_ALPHA = {1: curve(1, 2, 4, rank=1), 4: curve(1, 2, 4, 8, rank=4), 16: LORA, 64: curve(1, 2, 4, 8, rank=64)}
 SAME_SCALE = {4: curve(1, 2, 4, 8, rank=4, alpha=0.25), 16: LORA, 64: curve(0.5, 1, 2, 4, rank=64, alpha=4)}
 TRADES = [Setting(lr=4, alpha=0.5), Setting(lr=1, alpha=2)]
 BATCHES = {  # {size: (LoRA, full)}
-    0.25: (curve(1, 2, 4, batch=0.25), curve(1, 2, 4, rank=0, batch=0.25)),
-    4: (curve(2, 4, 8, batch=4), curve(1, 2, 4, rank=0, batch=4)),
+    0.25: (curve(1, 2, 4, batch=0.25), curve(0.5, 1, 2, rank=0, batch=0.25)),
+    4: (curve(2, 4, 8, batch=4), curve(2, 4, 8, rank=0, batch=4)),
 }
-LENGTHS = {  # {number of examples: (r = 1, full)}
-    0.25: (curve(2, 4, 8, rank=1, length=0.25), curve(1, 2, 4, rank=0, length=0.25)),
-    1: (SAME_ALPHA[1], FULL),
+LENGTHS = {  # {number of examples: (r = 1, r = 16)}
+    0.25: (curve(2, 4, 8, rank=1, length=0.25), curve(2, 4, 8, length=0.25)),
+    1: (SAME_ALPHA[1], LORA),
 }
 # At r = 16 a quarter of alpha over sqrt(r) is the configuration's own scale.
 STABLE = {4: Setting(4, alpha=0.25, rslora=True), 64: Setting(64, alpha=0.25, rslora=True)}
@@ -109,7 +109,7 @@ PLAIN = {4: Setting(4), 64: Setting(64)}
 PLUS = curve(0.25, 0.5, 1, 2, lora_plus=16)
 SMALL, LARGE = Setting(8), Setting(64)
 LABEL_LORA = curve(0.5, 1, 2, task="label")
-LABEL_FULL = curve(0.5, 1, 2, rank=0, task="label")
+LABEL_FULL = curve(1, 2, 4, rank=0, task="label")
 
 
 def list_settings() -> list[Setting]:

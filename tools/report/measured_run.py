@@ -92,7 +92,8 @@ def study_updates(sampler: ModelSampler) -> dict[str, np.ndarray]:
     for name, layer in sampler.model.named_modules():
         if not re.search(sampler.config.lora_targets, name):
             continue
-        W, W0 = layer.weight.float(), base.get_submodule(name).weight.float().to(layer.weight.device)  # (out, in)
+        W0 = base.get_submodule(name).weight.to(layer.weight).float()  # (out, in), rounded as W is
+        W = layer.weight.float()
         found["directions"].append(count_directions(torch.linalg.svdvals((W - W0).double())))
         U, U0 = (torch.linalg.svd(M, full_matrices=False)[0] for M in (W, W0))
         nearest = (U[:, :N_FIRST].t() @ U0).abs().amax(1)  # (N_FIRST,)
