@@ -328,7 +328,8 @@ def make_loader(config, block_size: int, wanted: Collection[str] = ("train", "va
     settings = {key: getattr(config, key) for key in READ_FROM_CONFIG}
     if config.run:
         settings |= {"learned": config.run.label_names, "word_of": config.run.word_of}
-        settings["seed"] = config.seed if config.run.seed is None else config.run.seed
+    if config.run and config.run.data:  # the run's own data: the seed with which it drew their splits
+        settings["seed"] = config.run.seed
     return CustomDataLoader(
         template=read_template(config),
         block_size=block_size,

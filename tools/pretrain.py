@@ -29,7 +29,7 @@ from plumbing.data.readers import read_columns
 from plumbing.data.token_cache import cache_folder, hash_files, read_meta, whole_folder, write_meta
 from plumbing.data.tokenizer import end_of_text, gpt2_encoding
 from plumbing.gpt2.base import check_base, check_base_stays
-from plumbing.gpt2.batch import Batch
+from plumbing.gpt2.batch import Batch, find_scored
 from plumbing.program.errors import one_line_errors
 from plumbing.program.settings import CALL, MODEL, RUN, setting
 from plumbing.program.terminal import forgiving_output
@@ -79,8 +79,9 @@ class SampledGPT(GPT):
     def forward(self, idx, targets=None, **options):
         if targets is None or not (self.training and self.n_sampled):
             return super().forward(idx, targets, **options)
-        x = self.hidden(idx).flatten(0, 1)  # (B T, C)
-        logits, targets = sample_softmax(self.lm_head.weight, x, targets.flatten(), self.n_sampled)
+        scored = find_scored(targets)  # all, but where rows are filled up
+        x = self.hidden(idx).flatten(0, 1)[scored]  # (N, C)
+        logits, targets = sample_softmax(self.lm_head.weight, x, targets.flatten()[scored], self.n_sampled)
         return logits, F.cross_entropy(logits.float(), targets)
 
 

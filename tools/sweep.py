@@ -61,7 +61,7 @@ class SweepConfig(Config):
     full_lr: float = 0.0  # learning rate of full fine-tuning; 0: a fifth of lr
     only: str = KINDS  # what is run, with commas; and claims, the trainings that test what the LoRA papers claim
     minutes: float = setting(60, least=0)  # for the claims: as many seeds, from the first of `seeds` on, as fit
-    jobs: str = "1"  # runs side by side, by Ray, each with a GPU or its share of the cores; auto: what suits
+    jobs: int | str = 1  # runs side by side, by Ray, each with a GPU or its share of the cores; auto: what suits
     ray: str | None = None  # auto: Ray's cluster, or a new one on this machine; HOST:PORT: that one
     sweep_dir: str | None = None  # where everything is written; None: out_dir with "-sweep"
     dry_run: bool = False  # only list the runs and their estimated minutes
@@ -112,13 +112,13 @@ def asks_claims(config):
 def count_jobs(config):
     """How many runs are made side by side. A small model does not keep several cores busy: two trainings of gpt2-mini
     with a thread each are half as fast again as one with two threads."""
-    if config.jobs.isdecimal() and int(config.jobs):
+    if str(config.jobs).isdecimal() and int(config.jobs):
         return int(config.jobs)
     if config.jobs != "auto":
         raise ValueError(f"jobs={config.jobs}: type a number from 1 on, or auto")
     if pick_device(config.device).startswith("cuda"):
         return torch.cuda.device_count()
-    if os.path.getsize(find_model(config.init_from)[0]) > SMALL:
+    if sum(map(os.path.getsize, find_model(config.init_from)[1])) > SMALL:
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
@@ -216,8 +216,10 @@ def list_runs(config, runs):
     total = 0.0
     if asks_claims(config):
         of_claims = plan_claims(config, claim_seeds(config, math.inf)[:1])
-        torch.set_num_threads(max(1, torch.get_num_threads() // count_jobs(config)))
+        n_threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, n_threads // count_jobs(config)))
         minutes = sum(estimate_minutes(run.config, speeds) + BESIDE for run in of_claims) / count_jobs(config)
+        torch.set_num_threads(n_threads)
         seeds = claim_seeds(config, minutes)
         print(f"claims: {len(of_claims)} trainings a seed, about {minutes:.0f} min; {len(seeds)} seeds fit")
         for line in claims.describe_plan(len(seeds)):
@@ -294,7 +296,12 @@ def make_claims(config, failed):
         n_left = sum(not run.done() for run in runs)
         began = time.monotonic()
         failed |= make_runs(config, runs)
-        write_json(path, {"minutes": (time.monotonic() - began) / 60 * len(runs) / max(1, n_left)})
+        minutes = (time.monotonic() - began) / 60
+        if n_left:
+            minutes *= len(runs) / n_left
+        if not any(run.done() for run in runs) or not n_left:  # nothing was measured: two seeds
+            return runs, config.minutes
+        write_json(path, {"minutes": minutes})
     with open(path, encoding="utf-8") as f:
         minutes = json.load(f)["minutes"]
     runs = plan_claims(config, claim_seeds(config, minutes))

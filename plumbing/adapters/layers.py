@@ -86,6 +86,7 @@ class CastAll(torch.autograd.Function):
 def cast_together(layers: list, dtype: torch.dtype):
     """Within it the layers' A and B are copies in `dtype`, all made at once, and no forward or backward pass casts
     them again: on a GPU two kernels, not four a layer. Gradients reach A and B in their own dtype."""
+    layers = [layer for layer in layers if "lora_A" in layer._parameters]  # merge_lora and detach_lora take it away
     own = [layer._parameters[name] for layer in layers for name in ("lora_A", "lora_B")]
     if not own or own[0].dtype == dtype:
         yield

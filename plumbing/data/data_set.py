@@ -17,7 +17,7 @@ from plumbing.data.token_cache import Examples, ExampleWriter, cache_folder, rea
 from plumbing.data.tokenizer import count_last, start_encoding
 from plumbing.program.errors import UserError
 
-CACHE_VERSION = 7  # increase it when a change of code gives other tokens for the same data and settings
+CACHE_VERSION = 8  # increase it when a change of code gives other tokens for the same data and settings
 PART = 5_000  # records that are tokenised at once
 
 

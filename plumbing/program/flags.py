@@ -20,6 +20,8 @@ def parse_flags(argv: list[str], cls: type, about: str) -> tuple[str | None, dic
     fields = fields_of(cls)
     kinds = typing.get_type_hints(cls)
     options = {"usage": "%(prog)s [configs/FILE.py] [--key=value ...]", "argument_default": argparse.SUPPRESS}
+    # In a command that is copied out of the handout's PDF the two dashes are one long one.
+    argv = [re.sub(r"^[–—](?=[a-z][\w-]+(=|$))", "--", word) for word in argv]
     wants_help = not {"-h", "--help"}.isdisjoint(argv)  # the table is read from the source, which takes a while
     parser = make_parser(make_help(cls, about) if wants_help else about, **options)
     parser.error = lambda message: refuse(message, fields)
@@ -29,8 +31,6 @@ def parse_flags(argv: list[str], cls: type, about: str) -> tuple[str | None, dic
         spellings = dict.fromkeys(f"--{s}" for name in names for s in (name, name.replace("_", "-")))
         options = {"nargs": "?", "const": "True"} if kinds[key] is bool else {}
         parser.add_argument(*spellings, dest=key, help=argparse.SUPPRESS, **options)
-    # In a command that is copied out of the handout's PDF the two dashes are one long one.
-    argv = [re.sub(r"^[–—](?=[a-z][\w-]+(=|$))", "--", word) for word in argv]
     texts = vars(parser.parse_args(argv))
     path = texts.pop("config_file")
     return path, {key: convert(key, text, kinds[key], f"--{key}={text}") for key, text in texts.items()}

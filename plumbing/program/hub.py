@@ -25,6 +25,8 @@ def fetch_model(what: str, repo_ids: tuple[str, ...], patterns: list[str]) -> st
                 return folder
     names = [file.rfilename for file in ask_hub(what, repo_ids[0], "model").siblings]
     names = [name for pattern in patterns for name in fnmatch.filter(names, pattern) if "/" not in name]
+    if not names:
+        raise ValueError(f"{what}: {repo_ids[0]} on the hub has no {' and no '.join(patterns)}; type another name")
     try:  # file by file: snapshot_download asks for the names once more, and waits for ever
         paths = [hf_hub_download(repo_ids[0], name, etag_timeout=SECONDS) for name in names]
         return os.path.dirname(paths[0])

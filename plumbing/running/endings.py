@@ -30,8 +30,8 @@ class StopSignals:
 
     def _remember(self, number, frame):
         if self.received is None:
-            self.received = number
             self.received_at = time.monotonic()
+            self.received = number
         elif number == signal.SIGINT or time.monotonic() - self.received_at > 1:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -314,7 +314,5 @@ def start_machine(config, layer) -> tuple[Processes, torch.dtype]:
         dist.all_gather_object(dtypes, dtype)
         if len(set(dtypes)) > 1:  # gradients of several could not be summed: float16's are scaled
             names = sorted(str(d).removeprefix("torch.") for d in set(dtypes))
-            raise ValueError(
-                f"the processes would compute in {' and '.join(names)}; type --dtype={names[-1]}, or float32"
-            )
+            raise ValueError(f"the processes would compute in {' and '.join(names)}; type --dtype=float32")
     return processes, dtype

@@ -19,11 +19,14 @@ N_BLOCKS = 40  # groups of examples
 
 @dataclass
 class Estimate:
-    """A figure with its standard error and that error's degrees of freedom. No freedom: nothing is known of it."""
+    """A figure with its standard error and that error's degrees of freedom. No freedom: nothing is known of it.
+    n: its seeds. of_examples: the part of the error that more seeds would leave."""
 
     value: float
     error: float = math.inf
     freedom: float = 0.0
+    n: int = 1
+    of_examples: float = 0.0
 
     def half_width(self, level: float = LEVEL) -> float:
         """Half of the interval that misses the true value with probability `level`."""
@@ -32,6 +35,22 @@ class Estimate:
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
         half = self.half_width(level)
         return self.value - half, self.value + half
+
+    def count_seeds(self, margin: float, level: float) -> int | None:
+        """About how many seeds make half of the interval as narrow as the margin; None if no number of them does."""
+        of_seed = max(self.error**2 - self.of_examples**2, 0) * self.n
+        for n in (*range(2, 30), *range(30, 1000, 10)):
+            if foresee(math.sqrt(of_seed), self.of_examples, n).half_width(level) <= margin:
+                return n
+        return None
+
+
+def foresee(of_seed: float, of_examples: float, n: int) -> Estimate:
+    """What n seeds will know of a figure that a seed moves by of_seed, the examples by of_examples (deviations)."""
+    squares = of_seed**2 / n, of_examples**2
+    total = sum(squares)
+    freedom = total**2 / (squares[0] ** 2 / (n - 1) + squares[1] ** 2 / (N_BLOCKS - 1)) if total else n - 1
+    return Estimate(0.0, math.sqrt(total), freedom, n, of_examples)
 
 
 def student_mass(freedom: float) -> tuple[np.ndarray, np.ndarray]:
@@ -55,13 +74,14 @@ def student_tail(t: float, freedom: float) -> float:
     return float(1 - np.interp(t, grid, mass))
 
 
-def estimate_mean(values) -> Estimate:
-    """The mean of independent measurements, such as one a seed, with its t interval."""
+def estimate_mean(values, floor: float = 0.0) -> Estimate:
+    """The mean of independent measurements, such as one a seed, with its t interval. floor: the least that a
+    measurement is taken to be uncertain by, such as the step of a count."""
     values = np.asarray(values, dtype=float)
     n = len(values)
     if n < 2:
         return Estimate(float(values.mean()))
-    return Estimate(float(values.mean()), float(values.std(ddof=1)) / math.sqrt(n), n - 1)
+    return Estimate(float(values.mean()), max(float(values.std(ddof=1)), floor) / math.sqrt(n), n - 1, n)
 
 
 def estimate_table(table) -> Estimate:
@@ -69,8 +89,8 @@ def estimate_table(table) -> Estimate:
 
     Two crossed random effects. With the mean squares of seeds, of blocks and of what is left, the variance of the
     mean is (MS_seeds + max(MS_blocks - MS_rest, 0)) / (S G): what differs by seed and example at once is in both,
-    and counted once. Obuchowski and Rockette 1995 and Hillis 2007 read many readers' many cases like this. The
-    degrees of freedom are Satterthwaite's."""
+    and counted once. So Dorfman, Berbaum and Metz 1992 compare methods by many readers and many cases. The degrees
+    of freedom are Satterthwaite's."""
     S, G = table.shape
     mean = float(table.mean())
     if S < 2:
@@ -84,23 +104,23 @@ def estimate_table(table) -> Estimate:
         freedoms += [(blocks, G - 1), (rest, (S - 1) * (G - 1))]
     total = seeds + max(blocks - rest, 0)
     freedom = total**2 / sum(x**2 / n for x, n in freedoms) if total else S - 1
-    return Estimate(mean, math.sqrt(total / (S * G)), freedom)
+    return Estimate(mean, math.sqrt(total / (S * G)), freedom, S, math.sqrt(max(blocks - rest, 0) / (S * G)))
 
 
 def estimate(statistic: Callable, losses: dict) -> Estimate:
-    """statistic({setting: mean loss, one a seed}), a function of arrays, over paired seeds and paired examples.
+    """statistic({setting: mean loss}), a function of numbers and of arrays, over paired seeds and paired examples.
 
-    losses: {setting: (S, N)}, the same S seeds and N examples in each. Examples lie in blocks; each block's
-    pseudo-value is what leaving it out changes (Tukey's jackknife), for each seed. For a difference of losses that is
-    the block's own difference."""
-    n = next(iter(losses.values())).shape[1]
+    losses: {setting: (S, N)}, the same S seeds and N examples in each. The examples lie in blocks. The pseudo-value
+    of a seed's block is what leaving it out changes (Tukey's jackknife); for a difference of losses it is that
+    block's own difference."""
+    S, n = next(iter(losses.values())).shape
     block_of = np.arange(n) % min(N_BLOCKS, n)
     member = np.eye(block_of.max() + 1)[block_of]  # (N, G)
     sizes = member.sum(0)  # (G,)
-    G = len(sizes)
-    without = {s: (x.sum(1, keepdims=True) - x @ member) / (n - sizes) for s, x in losses.items()}  # (S, G)
-    whole = {s: x.mean(1, keepdims=True) for s, x in losses.items()}  # (S, 1)
-    return estimate_table(G * statistic(whole) - (G - 1) * statistic(without))
+    n_cells = S * len(sizes)
+    whole = {s: x.mean() for s, x in losses.items()}
+    without = {s: (x.sum() - x @ member) / (x.size - sizes) for s, x in losses.items()}  # (S, G)
+    return estimate_table(n_cells * statistic(whole) - (n_cells - 1) * statistic(without))
 
 
 # --- the best of a curve ---------------------------------------------------------------------------
@@ -109,32 +129,33 @@ def estimate(statistic: Callable, losses: dict) -> Estimate:
 @dataclass
 class Vertex:
     """The lowest point of losses over learning rates that double from one to the next: of the parabola through the
-    lowest point, over all seeds and examples, and its two neighbors. Which these are, and how much the parabola
-    curves, is taken from all runs; so each seed's own lowest point is a smooth function of its losses."""
+    lowest of them, over all seeds and examples, and its two neighbors. Real curves rise faster on the right, so a
+    place is right to a part of a doubling, not to the last digit."""
 
     names: list  # the settings, by learning rate
     middle: int  # the place of the lowest
-    curvature: float
 
     @classmethod
     def of(cls, curve: list, losses: dict) -> "Vertex | None":
         """None if the lowest is the first or the last: the best rate lies there or beyond."""
         means = [float(losses[name].mean()) for name in curve]
         i = int(np.argmin(means))
-        if i in (0, len(curve) - 1):
-            return None
-        return cls(curve, i, means[i - 1] - 2 * means[i] + means[i + 1])
+        return None if i in (0, len(curve) - 1) else cls(curve, i)
 
-    def _slope(self, losses):
-        return (losses[self.names[self.middle + 1]] - losses[self.names[self.middle - 1]]) / 2
+    def _fit(self, means):
+        """(slope, curvature) at the middle, for rates a step of 1 apart."""
+        before, middle, after = (means[name] for name in self.names[self.middle - 1 : self.middle + 2])
+        return (after - before) / 2, before - 2 * middle + after
 
-    def place(self, losses: dict):
+    def place(self, means: dict):
         """log2 of the best rate over the curve's first."""
-        return self.middle - self._slope(losses) / self.curvature
+        slope, curvature = self._fit(means)
+        return self.middle - slope / curvature
 
-    def loss(self, losses: dict):
+    def loss(self, means: dict):
         """The lowest loss."""
-        return losses[self.names[self.middle]] - self._slope(losses) ** 2 / (2 * self.curvature)
+        slope, curvature = self._fit(means)
+        return means[self.names[self.middle]] - slope**2 / (2 * curvature)
 
 
 # --- verdicts --------------------------------------------------------------------------------------
