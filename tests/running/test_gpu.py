@@ -1,7 +1,7 @@
 """What differs on a GPU: half precision through whole runs, gradients, memory, resuming, the compiler, the speed.
 
 make gpu                                                        on a machine with a GPU; writes gpu.json
-python -m pytest -m gpu --gpu-device=cpu tests/running/test_gpu.py      the same lines on a CPU (10 minutes on 2 cores)
+python -m pytest -m gpu --gpu-device=cpu tests/running/test_gpu.py     the same lines on a CPU, in 10 minutes
 """
 
 import functools
