@@ -102,16 +102,15 @@ def test_holms_levels():
     assert levels == pytest.approx([0.05 / 2, 0.05 / 4, 0.05 / 2, 0.05 / 3])
 
 
+@pytest.mark.parametrize("n_seeds", [2, 5, 8])
 @pytest.mark.parametrize("of_seed, of_example, rest", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0.03, 0.3, 1)])
-def test_intervals_miss_the_truth_one_time_in_twenty(of_seed, of_example, rest):
+def test_intervals_miss_the_truth_one_time_in_twenty(of_seed, of_example, rest, n_seeds):
     """Lost if it fails: noise is counted twice, and nothing is ever told apart; or not at all, and chance is."""
     rng = np.random.default_rng(1)
-    tables = (
-        of_seed * rng.normal(size=(S, 1)) + of_example * rng.normal(size=(1, 40)) + rest * rng.normal(size=(S, 40))
-        for _ in range(2000)
-    )
+    sizes = (n_seeds, 1), (1, 40), (n_seeds, 40)
+    tables = (sum(x * rng.normal(size=n) for x, n in zip((of_seed, of_example, rest), sizes)) for _ in range(2000))
     missed = [not low <= 0 <= high for low, high in (estimate_table(t).interval() for t in tables)]
-    assert 0.025 < np.mean(missed) < 0.065
+    assert 0.02 < np.mean(missed) < 0.065
 
 
 def test_a_shared_seed_cancels_out():
@@ -123,7 +122,7 @@ def test_a_shared_seed_cancels_out():
     per_seed = (losses["a"] - losses["b"]).mean(axis=1)
     assert found.value == pytest.approx(per_seed.mean())
     assert found.half_width() < 0.005
-    assert found.half_width() == pytest.approx(estimate_mean(per_seed).half_width(), rel=0.7)
+    assert found.half_width() == pytest.approx(estimate_mean(per_seed).half_width(), rel=0.25)
 
 
 def test_the_lowest_point_is_the_parabolas():
@@ -133,6 +132,31 @@ def test_the_lowest_point_is_the_parabolas():
         vertex = Vertex.of([0, 1, 2], losses)
         assert estimate(vertex.place, losses).value == pytest.approx(place)
         assert estimate(vertex.loss, losses).value == pytest.approx(0.2)
+    # Between two rates, with one curve half as steep as the other and seeds that scatter: place and lowest loss are
+    # right in the mean, and their intervals miss the truth one time in twenty.
+    a, b = (Vertex([(name, i) for i in range(3)], 1) for name in "ab")
+
+    def place_apart(m):
+        return a.place(m) - b.place(m)
+
+    def lowest_apart(m):
+        return a.loss(m) - b.loss(m)
+
+    rng = np.random.default_rng(3)
+    missed, lowest = [], []
+    for _ in range(300):
+        losses = {}
+        for name, place, steep in (("a", 1.45, 0.02), ("b", 1.1, 0.01)):
+            for i in range(3):
+                noise = rng.normal(0, 0.002, (S, 1)) + rng.normal(0, 0.01, (S, 200))
+                losses[name, i] = 0.2 + steep * (i - place) ** 2 + noise
+        for figure, truth in ((place_apart, 0.35), (lowest_apart, 0.0)):
+            found = estimate(figure, losses)
+            low, high = found.interval()
+            missed.append(not low <= truth <= high)
+            lowest.append(found.value - truth)
+    assert 0.02 < np.mean(missed[::2]) < 0.09 and 0.02 < np.mean(missed[1::2]) < 0.09
+    assert abs(np.mean(lowest[1::2])) < 3 * np.std(lowest[1::2]) / 300**0.5 + 1e-4
     assert Vertex.of([0, 1, 2], {i: np.full((S, 80), float(i)) for i in range(3)}) is None
     assert Vertex.of([0, 1, 2], {i: np.full((S, 80), float(-i)) for i in range(3)}) is None
 
@@ -141,7 +165,7 @@ def test_the_lowest_point_is_the_parabolas():
 
 CURVES = [*SAME_ALPHA.values(), *SAME_SCALE.values(), FULL, PLUS, LABEL_LORA, LABEL_FULL]
 CURVES += [c for pairs in (BATCHES, LENGTHS) for pair in pairs.values() for c in pair]
-MIDDLE = {s: c[1].lr for c in CURVES for s in c}
+MIDDLE = {s: c[(len(c) - 1) // 2].lr for c in CURVES for s in c}
 
 
 def make_results(seed=0, scatter=1.0, seeds=S, **changes):
@@ -159,11 +183,12 @@ def make_results(seed=0, scatter=1.0, seeds=S, **changes):
         size = 1.0 if task == "text" else 0.25
         of_examples = rng.normal(0, 0.02 * size * scatter, N[task])
         for n in range(seeds):
-            loss = hard[task] + 0.02 * apart**2 + change(setting) + shared[n] + rng.normal(0, 0.0015 * size * scatter)
+            moved = rng.normal(0, 0.0015 * size * scatter * changes.get("seeds_scatter", 1))
+            loss = hard[task] + 0.03 * apart**2 + change(setting) + shared[n] + moved
             found = {task: loss + of_examples + rng.normal(0, 0.05 * size * scatter, N[task])}
             forgotten = changes.get("forgotten", lambda setting: 0.0)(setting)
             if task == "label":
-                found["text"] = hard["text"] + 1 + forgotten + rng.normal(0, 0.02 * scatter) + 0 * of_examples[0]
+                found["text"] = hard["text"] + 1 + forgotten + rng.normal(0, 0.02 * scatter)
             counts = changes.get("counts", {}).get("LoRA" if setting.rank else "full", (1, 0))
             noise = rng.normal(0, 0.05 * scatter)
             found["directions"] = np.full(24, counts[0] * math.exp(noise))
@@ -178,10 +203,7 @@ def make_results(seed=0, scatter=1.0, seeds=S, **changes):
 
 def verdict(number, **changes):
     (one,) = (c for c in claims.CLAIMS if c.number == number)
-    try:
-        nearest, p = judge(one.rule(make_results(**changes)).parts)
-    except claims.Undecided:
-        return OPEN
+    nearest, p = judge(one.rule(make_results(**changes)).parts)
     return nearest if p <= 0.05 / len(claims.CLAIMS) else OPEN
 
 
@@ -194,26 +216,38 @@ def both(first, second):
     return lambda setting: first(setting) + second(setting)
 
 
-NOISY = {"scatter": 30}
+NOISY = {"seeds_scatter": 30}  # the seeds alone: the curves keep their lowest point
 SPEEDS = {"merged": 1.0, "unmerged": 0.7}
-COUNTS = {"LoRA": (5, 1), "full": (100, 0)}
+COUNTS = {"LoRA": (5, 1), "full": (200, 0)}
 CASES = {  # number: (what makes it hold, what makes it fail, what leaves it open)
     "1": ({}, {"loss": more(*LABEL_LORA)}, NOISY),
     "2": ({}, {"loss": more(*SAME_ALPHA[1])}, NOISY),
     "3a": ({"loss": more(PLACES["output"])}, {"loss": more(PLACES["attention"])}, {}),
     "3b": ({"loss": more(PLACES["attention"])}, {"loss": more(PLACES["MLP"])}, {}),
     # The middles of the two curves are 5 apart.
-    "4a": ({"best": lambda s: 1.3 if s.rank else 0.8}, {"best": lambda s: 0.8 if s.rank else 1.3}, {}),
-    "4b": ({}, {"best": lambda s: {4: 2.5, 64: 0.8}.get(s.rank, 1)}, NOISY),
-    "4c": ({}, {"best": lambda s: {4: 0.8, 64: 2.5}.get(s.rank, 1)}, NOISY),
-    "5": ({}, {"loss": more(TRADES[1])}, NOISY),
+    "4a": (
+        {"best": lambda s: 1.4 if s.rank else 0.7},
+        {"best": lambda s: 2.5 if s.rank == 16 else 0.45},
+        {},
+    ),
+    "4b": ({}, {"best": lambda s: {4: 2.5, 64: 0.8}.get(s.rank, 1)}, {"best": lambda s: {4: 2}.get(s.rank, 1)}),
+    "4c": (
+        {},
+        {"best": lambda s: 2.5 if s.alpha == 4 else 0.8 if s.alpha == 0.25 else 1},
+        {"best": lambda s: 2 if s.alpha == 4 else 1},
+    ),
+    "5": ({"scatter": 0.5}, {"loss": more(TRADES[1])}, NOISY),
     "6": ({"loss": more(*BATCHES[4][0])}, {"loss": more(*BATCHES[4][1])}, {}),
     "7": ({"loss": more(STABLE[4])}, {"loss": more(PLAIN[4])}, {}),
     "8": ({"loss": more(*LORA)}, {"loss": more(*PLUS)}, {}),
     "9": ({"speeds": SPEEDS}, {"speeds": SPEEDS | {"merged": 0.8}}, {"speeds": SPEEDS | {"merged": 0.951}}),
     "12": ({"forgotten": more(*LABEL_FULL)}, {"forgotten": more(*LABEL_LORA)}, {}),
-    "13": ({"counts": COUNTS}, {"counts": COUNTS | {"full": (20, 0)}}, {"counts": COUNTS | {"full": (50, 0)}}),
-    "14": ({"counts": COUNTS}, {"counts": COUNTS | {"full": (100, 2)}}, {"counts": COUNTS | {"full": (100, 1)}}),
+    "13": ({"counts": COUNTS}, {"counts": COUNTS | {"full": (20, 0)}}, {"counts": COUNTS | {"full": (160, 0)}}),
+    "14": (
+        {"counts": COUNTS},
+        {"counts": COUNTS | {"LoRA": (5, 0)}, "scatter": 0.5},
+        {"counts": COUNTS | {"LoRA": (5, 0.25)}},
+    ),
     "15": ({"loss": more(*SAME_ALPHA[1])}, {"loss": more(*LENGTHS[0.25][0])}, {}),
 }
 
@@ -232,22 +266,33 @@ def test_more_gain_with_the_plain_scale_does_not_hold():
     assert verdict("7", loss=both(more(STABLE[4], by=0.1), more(PLAIN[4], by=0.2))) == FAILS
 
 
-@pytest.mark.parametrize("number", ["1", "2", "4a", "4b", "4c", "6", "8", "12", "15"])
+@pytest.mark.parametrize("number", ["1", "2", "4a", "4b", "4c", "6", "8", "12", "13", "14", "15"])
 def test_a_best_rate_at_the_border_decides_nothing(number):
     """Lost if it fails: a method is judged at a learning rate that is not its best."""
-    assert verdict(number, best=lambda s: 8) == OPEN
+    with pytest.raises(claims.Undecided, match="ones would decide"):
+        verdict(number, best=lambda s: 16)
+
+
+def test_alpha_is_no_knob_where_the_rate_is_none():
+    """Lost if it fails: learning rate and alpha are called redundant where neither changes anything."""
+    with pytest.raises(claims.Undecided, match="rate alone"):
+        verdict("5", loss=lambda s: -0.02 if s in (LORA[0], LORA[2]) else 0.0)
 
 
 def test_forgetting_is_compared_at_equal_task_loss():
     """Lost if it fails: who has learned less is praised for having forgotten less."""
-    assert verdict("12", forgotten=more(*LABEL_FULL), loss=more(*LABEL_LORA)) == OPEN
+    with pytest.raises(claims.Undecided, match="the same loss on labels"):
+        verdict("12", forgotten=more(*LABEL_FULL), loss=more(*LABEL_LORA, by=0.02))
+    with pytest.raises(claims.Undecided, match="Neither forgets"):
+        verdict("12", forgotten=lambda s: -2)
 
 
 def directions_of(first, others):
     """A layer in which the first direction of two adapters is shared so far, and the next seven so far."""
     phi = torch.zeros(8, 64)
     phi[0, 0] = first
-    phi[7, 7] = (first + 7 * others) / 8
+    phi[0, 7] = (first + 1) / 2  # more of it lies within the other's first eight
+    phi[7, 7] = (phi[0, 7] + 7 * others) / 8
     return LayerAnatomy("layer", 256, 30, 2, [2], 1, 1.0, 10.0, 0.2, phi, torch.ones(8, 64))
 
 
@@ -290,38 +335,41 @@ def test_a_base_that_is_gone_costs_its_claims_alone(tmp_path):
 # --- all verdicts together ------------------------------------------------------------------------
 
 
-def simulate(n, seed, **changes):
-    """Of n made-up sweeps: how many have a verdict, claim by claim; and the share of those that have one about which
-    of two is lower."""
-    counts = dict.fromkeys((c.number for c in claims.CLAIMS), 0)
-    any_false = 0
-    for i in range(n):
-        judged = claims.judge_all(make_results(seed=seed + i, **changes))
-        decided = [v.claim.number for v in judged if v.verdict in (HOLDS, FAILS)]
-        for number in decided:
-            counts[number] += 1
-        any_false += bool(set(decided) & {"3a", "3b", "6", "7", "8", "15"})
-    return counts, any_false / n
+EQUAL = {"speeds": SPEEDS, "counts": {"LoRA": (160, 0.25), "full": (160, 0.25)}, "best": lambda s: 1}
+# What is true of made-up results in which no setting is better than another: 1, 2, 4b, 4c, 5 and 9 hold, and the
+# others say something that has no truth either way, so each of their verdicts is false.
+TRUE = dict.fromkeys(("1", "2", "4a", "4b", "4c", "5", "9"), HOLDS)
+UNTRUE = ("3a", "3b", "6", "7", "8", "12", "13", "15")
 
 
 @pytest.mark.slow
-def test_no_difference_seldom_makes_a_verdict():
-    """Lost if it fails: among eighteen claims chance alone decides one. Six say which of two is lower: where both are
-    equal, each of their verdicts is false."""
-    _, share = simulate(400, 1000)
-    assert share < 0.05 + 2 * math.sqrt(0.05 * 0.95 / 400)
+def test_no_difference_seldom_makes_a_false_verdict():
+    """Lost if it fails: among eighteen claims chance alone decides one. Without the correction one claim of two is
+    wrong one time in twenty."""
+    n_false, n_false_alone = 0, 0
+    for seed in range(1000, 1400):
+        results = make_results(seed, **EQUAL)
+        judged = {v.claim.number: v for v in claims.judge_all(results)}
+        false = [number for number in UNTRUE if judged[number].verdict in (HOLDS, FAILS)]
+        false += [number for number, truth in TRUE.items() if judged[number].verdict not in (truth, OPEN)]
+        n_false += bool(false)
+        n_false_alone += judge(judged["3a"].finding.parts)[1] <= 0.05
+    assert n_false / 400 < 0.05 + 2 * math.sqrt(0.05 * 0.95 / 400)
+    assert 0.025 < n_false_alone / 400 < 0.085
 
 
 @pytest.mark.slow
-def test_a_visible_difference_is_seen():
-    """Lost if it fails: the plan promises more than the trainings can show. What is promised to be seen is half of
-    the interval, plus the noise that the measured figure has around the true one."""
-    first = claims.judge_all(make_results(seed=5000))
-    (width,) = (
-        v.finding.parts[0].estimate.half_width(0.05 / len(claims.CLAIMS)) for v in first if v.claim.number == "3a"
-    )
-    counts, _ = simulate(200, 6000, loss=more(PLACES["output"], by=1.5 * width))
-    assert counts["3a"] >= 0.9 * 200
+@pytest.mark.parametrize("number, settings", [("3a", [PLACES["output"]]), ("8", LORA), ("6", BATCHES[4][0])])
+def test_a_visible_difference_is_seen(number, settings):
+    """Lost if it fails: the plan promises more than the trainings can show. A difference as large as it prints is
+    seen nine times in ten: one of places, one of lowest points, and one of differences."""
+    (one,) = (c for c in claims.CLAIMS if c.number == number)
+    first = [one.rule(make_results(seed)).parts[0].estimate for seed in range(5000, 5040)]
+    of_examples = math.sqrt(np.mean([e.of_examples**2 for e in first]))
+    of_seed = math.sqrt(max(np.mean([e.error**2 for e in first]) - of_examples**2, 1e-12) * S)
+    shown = claims.visible(of_seed, of_examples, S)
+    n_seen = sum(verdict(number, seed=6000 + i, loss=more(*settings, by=shown)) != OPEN for i in range(200))
+    assert n_seen >= 0.85 * 200  # 0.9, and what 200 draws leave
 
 
 # --- the trainings and what they leave ------------------------------------------------------------
@@ -343,7 +391,7 @@ def test_trainings_are_what_the_claims_speak_of():
     assert {c.loss_on for s, c in made.items() if s.task == "text"} == {"all"}
     own = made[Setting()]
     assert (own.rank, own.alpha, own.lr, own.rslora, own.lora_plus) == (16, 64, 2e-3, False, 1)
-    assert [made[s].lr for s in FULL] == pytest.approx([2e-4, 4e-4, 8e-4, 1.6e-3])
+    assert [made[s].lr for s in FULL] == pytest.approx([1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3])
     for curves, same in ((SAME_ALPHA, lambda c: c.alpha), (SAME_SCALE, lambda c: c.alpha / c.rank)):
         assert len({same(made[s]) for settings in curves.values() for s in settings}) == 1
     for curve in CURVES:  # as the parabola takes it
@@ -472,12 +520,21 @@ def test_every_claim_has_its_picture(tmp_path, monkeypatch):
         n = sum(v.verdict == word for v in judged)
         assert f"{n} {count}" in counted and text.count(f"| {word} |") == n
     for v in judged:  # a wide interval says what would narrow it
-        assert v.is_sharp or "seeds would do" in claims.tell_width(v, S, 10.0)
+        assert v.is_sharp or v.finding is None or "would do" in claims.tell_width(v, 10.0)
 
 
 def test_the_plan_says_what_it_will_see():
     """Lost if it fails: an hour is spent on what so few seeds cannot show."""
     few, many = (claims.describe_plan(n) for n in (8, 32))
     assert len(few) == len(claims.CLAIMS)
-    seen = [[float(re.search(r"sees (\S+),", line)[1]) for line in lines] for lines in (few, many)]
+    seen = [[float(re.search(r"shows (\S+),", line)[1]) for line in lines] for lines in (few, many)]
     assert all(b < a for a, b in zip(*seen))
+
+
+def test_what_would_decide_is_said():
+    """Lost if it fails: a user makes ten more seeds where only more examples help. With one seed's noise of 0.1 a
+    margin of 0.05 takes about (2 x 2 / 1)^2 = 16 seeds at 95 %: 1.96 x 0.1 / sqrt(16) = 0.049, and two or three more
+    for Student's t."""
+    e = Estimate(0, 0.1 / 2, 3, n=4)
+    assert 16 <= e.count_seeds(0.05, 0.05) <= 20
+    assert Estimate(0, 0.1, 3, n=4, of_examples=0.05).count_seeds(0.05, 0.05) is None
