@@ -115,7 +115,7 @@ def test_the_report_opens_with_what_it_found(whole):
     names = " and ".join(f"LoRA with r = {row['r']}" if row["r"] else row["method"] for row in tied)
     assert summary.startswith(f"Best is {names}: {top['test accuracy']} of 15 test examples (95 % interval ")
     assert f" trains {top['trained']} of " in summary and " full fine-tuning (" in summary
-    assert questions.compare_points(0.79964, 0.79956) == "as good as"  # both are shown as 80.0 %
+    assert questions.compare_points(0.79964, 0.79956) == "the same as"  # both are shown as 80.0 %
     assert questions.compare_points(0.7904, 0.7812) == "0.9 points above"
     assert questions.compare_points(0.7812, 0.7904) == "0.9 points below"
 
@@ -316,6 +316,7 @@ def ours(temp):
             [8, 0.3, 0.263, 0.201],
             "still falls at the end: by 0.0620 since update 20",
         ),  # one evaluation in the last quarter
+        ([8, 0.3, 0.2500, 0.2524], "flat at the end"),  # its last evaluation is above the one before
         ([8, 1], "at update 10 of 10. It lies"),  # and not a word on its end
         ([1, 2, 3], "Training has not lowered it"),
         ([1, 1, 1], "Training has not lowered it"),

@@ -89,7 +89,7 @@ def describe_sweep(results):
         examples = config.batch_size * config.gradient_accumulation_steps
         seeds = ", ".join(config.seeds.split(","))
         text += f", seeds {seeds}; {config.max_iters} updates of {examples} examples"
-    return f"{text}. Every number is read from the runs' own files."
+    return f"{text}. What is said of runs is read from their own files."
 
 
 # --- the questions, in their order -----------------------------------------------------------------
@@ -157,10 +157,12 @@ def answer_all(results):
     groups = group_by(compared, lambda run: (run.method, run.config.rank)).values()
     rows = [describe_group(group, results.failed) for group in groups]
     text = (
-        "Loss and accuracy are means over the seeds. The accuracy's interval (Wilson) is what the size of the test "
-        "set alone gives. Garbage: answers that name no label; they count as wrong. MB: of the adapter, or of the "
-        "whole model. Above the configuration's rank the learning rate falls as 1 / sqrt(r), or it would be too high."
+        "Loss and accuracy are means over the runs that are done. The accuracy's interval (Wilson) is what the size "
+        "of the test set alone gives. Garbage: answers that name no label; they count as wrong. MB: of the adapter, "
+        "or of the whole model."
     )
+    if 0 < results.config.rank < max(results.lora, default=0):
+        text += " Above the configuration's rank the learning rate falls as 1 / sqrt(r)."
     parts = [("table", [HEAD, *rows]), ("p", text)]
     if results.lora and results.of(FULL):
         parts.append(("p", compare_losses(results)))
@@ -179,6 +181,8 @@ def answer_rank(results):
         text += ", the highest of these ranks"
     if results.of(FULL):
         text += f", {compare_points(best, mean_accuracy(results.of(FULL)))} full fine-tuning"
+    if len(results.lora) > 1:
+        text += ". It was chosen by this same test, which flatters the highest"
     picture = draw(results.config.sweep_dir, "accuracy.svg", "test accuracy over the rank", paint)
     return [picture, ("p", f"{text}.")]
 
@@ -188,16 +192,20 @@ def answer_rank_one(results):
     """Beside r = 128 or, without that, the default rank."""
     ones = results.lora[1]
     others = results.lora.get(128) or results.default or ones
+    pairs = [(a, b) for a in ones for b in others if a.config.seed == b.config.seed]
     groups = {f"r = {group[0].config.rank}": group for group in (ones, others)}
     picture = results.plot_curves("loss-r1.svg", "validation loss of r = 1 over updates", groups)
-    return [picture, ("p", describe_curve(ones[0], others[0]))]
+    return [picture, ("p", describe_curve(*(pairs[0] if pairs else ones[:1])))]
 
 
 @question("2.9 Learning rate and alpha", lambda results: results.of(AGAINST) and results.default)
 def answer_lr_alpha(results):
     """The default run and two in which the learning rate rises as alpha falls, or falls as it rises."""
-    own = results.default
-    three = {f"lr {run.config.lr:g}, alpha {run.config.alpha:g}": run for run in (own[0], *results.of(AGAINST))}
+    others = results.of(AGAINST)
+    own = [run for run in results.default if run.config.seed == others[0].config.seed]
+    if len(others) < 2 or not own:
+        return [("p", "Of the three runs to compare, with one seed, one is missing.")]
+    three = {f"lr {run.config.lr:g}, alpha {run.config.alpha:g}": run for run in (own[0], *others)}
     rows = [[name, f"{run.best_loss:.4f}", percent(run.accuracy)] for name, run in three.items()]
     groups = {name: [run] for name, run in three.items()}
     picture = results.plot_curves("lr-alpha.svg", "validation loss, learning rate against alpha", groups)
@@ -205,11 +213,12 @@ def answer_lr_alpha(results):
     gained = own[0].curve[0][1] - own[0].best_loss
     text = f"Their best losses lie {apart:.4f} apart"
     text += f", {percent(apart / gained, 2)} of what training gained." if gained > 0 else "."
-    if len(own) > 1:
-        text += f" The seed alone moves it by {np.ptp([run.best_loss for run in own]):.4f}."
-    text += (
-        " B starts at zero and AdamW's steps have the size of lr whatever the gradient's, so alpha B grows as "
-        "alpha times lr, which is the same in the three: to first order they are one knob."
+    seeds = [run.best_loss for run in results.default]
+    if len(seeds) > 1:
+        text += f" Of the first, {len(seeds)} seeds lie {np.ptp(seeds):.4f} apart."
+    text = (
+        "B starts at zero and AdamW's steps have the size of lr whatever the gradient's, so alpha B grows as alpha "
+        f"times lr, which is the same in the three: to first order they should do the same. {text}"
     )
     return [("table", [["run", "best validation loss", "test accuracy"], *rows]), picture, ("p", text)]
 
@@ -249,27 +258,32 @@ def compare_points(accuracy, other):
     """How an accuracy compares with another one, as both are shown: to a tenth of a point."""
     gap = round(100 * accuracy, 1) - round(100 * other, 1)
     if abs(gap) < 0.05:
-        return "as good as"
+        return "the same as"
     return f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'}"
 
 
 def compare_losses(results):
     """LoRA's validation losses minus those of full fine-tuning, over the same examples."""
     config = results.config
-    groups = {0: results.of(FULL), **results.lora}
-    shared = set.intersection(*({run.config.seed for run in group} for group in groups.values()))
-    if len(shared) < 2:
-        return "With one seed nothing can be said about the difference of the losses: type --seeds=1,2,3."
-    losses = {}
+    full = {run.config.seed: run for run in results.of(FULL)}
+    pairs = {  # {rank: [(a run, full fine-tuning's with its seed)]}
+        r: [(run, full[run.config.seed]) for run in group if run.config.seed in full]
+        for r, group in results.lora.items()
+    }
+    pairs = {r: group for r, group in pairs.items() if len(group) > 1}
+    if not pairs:
+        return "Losses are compared over two seeds or more that both have: type --seeds=1,2,3."
+    gaps = {}
     try:
         if claims.draws_validation(config):
             return "The seed draws the validation split, so validation losses are not compared example by example."
-        for rank, group in groups.items():
-            paired = [run for run in group if run.config.seed in shared]
-            losses[rank] = np.stack([losses_of_run(run.folder, config.device) for run in paired])
+        for rank, group in pairs.items():
+            lora, other = (
+                np.stack([losses_of_run(run.folder, config.device) for run in runs]) for runs in zip(*group)
+            )
+            gaps[rank] = estimate(lambda means: means[LORA] - means[FULL], {LORA: lora, FULL: other})
     except (ValueError, OSError, RuntimeError) as e:  # data that is gone, or no memory: the rest needs neither
         return f"Validation losses could not be compared example by example here: {first_line(e)}"
-    gaps = {r: estimate(lambda means, r=r: means[r] - means[0], losses) for r in losses if r}
     return (
         "LoRA's validation loss minus full fine-tuning's, seed by seed and example by example, with the 95 % "
         "interval that these leave: " + ", ".join(f"r = {r} {claims.show(gap)}" for r, gap in gaps.items()) + "."
@@ -298,7 +312,8 @@ def describe_curve(run, other=None):
     first = curve[0][1]
     last_at, last = curve[-1]
     low_at, low = min(curve, key=lambda point: point[1])
-    text = f"r = {run.config.rank} begins at {first:.4f} and is lowest, {low:.4f}, at update {low_at} of {last_at}."
+    text = f"With seed {run.config.seed} r = {run.config.rank} begins at {first:.4f} and is lowest, {low:.4f}, "
+    text += f"at update {low_at} of {last_at}."
     # Where the last quarter begins or, with few evaluations, at the last one before it.
     since, before = max(point for point in curve if point[0] <= 0.75 * last_at)
     if low_at == 0:
@@ -307,7 +322,7 @@ def describe_curve(run, other=None):
         text += f" It has risen by {last - low:.4f} since, and the best weights are kept."
     elif since == 0:
         pass  # one evaluation after the start tells nothing about the end
-    elif before - last > last * 0.01:
+    elif before - last > last * 0.01 and low_at == last_at:
         text += f" It still falls at the end: by {before - last:.4f} since update {since}."
     else:
         text += f" It is flat at the end: since update {since} it has changed by {abs(before - last):.4f}."

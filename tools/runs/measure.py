@@ -87,8 +87,11 @@ def time_latency(config, job: str, n_turns: int) -> dict[str, list[float]]:
         "merged": make_untrained(config),
     }
     seconds = {name: [] for name in models}
-    for _ in range(1 + n_turns):
-        for name, model in models.items():  # alternating, so drift affects all equally
+    for turn in range(1 + n_turns):
+        # Alternating, each one first in its turn: drift and the order affect all equally.
+        names = list(models)
+        for name in names[turn % 3 :] + names[: turn % 3]:
+            model = models[name]
             run = partial(model, idx) if job == "forward" else partial(model.generate, idx, 32, temperature=0)
             seconds[name].append(timed(device, run)[0])
     return {name: times[1:] for name, times in seconds.items()}
