@@ -40,8 +40,8 @@ class Facts:
 class Config:
     """The defaults are the assignment's: those of configs/finetune_params_config.py.
 
-    kept says what a resumed run does with its own value: MODEL, it keeps it in training and in scoring; RUN, in
-    training; CALL, it does not bring it along; and without kept its value holds until another one is typed.
+    kept says what becomes of a run's value when it is resumed. MODEL: it is fixed. RUN: it is fixed in training, and
+    free in scoring. CALL: it is left behind. Without kept it holds until another one is typed.
     """
 
     # --- model

@@ -302,7 +302,7 @@ class CustomDataLoader:
     def _load(self, data: DataSet, wanted: Collection[str]):
         """Sets splits and prefixes. The examples come from the cache if it has them."""
         prompt = self.prompt
-        # Everything that determines the tokens. The sample changes with an edited template or method.
+        # Everything that determines the tokens. The sample shows an edited template or method.
         sample = prompt.fill("A joy.", 1)
         key = [self.template, self.label_names, self.loss_on, prompt.room, self.classify, sample]
         # Where every token is scored, the prefix is scored in each row, so it stays there. A classifier's input has

@@ -11,6 +11,7 @@ loss.png, README.md. Training only computes losses; generate.py finds the accura
 """
 
 import contextlib
+import itertools
 import math
 import operator
 import os
@@ -143,7 +144,8 @@ def update(run: Run, batch: Iterable[tuple[Batch, float]], it: int, batches: Ite
     because float16's gradients overflowed; and the next of `batches`. Ends the program where loss or gradient are not
     finite. Python waits for a GPU once: for loss and gradient norm. float16's scaler makes it wait a second time."""
     processes = run.processes
-    set_learning_rate(run, it)
+    for group in itertools.chain(*(optimizer.param_groups for optimizer in run.optimizers)):
+        group["lr"] = group["peak_lr"] * schedule(run.config, it)
     # Dropout depends on seed, update and process alone: a resumed run draws the same, and no random state is stored.
     # (The factors are primes: another seed, update or process rarely gives the same sum.)
     seed = run.config.seed * 1_000_003 + it * 1009 + processes.world_rank
@@ -215,12 +217,6 @@ def draw_batches(run: Run, it: int) -> Iterator[np.ndarray]:
         for indices in run.loader.order("train", run.global_batch, epoch)[place:]:
             yield indices
             it += 1
-
-
-def set_learning_rate(run: Run, it: int) -> None:
-    for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * schedule(run.config, it)
 
 
 def schedule(config: Config, it: int) -> float:
