@@ -33,7 +33,7 @@ class Facts:
     dtype: str | None = None  # of its arithmetic
     label_names: list[str] | None = None  # the words of its labels
     word_of: dict[str, str] | None = None  # {label as its data writes it: word}, {"0": "terrible", "1": "great"}
-    seed: int | None = None  # of the splits that it has drawn; another one may be typed, to write other texts with
+    seed: int | None = None  # that drew its splits; a --seed typed later changes only what is sampled
 
 
 @dataclass

@@ -25,6 +25,11 @@ from plumbing.data.token_cache import Example, take_turns
 from plumbing.data.tokenizer import end_of_text, gpt2_encoding
 from plumbing.gpt2.batch import IGNORE, Batch, pad
 
+SAMPLES = (
+    "A joy.",
+    "",
+    ' \n<br /> "Who\u2019s", 2,000 U.S. FILMS...;\thttp://a.b/c  (caf\u00e9) \U0001f600!? ' * 400,
+)
 ANSWER_TOKENS = 5  # at most this many tokens are written after a prompt, more if a label is longer
 
 
@@ -62,10 +67,15 @@ class Prompt:
         # The most tokens that a filled template may have: of 1,024 in training 1,023, since an empty prompt begins
         # with end-of-text; with an answer of 5 tokens to come 1,018.
         self.room = block_size if classify else block_size - 1
+        self.spare = [0] * len(label_names)
         self._check_words()
-        if is_answered and not classify:
-            answers = self.answers()
-            longest = max(map(len, answers))
+        if classify:
+            return
+        # A text is cut as if the longest label followed: the cut must not depend on the answer.
+        lengths = list(map(len, self.answers()))
+        longest = max(lengths)
+        self.spare = [longest - n for n in lengths]
+        if is_answered:
             self.answer_tokens = max_new_tokens or max(ANSWER_TOKENS, longest - 1)  # end-of-text need not be written
             if self.answer_tokens < longest - 1:
                 print(f"note: max_new_tokens={max_new_tokens} cuts answers: a label has {longest - 1} tokens")
@@ -87,7 +97,7 @@ class Prompt:
         at once; a test compares the two."""
         if tokens is None:
             tokens = self.encoding.encode_ordinary(self.fill(text, label))
-        is_too_long = len(tokens) > self.room
+        is_too_long = len(tokens) > self.room - self.spare[label]
         if is_too_long:
             text, tokens = self._cut_text(text, label, tokens)
         if self.classify:
@@ -123,10 +133,11 @@ class Prompt:
             return text, tokens[: self.room]
         text_tokens = self.encoding.encode_ordinary(text)
         # A loop, because a text that is cut, decoded and encoded again may have more tokens than it was cut to.
-        while len(tokens) > self.room:
+        room = self.room - self.spare[label]
+        while len(tokens) > room:
             if not text_tokens:
                 raise ValueError(f"template={self.template!r} alone is longer than the context of {self.block_size}")
-            n_kept = max(0, len(text_tokens) - (len(tokens) - self.room))
+            n_kept = max(0, len(text_tokens) - (len(tokens) - room))
             text_tokens = text_tokens[:n_kept]
             text = self.encoding.decode(text_tokens, errors="ignore")
             tokens = self.encoding.encode_ordinary(self.fill(text, label))
@@ -244,8 +255,7 @@ class CustomDataLoader:
         # each row.
         prefix = self.prefixes[split] if len(examples) > 1 else []  # with one row there is nothing to save
         P = len(prefix)
-        inputs = []
-        targets = []
+        inputs, targets = [], []
         for ex in examples:
             row, target = self._inputs_and_targets(ex)
             inputs.append(row[P:])
@@ -302,8 +312,8 @@ class CustomDataLoader:
     def _load(self, data: DataSet, wanted: Collection[str]):
         """Sets splits and prefixes. The examples come from the cache if it has them."""
         prompt = self.prompt
-        # Everything that determines the tokens. The sample shows an edited template or method.
-        sample = prompt.fill("A joy.", 1)
+        # Everything that determines the tokens. The samples show an edited template or method.
+        sample = [prompt.fill(text, label) for text in SAMPLES for label in range(len(self.label_names))]
         key = [self.template, self.label_names, self.loss_on, prompt.room, self.classify, sample]
         # Where every token is scored, the prefix is scored in each row, so it stays there. A classifier's input has
         # no template, so no prefix.

@@ -185,7 +185,7 @@ class ModelSampler:
         prompts = []
         for text in texts:
             text = text.encode("utf-8", "replace").decode()  # a lone surrogate, half of an emoji, becomes "?"
-            ex, was_cut = self.prompt.make_example(text, 0)  # with any label: the prompt comes before it
+            ex, was_cut = self.prompt.make_example(text, 0)  # with any label: the prompt is the same
             self.n_cut += was_cut
             prompts.append(ex.tokens[: ex.n_prompt])
         return prompts
@@ -247,7 +247,7 @@ def open_model(config: Config, device: str, dtype: torch.dtype, n_classes: int =
     """The model of a config, ready to generate: a base, or the best weights of the run in out_dir."""
     has_adapter = config.run is not None and config.rank > 0
     if config.run:
-        then = config.run.base if has_adapter else config.run.model  # whose weights the files held
+        then = config.run.base if has_adapter else config.run.model  # what told these weights from others
         check_same_weights(model_of(config), then, config.out_dir)
     lora = lora_arguments(config) if has_adapter else {}
     model = GPT.from_pretrained(model_of(config), dtype=dtype, n_classes=n_classes, **lora)

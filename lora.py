@@ -71,8 +71,7 @@ class LoRALinear(MergeableLinear):  # nn.Linear with merge: weight = W0 + delta,
     # task
     def train(self, mode: bool = True):  # model.train() unmerges every layer, model.eval() merges it
         super().train(mode)
-        # merge puts W0 aside, unmerge brings it back. Both take the function, not its value, which they seldom need:
-        # unmerge only where somebody has set has_weights_merged by hand.
+        # merge puts W0 aside, unmerge brings it back; it computes delta_weight only if no W0 was put aside.
         if self.is_lora() and mode:
             self.unmerge(self.delta_weight)  # weight = W0
         elif self.is_lora():

@@ -4,9 +4,9 @@
 blocks, tanh-GELU, learned positions, the output head tied to the word embedding. Module names are Hugging Face's
 (`transformer.h.0.attn.c_attn` ...), so checkpoints map by name.
 
-Shapes: B rows of T tokens, C = n_embd, H heads of D = C / H, V = vocab_size. Between the layers x is flat, a row for
-each token: (R, C), R = B T (a shared prefix, further down, adds rows of its own). The numbers behind the shapes are
-those of gpt2-medium and 8 reviews of 52 tokens: B = 8, T = 52, R = 416, C = 1024, H = 16, D = 64, V = 50257.
+Shapes: B rows of T tokens, C = n_embd, H heads of D = C / H, V = vocab_size; K tokens are looked at, N places scored.
+Between the layers x is flat, a row for each token: (R, C), R = B T. The numbers behind the shapes are those of
+gpt2-medium and 8 reviews of 52 tokens: B = 8, T = 52, R = 416, C = 1024, H = 16, D = 64, V = 50257.
 """
 
 import math
@@ -175,8 +175,8 @@ def attend_with_prefix(qkv, seen, dropout):  # (P + B T, 3, H, D) -> (P + B T, C
     """The prefix attends to itself, each row to the prefix and to itself."""
     prefix_qkv, row_qkv = qkv.split([seen.P, seen.B * seen.T])
     row_qkv = row_qkv.unflatten(0, (seen.B, -1))  # (B, T, 3, H, D)
-    # A GPU often finishes sooner than Python launches its kernels. Attention of whole rows, prefix and all, takes 10
-    # kernels a layer instead of 17.
+    # For the fused kernel. A GPU often finishes sooner than Python launches its kernels. Attention of whole rows,
+    # prefix and all, takes 10 kernels a layer instead of 17.
     if seen.places is not None:
         whole_qkv = torch.cat([prefix_qkv.expand(seen.B, -1, -1, -1, -1), row_qkv], dim=1)  # (B, P + T, 3, H, D)
         y = join_heads(attend(*split_heads(whole_qkv), dropout=dropout))  # (B (P + T), C)

@@ -32,7 +32,7 @@ from dataloader import CustomDataLoader, make_loader
 from plumbing.adapters.layers import cast_together, lora_arguments
 from plumbing.adapters.own_lora import check_frozen, check_start
 from plumbing.adapters.peft_format import ADAPTER_WEIGHTS, save_adapter
-from plumbing.adapters.trainable import parameter_report, train_also
+from plumbing.adapters.trainable import also_trained, parameter_report, train_also
 from plumbing.gpt2 import cuda_graphs
 from plumbing.gpt2.base import check_base, check_base_stays, fingerprint_base
 from plumbing.gpt2.batch import Batch
@@ -307,14 +307,6 @@ def build_model(config: Config, device: str, dtype: torch.dtype, n_classes: int 
     return model.to(device).set_dtype(dtype)
 
 
-def also_trained(config: Config) -> str | None:
-    """What trains next to the adapters, as one regular expression: the user's own, and a classifier's new head."""
-    patterns = [r"^score\."] if config.task == "classify" else []
-    if config.trainable:
-        patterns.append(config.trainable)
-    return "|".join(patterns) or None
-
-
 # --- what a run writes -----------------------------------------------------------------------------
 
 
@@ -346,6 +338,7 @@ def record(run: Run, progress: Progress, val_loss: float, updates_per_s: float, 
     metrics = {"iter": it, "epoch": it / run.n_batches, "val_loss": val_loss}
     if progress.losses:
         metrics["train_loss"] = sum(progress.losses) / len(progress.losses)
+    if updates_per_s:  # none were made since a run was resumed
         metrics["examples_per_s"] = updates_per_s * run.global_batch
     if run.scaler.is_enabled():
         metrics["skipped"] = float(progress.skipped)

@@ -826,3 +826,40 @@ def test_a_wide_batch_scores_the_same_tokens():
         assert torch.equal(ours.flatten()[wide.scored], reference.flatten()[plain.scored])
     n_most = plain.prefix.size(1) + plain.idx.size(1) + 1
     assert plain.widen(50, n_most).idx.size(1) == plain.idx.size(1) + 1  # never beyond the context
+
+
+@pytest.mark.parametrize("is_answered", [False, True])
+def test_a_cut_does_not_depend_on_the_answer(tmp_path, is_answered):
+    """Lost if it fails: the end of a long review tells the model which label follows, and a score is too high. The
+    labels have one token and many; the whole data set takes its own way to the tokens."""
+    names = ["bad", "an entirely wonderful masterpiece"]
+    prompt = Prompt("Review: {text}\nSentiment: {label}", names, 64, is_answered=is_answered)
+    text = "so it went on " * 40
+    first, second = (prompt.make_example(text, label)[0] for label in (0, 1))
+    assert first.tokens[: first.n_prompt] == second.tokens[: second.n_prompt]
+    assert len(second.tokens) - 1 <= 64  # end-of-text is not read
+    (tmp_path / "train.csv").write_text("text,label\n" + f"{text},0\n{text},1\n" * 2)
+    options = {"label_names": ",".join(names), "block_size": 64, "wanted": ("train",), "is_answered": is_answered}
+    loader = CustomDataLoader(str(tmp_path), "Review: {text}\nSentiment: {label}", **options)
+    for ex in loader.splits["train"]:
+        assert ex.tokens[: ex.n_prompt] == first.tokens[: first.n_prompt]
+
+
+@pytest.mark.parametrize("edit", ["a tag", "long texts"])
+def test_any_edit_of_the_instruction_is_seen(tmp_path, monkeypatch, edit):
+    """Lost if it fails: a student edits the method, and trains on the tokens of before."""
+    rows = [f"<br /> film {i} {'x ' * 300 * (i % 2)},{'ab'[i % 2]}" for i in range(8)]
+    (tmp_path / "train.csv").write_text("\n".join(["text,label", *rows, ""]))
+    before = CustomDataLoader(str(tmp_path), wanted=("train",), block_size=2048)
+    plain = CustomDataLoader._add_instruction_finetuning
+
+    def edited(self, rec):
+        if edit == "a tag":
+            rec = rec | {"text": rec["text"].replace("<br />", " ")}
+        elif edit == "long texts":
+            rec = rec | {"text": rec["text"][:400]}
+        return plain(self, rec)
+
+    monkeypatch.setattr(CustomDataLoader, "_add_instruction_finetuning", edited)
+    after = CustomDataLoader(str(tmp_path), wanted=("train",), block_size=2048)
+    assert [ex.tokens for ex in after.splits["train"]] != [ex.tokens for ex in before.splits["train"]]

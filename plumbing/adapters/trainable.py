@@ -82,3 +82,11 @@ def parameter_report(model: nn.Module) -> str:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
+
+
+def also_trained(config) -> str | None:
+    """What trains next to the adapters, as one regular expression: the user's own, and a classifier's new head."""
+    patterns = [r"^score\."] if config.task == "classify" else []
+    if config.trainable:
+        patterns.append(config.trainable)
+    return "|".join(patterns) or None

@@ -166,7 +166,8 @@ def write_part(writer, records, ids, lengths, prompt):
     rest = 0
     pieces = []
     n_prompt, sizes = n_prompt.copy(), sizes.copy()
-    for i in np.flatnonzero((lengths > prompt.room) | (n_prompt == 0)).tolist():  # too long, or nothing: one by one
+    is_too_long = lengths > prompt.room - np.array(prompt.spare)[labels]
+    for i in np.flatnonzero(is_too_long | (n_prompt == 0)).tolist():  # too long, or nothing: one by one
         start = ends[i] - sizes[i]
         ex, was_cut = prompt.make_example(texts[i], int(labels[i]), ids[start : start + lengths[i]].tolist())
         pieces += [ids[rest:start], np.array(ex.tokens)]
