@@ -101,7 +101,7 @@ BATCHES = {  # {size: (LoRA, full)}
     4: (curve(2, 4, 8, batch=4), curve(2, 4, 8, rank=0, batch=4)),
 }
 LENGTHS = {  # {number of examples: (r = 1, r = 16)}
-    0.25: (curve(2, 4, 8, rank=1, length=0.25), curve(4, 8, 16, length=0.25)),
+    0.25: (curve(2, 4, 8, rank=1, length=0.25), curve(2, 4, 8, 16, length=0.25)),
     1: (SAME_ALPHA[1], LORA),
 }
 # At r = 16 a quarter of alpha over sqrt(r) is the configuration's own scale.
