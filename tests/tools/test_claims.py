@@ -528,7 +528,7 @@ def test_the_plan_says_what_it_will_see():
     few, many = (claims.describe_plan(n) for n in (8, 32))
     assert len(few) == len(claims.CLAIMS)
     seen = [[float(re.search(r"shows (\S+),", line)[1]) for line in lines] for lines in (few, many)]
-    assert all(b < a for a, b in zip(*seen))
+    assert all(b <= a for a, b in zip(*seen)) and sum(b < a / 2 for a, b in zip(*seen)) > 9
 
 
 def test_what_would_decide_is_said():

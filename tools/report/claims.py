@@ -362,6 +362,7 @@ BIDERMAN = "Biderman et al. 2024, LoRA Learns Less and Forgets Less"
     f"{HU}, section 5; {SCHULMAN}",
     "Accuracy or BLEU of RoBERTa to GPT-3 on GLUE, E2E and others after full training. Here: the label's loss after "
     "equally many updates, each at the lowest point of three learning rates.",
+    noise=(0.0018, 0.00075, 0.01),
 )
 def reaches_full(results):
     gap = results.compare_lowest(LABEL_LORA, LABEL_FULL)
@@ -380,6 +381,7 @@ def reaches_full(results):
     f"{HU}, section 7.2, table 6",
     "WikiSQL and MultiNLI with GPT-3, where r = 1 is about as accurate as r = 64. Here: the loss of a review's own "
     "words, which hold more than a label's one bit.",
+    noise=(0.0036, 0, 0.019),
 )
 def small_rank_is_enough(results):
     gap = results.compare_lowest(SAME_ALPHA[1], LORA)
@@ -399,6 +401,7 @@ def small_rank_is_enough(results):
     "Query, key, value, output and combinations of them in GPT-3. Here: GPT-2 holds query, key and value in one "
     "matrix with one A, so all four, r = 16, are compared with the output alone, r = 48: as many parameters, at one "
     "learning rate.",
+    noise=(0.0046, 0.0021, 0.019),
 )
 def several_beat_one(results):
     gap = results.gap(PLACES["attention"], PLACES["output"])
@@ -415,6 +418,7 @@ def several_beat_one(results):
     SCHULMAN,
     "Llama and Qwen, LoRA on the MLP against LoRA on attention, also at equal parameters. Here: r = 10 against r = "
     "16, at one learning rate.",
+    noise=(0.0093, 0.0041, 0.019),
 )
 def mlp_beats_attention(results):
     gap = results.gap(PLACES["MLP"], PLACES["attention"])
@@ -431,6 +435,7 @@ def mlp_beats_attention(results):
     SCHULMAN,
     "A factor of 9.8 over 14 models, and about 15 in trainings of under a hundred updates. Here: one model, and 40 "
     "updates with the shipped configuration. About 10 is taken as 5 to 20.",
+    noise=(0.077, 0.036, 1),
 )
 def ten_times_the_rate(results):
     times = results.compare_rates(LORA, FULL)
@@ -461,6 +466,7 @@ def rates_over_rank(results, curves, words, **bounds):
     SCHULMAN,
     "Ranks 1 to 512, with 1 / r argued for the first updates and seen later on. Here: r = 4 and 64 in short "
     "trainings. Hardly: by less than twice.",
+    noise=(0.086, 0.0031, 1),
 )
 def rate_stays(results):
     return rates_over_rank(results, SAME_ALPHA, "", at_least=-1, at_most=1)
@@ -471,6 +477,7 @@ def rate_stays(results):
     "With one alpha / r the best learning rate falls with the rank",
     "follows from 4b",
     "Not measured there. It follows: at the same alpha / r a larger rank moves the weight further in one step.",
+    noise=(0.099, 0, 1),
 )
 def rate_falls(results):
     return rates_over_rank(results, SAME_SCALE, "", at_most=0)
@@ -482,6 +489,7 @@ def rate_falls(results):
     f"{HU}, section 4.1; the assignment, question 2.9",
     "With Adam, and the initialization scaled, they call tuning alpha roughly the same as tuning the rate. The "
     "assignment asks what happens if one is doubled and the other halved. Here: both ways round.",
+    noise=(0.0048, 0.00071, 0.019),
 )
 def rate_is_alpha(results):
     alone = [results.gap(s, Setting()).value for s in (LORA[0], LORA[2])]  # half and twice the rate, alpha as it was
@@ -505,6 +513,7 @@ def rate_is_alpha(results):
     "In some scenarios, and a higher rank does not help. Measured there: the loss over batch sizes on reasoning "
     "data. Here: r = 16, equally many examples, so 16 times as many updates with the small batch, each at the lowest "
     "point of three rates.",
+    noise=(0.012, 0.0029, 0.019),
 )
 def large_batches(results):
     pairs = {b: tuple(map(results.vertex, curves)) for b, curves in BATCHES.items()}
@@ -533,6 +542,7 @@ def large_batches(results):
     "Kalajdzievski 2023, rsLoRA",
     "Llama 2 over ranks 4 to 2,048 at one learning rate: with alpha / r they end alike, with alpha / sqrt(r) higher "
     "ranks end lower. Here: r = 4 and 64 at one rate, which need not be the best, both scales equal at r = 16.",
+    noise=(0.0052, 0.00066, 0.019),
 )
 def stable_ranks(results):
     stable, plain = (results.gap(ranks[64], ranks[4]) for ranks in (STABLE, PLAIN))
@@ -559,6 +569,7 @@ def stable_ranks(results):
     "Hayou et al. 2024, LoRA+",
     "Up to twice the speed, to equal accuracy, for RoBERTa, GPT-2 and Llama. Here: the loss after equally few "
     "updates, ratio 16 against 1, each at the lowest point of four rates.",
+    noise=(0.0047, 0.0009, 0.019),
 )
 def plus_is_faster(results):
     gap = results.compare_lowest(PLUS, LORA)
@@ -576,6 +587,7 @@ def plus_is_faster(results):
     f"{HU}, section 4.1; the assignment, question 2.1",
     "By construction. Here: tokens a second of generation, base and merged by turns, on a machine that does nothing "
     "beside it. None: less than 5 %.",
+    noise=(0.001, 0.017, 0.05),  # that of turns, not of seeds
 )
 def merged_is_free(results):
     turns = results.turns
@@ -596,6 +608,7 @@ def merged_is_free(results):
     f"{HU}, section 7.2, figure 3",
     "GPT-3, query and value: A's first direction of r = 8 and that of r = 64 have a similarity above 0.5, the others "
     "do not. Here: all adapted layers, with two seeds, so that the two A begin with different numbers.",
+    noise=(0.012, 0, 0.1),
 )
 def shared_directions(results):
     seeds = results.seeds(SMALL, LARGE)
@@ -628,6 +641,7 @@ def shared_directions(results):
     f"{HU}, section 7.3, table 7",
     "GPT-3's query: W0 is larger along the update's directions than along random ones, and much smaller than along "
     "its own. Here: all adapted layers, as logarithms of ratios.",
+    noise=(0.013, 0, 0.2),
 )
 def not_stressed(results):
     per_seed = [study(results.folders[Setting(), n]) for n in results.seeds(Setting())]
@@ -651,6 +665,7 @@ def not_stressed(results):
     BIDERMAN,
     "Llama 2 after code and mathematics, scored on other tasks. Here: what models that were trained on labels alone "
     "still know of the reviews' words, where both reach the same loss on labels.",
+    noise=(2.4, 0, 0.22),
 )
 def forgets_less(results):
     apart = results.compare_lowest(LABEL_LORA, LABEL_FULL)
@@ -699,6 +714,7 @@ def count_at_best(results, key: str) -> tuple[np.ndarray, np.ndarray]:
     BIDERMAN,
     "The directions that hold 90 % of the update's variance, in Llama 2 after billions of tokens, over usual ranks. "
     "Here: that number over r = 16, in short trainings. A matrix of gpt2-mini has 256 directions at most.",
+    noise=(0.0032, 0, 0.5),
 )
 def rank_of_update(results):
     lora, full = count_at_best(results, "directions")
@@ -717,6 +733,7 @@ def rank_of_update(results):
     "Shuttleworth et al. 2024, LoRA vs Full Fine-tuning: An Illusion of Equivalence",
     "First singular vectors of the tuned weight that are near to none of W0's, in RoBERTa and Llama after long "
     "trainings. Here: of the first ten of each layer those with no cosine above 0.6, after short trainings.",
+    noise=(0.042, 0, 0.25),
 )
 def intruders(results):
     lora, full = (estimate_mean(counts, floor=1 / 24) for counts in count_at_best(results, "intruders"))
@@ -735,6 +752,7 @@ def intruders(results):
     f"{SCHULMAN}; {BIDERMAN}",
     "Ranks 1 to 512 leave the curve of full fine-tuning one after the other, over up to about a million examples. "
     "Here: r = 1 beside r = 16 after a quarter and after all of a short training.",
+    noise=(0.047, 0, 0.019),
 )
 def capacity(results):
     pairs = {length: tuple(map(results.vertex, curves)) for length, curves in LENGTHS.items()}
