@@ -70,7 +70,9 @@ def shut_in(base: Path, work: Path, hidden: list[Path]) -> Path:
 
     system("mount", b"tmpfs", root, b"tmpfs", ctypes.c_ulong(0), None)
     packages = [*site.getsitepackages(), site.getusersitepackages()]
-    for path in sorted({Path(name) for name in (*SEEN, sys.prefix, sys.base_prefix, *packages)}):
+    seen = {Path(name) for name in (*SEEN, sys.prefix, sys.base_prefix, *packages)}
+    seen |= {Path(name).resolve() for name in (sys.prefix, sys.base_prefix)}  # the environment may be a link
+    for path in sorted(seen):
         place(path.parent).mkdir(parents=True, exist_ok=True)
         if path.is_symlink():
             place(path).symlink_to(path.readlink())
