@@ -35,6 +35,7 @@ gpu: .venv/installed-dev
 # What takes long and seldom tells: more seeds, more machines, more wrong answers to the homework
 slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow
+	DAMAGES=3 $(BIN)/python -m pytest tests/program/test_damaged_files.py
 
 # 300 kills instead of the 10 of `make test`
 soak: .venv/installed-dev
