@@ -136,7 +136,7 @@ def write(folder, files):
 def run(program, *arguments, **options):
     """A program, in a process of its own; in the repository's folder, if none is given."""
     env = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
-    command = [sys.executable, *program, *map(str, arguments)]
+    command = [options.pop("python", sys.executable), *program, *map(str, arguments)]
     options = {"cwd": ROOT, "env": env, "timeout": 600} | options
     return subprocess.run(command, capture_output=True, text=True, **options)
 

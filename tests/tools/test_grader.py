@@ -203,10 +203,15 @@ def test_cheats_get_no_points(way, tmp_path):
 
 
 def test_an_endless_loop_ends(tmp_path):
-    """Lost if it fails: one submission holds up the grades of all."""
+    """Lost if it fails: one submission holds up the grades of all; or, with an environment that is a link, as here,
+    no submission is run at all, and each has no points."""
+    (tmp_path / "environment").symlink_to(sys.prefix)
     write(tmp_path / "loop", {"lora.py": solved()["lora.py"] + "\nwhile True:\n    pass\n"})
     done = run(
-        ["-m", "tools.homework", "grade", tmp_path / "loop", f"--out={tmp_path}/g.csv"], "--parts=1", "--limit=2"
+        ["-m", "tools.homework", "grade", tmp_path / "loop", f"--out={tmp_path}/g.csv"],
+        "--parts=1",
+        "--limit=2",
+        python=tmp_path / "environment" / "bin" / Path(sys.executable).name,
     )
     assert done.returncode == 0 and done.stdout == "loop: 0 of 9\n"
     assert "not done after 2 seconds" in (tmp_path / "g.jsonl").read_text()

@@ -82,7 +82,8 @@ def unusual_words(files: dict[str, bytes], copy: Path) -> str:
 def find_solutions(submissions: list[Path]) -> list[Path]:
     """What a student's code must not read: this repository, another copy of it that Python would find, and the other
     submissions."""
-    python = {Path(sys.prefix), *Path(sys.prefix).parents}
+    prefixes = Path(sys.prefix), Path(sys.prefix).resolve()
+    python = {path for prefix in prefixes for path in (prefix, *prefix.parents)}
     found = {path for path in HERE.iterdir() if path not in python} | {path.resolve() for path in submissions}
     for name in ("lora", "model", "dataloader", "train", "generate", "plumbing"):
         for entry in sys.path:
