@@ -37,7 +37,11 @@ def step(name, function):
         print("ok  ", name, function() or "", flush=True)
     except Exception as e:
         n_failed += 1
-        frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename.startswith(ROOT)]
+        frames = [
+            f
+            for f in traceback.extract_tb(e.__traceback__)
+            if f.filename.startswith(ROOT) and "site-packages" not in f.filename
+        ]
         place = " < ".join(f"{os.path.relpath(f.filename, ROOT)}:{f.lineno}" for f in frames[:0:-1][:4])
         print("FAIL", name, type(e).__name__, str(e)[:200].replace("\n", " "), place, flush=True)
 
