@@ -82,7 +82,7 @@ def main(config: SweepConfig) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failed = make_runs(config, runs)
     of_claims = make_claims(config, failed) if asks_claims(config) else None
-    speeds = measure_latency(config) if "latency" in config.only or asks_claims(config) else None
+    speeds = measure_latency(config) if {"latency", "claims"} & set(config.only.split(",")) else None
     with one_line_errors():
         chapter = judge_claims(config, *of_claims, speeds["turns"]) if of_claims else None
         write_report(config, runs, failed, speeds, chapter)

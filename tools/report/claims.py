@@ -346,6 +346,38 @@ def difference(rows: dict[str, Estimate], margin: float, here, what: str, **boun
     return Finding(parts, margin, here, paint, (5.4, 1 + 0.6 * len(rows)))
 
 
+def compare_places(results, place: str, other: str, words: str) -> Finding:
+    """A claim that a place for adapters is better than another one. words: what is compared."""
+    gap = results.gap(PLACES[place], PLACES[other])
+
+    def here(show):
+        return f"Loss of {words}: {show(gap)}."
+
+    rows = {f"{place} minus {other}": gap}
+    return difference(rows, results.margin(), here, "difference of the losses", at_most=0)
+
+
+def compare_growth(results, pairs: dict, names: dict[float, str], whose: str, than: str, until: str) -> Finding:
+    """A claim that the lowest loss of one curve falls behind another's from the first pair of curves to the second.
+    pairs: {size: (curve, other)}. names: {size: its words}. until: the words of the growth."""
+    vertices = [tuple(map(results.vertex, curves)) for curves in pairs.values()]
+    gaps = {names[size]: results.compare_lowest(*curves) for size, curves in pairs.items()}
+
+    def grow(m):
+        before, after = (one.loss(m) - other.loss(m) for one, other in vertices)
+        return after - before
+
+    growth = results.estimate(grow, *itertools.chain(*(c for curves in pairs.values() for c in curves)))
+
+    def here(show):
+        shown = ", ".join(f"{name}: {show(e)}" for name, e in gaps.items())
+        return f"{whose} lowest loss minus {than}, {shown}; {until}: {show(growth)}."
+
+    finding = difference(gaps | {"growth": growth}, results.margin(), here, f"{whose} loss minus {than}")
+    finding.parts = [Part(growth, at_least=0)]
+    return finding
+
+
 def show_times(show, e: Estimate) -> str:
     """A ratio whose log2 is estimated."""
     return show(e, lambda x: f"{2**x:.2g}")
@@ -404,12 +436,7 @@ def small_rank_is_enough(results):
     noise=(0.0046, 0.0021, 0.019),
 )
 def several_beat_one(results):
-    gap = results.gap(PLACES["attention"], PLACES["output"])
-
-    def here(show):
-        return f"Loss of all of attention minus that of its output alone: {show(gap)}."
-
-    return difference({"attention minus output": gap}, results.margin(), here, "difference of the losses", at_most=0)
+    return compare_places(results, "attention", "output", "all of attention minus that of its output alone")
 
 
 @claim(
@@ -421,12 +448,7 @@ def several_beat_one(results):
     noise=(0.0093, 0.0041, 0.019),
 )
 def mlp_beats_attention(results):
-    gap = results.gap(PLACES["MLP"], PLACES["attention"])
-
-    def here(show):
-        return f"Loss of the MLP alone minus that of attention alone: {show(gap)}."
-
-    return difference({"MLP minus attention": gap}, results.margin(), here, "difference of the losses", at_most=0)
+    return compare_places(results, "MLP", "attention", "the MLP alone minus that of attention alone")
 
 
 @claim(
@@ -516,24 +538,8 @@ def rate_is_alpha(results):
     noise=(0.012, 0.0029, 0.019),
 )
 def large_batches(results):
-    pairs = {b: tuple(map(results.vertex, curves)) for b, curves in BATCHES.items()}
-    gaps = {b: results.compare_lowest(*BATCHES[b]) for b in pairs}
-
-    def grow(m):
-        small, large = (lora.loss(m) - full.loss(m) for lora, full in pairs.values())
-        return large - small
-
-    growth = results.estimate(grow, *itertools.chain(*(c for curves in BATCHES.values() for c in curves)))
-    sizes = {b: f"batch {round(b * results.batch / 2)}" for b in gaps}
-
-    def here(show):
-        shown = ", ".join(f"{sizes[b]}: {show(e)}" for b, e in gaps.items())
-        return f"LoRA's lowest loss minus full's, {shown}; from the small to the large batch: {show(growth)}."
-
-    what = "LoRA's loss minus full's"
-    finding = difference({sizes[b]: e for b, e in gaps.items()} | {"growth": growth}, results.margin(), here, what)
-    finding.parts = [Part(growth, at_least=0)]
-    return finding
+    names = {size: f"batch {round(size * results.batch / 2)}" for size in BATCHES}
+    return compare_growth(results, BATCHES, names, "LoRA's", "full's", "from the small to the large batch")
 
 
 @claim(
@@ -755,24 +761,8 @@ def intruders(results):
     noise=(0.047, 0, 0.019),
 )
 def capacity(results):
-    pairs = {length: tuple(map(results.vertex, curves)) for length, curves in LENGTHS.items()}
-    gaps = {length: results.compare_lowest(*curves) for length, curves in LENGTHS.items()}
-
-    def grow(m):
-        few, many = (small.loss(m) - large.loss(m) for small, large in pairs.values())
-        return many - few
-
-    growth = results.estimate(grow, *itertools.chain(*(c for curves in LENGTHS.values() for c in curves)))
-    names = {length: f"{100 * length:.0f} % of the examples" for length in gaps}
-
-    def here(show):
-        shown = ", ".join(f"{names[k]}: {show(e)}" for k, e in gaps.items())
-        return f"r = 1's lowest loss minus that of r = 16, {shown}; growth: {show(growth)}."
-
-    rows = {names[k]: e for k, e in gaps.items()} | {"growth": growth}
-    finding = difference(rows, results.margin(), here, "r = 1's loss minus r = 16's")
-    finding.parts = [Part(growth, at_least=0)]
-    return finding
+    names = {length: f"{100 * length:.0f} % of the examples" for length in LENGTHS}
+    return compare_growth(results, LENGTHS, names, "r = 1's", "that of r = 16", "growth")
 
 
 def study(folder, other=None):
