@@ -25,11 +25,6 @@ from plumbing.data.token_cache import Example, take_turns
 from plumbing.data.tokenizer import end_of_text, gpt2_encoding
 from plumbing.gpt2.batch import IGNORE, Batch, pad
 
-SAMPLES = (
-    "A joy.",
-    "",
-    ' \n<br /> "Who\u2019s", 2,000 U.S. FILMS...;\thttp://a.b/c  (caf\u00e9) \U0001f600!? ' * 400,
-)
 ANSWER_TOKENS = 5  # at most this many tokens are written after a prompt, more if a label is longer
 
 
@@ -65,7 +60,7 @@ class Prompt:
         check_template(template)
         self.block_size = block_size
         # The most tokens that a filled template may have: of 1,024 in training 1,023, since an empty prompt begins
-        # with end-of-text; with an answer of 5 tokens to come 1,018.
+        # with end-of-text; with an answer of 5 tokens to come 1,018. (The label's own tokens count twice then.)
         self.room = block_size if classify else block_size - 1
         self.spare = [0] * len(label_names)
         self._check_words()
@@ -92,9 +87,8 @@ class Prompt:
         return self.add_instruction({"text": text, "label": label})["instr_tuned_text"]
 
     def make_example(self, text: str, label: int, tokens: list[int] | None = None) -> tuple[Example, bool]:
-        """(the Example of a record, whether its text was cut to fit). tokens: those of `fill`, if they are there. A
-        whole data set takes `write_part` of plumbing/data/data_set.py, which does the same for thousands of records
-        at once; a test compares the two."""
+        """(the Example of a record, whether its text was cut to fit). tokens: those of `fill`, if they are there.
+        `write_part` of plumbing/data/data_set.py does the same for thousands of records at once; a test compares."""
         if tokens is None:
             tokens = self.encoding.encode_ordinary(self.fill(text, label))
         is_too_long = len(tokens) > self.room - self.spare[label]
@@ -202,10 +196,11 @@ class CustomDataLoader:
         self.loss_on = loss_on
         self.seed = seed
         self.classify = classify
-        check_template(template)
+        check_template(template)  # before the data is read
         # If several processes start at once, one of them tokenises.
         with take_turns(dataset):
-            data = DataSet(Asked(dataset, label_names, learned, word_of, classify), (text_field, label_field))
+            asked = Asked(dataset, label_names, learned=learned, word_of=word_of, classify=classify)
+            data = DataSet(asked, fields=(text_field, label_field))
             self.label_names = data.label_names
             self.word_of = data.word_of
             self.digest = data.digest
@@ -215,6 +210,8 @@ class CustomDataLoader:
             self._load(data, wanted)
         if held_out and "train" in wanted:
             n = max(1, round(held_out * len(self.splits["train"])))
+            if n == len(self.splits["train"]):
+                raise ValueError(f"held_out={held_out}: of {n} training examples none is left; type a smaller share")
             held, self.splits["train"] = self.splits["train"].divide(n, seed)
             if "validation" in wanted:  # generate.py, which scores one split, takes the data's own
                 self.splits["validation"] = held
@@ -223,7 +220,10 @@ class CustomDataLoader:
             self.splits["train"], _ = self.splits["train"].divide(train_examples, seed)
         self.class_weights = None
         if classify and balance_classes and "train" in wanted:
-            self.class_weights = self._weigh_classes()
+            # A class with half as many examples weighs twice as much; the mean over examples is 1.
+            counts = np.bincount(self.splits["train"].labels, minlength=len(self.label_names))
+            weights = counts.sum() / (len(counts) * np.maximum(1, counts))
+            self.class_weights = torch.tensor(weights, dtype=torch.float32)  # (n_classes,)
 
     # task
     def _add_instruction_finetuning(self, rec: dict) -> dict:
@@ -301,19 +301,15 @@ class CustomDataLoader:
         n_given = 1 if self.loss_on == "all" else examples.n_prompt[indices]
         return int((examples.lengths[indices] - n_given).sum())
 
-    def _weigh_classes(self):
-        """(n_classes,): a class with half as many examples weighs twice as much; the mean over examples is 1."""
-        counts = np.bincount(self.splits["train"].labels, minlength=len(self.label_names))
-        weights = counts.sum() / (len(counts) * np.maximum(1, counts))
-        return torch.tensor(weights, dtype=torch.float32)
-
     # --- records -> examples, once, into files
 
     def _load(self, data: DataSet, wanted: Collection[str]):
         """Sets splits and prefixes. The examples come from the cache if it has them."""
         prompt = self.prompt
-        # Everything that determines the tokens. The samples show an edited template or method.
-        sample = [prompt.fill(text, label) for text in SAMPLES for label in range(len(self.label_names))]
+        # Everything that determines the tokens. Filled samples show an edited template or method.
+        every_kind = ' \n<br /> "Who\u2019s", 2,000 U.S. FILMS...;\thttp://a.b/c  (caf\u00e9) \U0001f600!? '
+        texts = ("A joy.", "", 400 * every_kind)  # the last is longer than any context
+        sample = [prompt.fill(text, label) for text in texts for label in range(len(self.label_names))]
         key = [self.template, self.label_names, self.loss_on, prompt.room, self.classify, sample]
         # Where every token is scored, the prefix is scored in each row, so it stays there. A classifier's input has
         # no template, so no prefix.
@@ -336,7 +332,7 @@ def make_loader(config, block_size: int, wanted: Collection[str] = ("train", "va
     """The CustomDataLoader of a config, for labels as text or as classes, with the wanted splits. options: others of
     its arguments. Raises ValueError or OSError for data that cannot be used."""
     settings = {key: getattr(config, key) for key in READ_FROM_CONFIG}
-    if config.run:
+    if config.run:  # what the run in out_dir has found out
         settings |= {"learned": config.run.label_names, "word_of": config.run.word_of}
     if config.run and config.run.data:  # the run's own data: the seed with which it drew their splits
         settings["seed"] = config.run.seed

@@ -404,6 +404,16 @@ def test_fewer_examples_are_read_from_the_same_files(three_files):
     assert sorted(os.listdir(token_cache.CACHE)) == before
 
 
+def test_a_share_that_leaves_no_example_to_train_on_is_one_line(tmp_path):
+    """Lost if it fails: a run with nothing to train on ends in a division by zero."""
+    for split in ("train", "validation", "test"):
+        write_rows(tmp_path / f"{split}.csv", some_rows(4))
+    options = {"template": "{text} {label}", "batch_size": 2}
+    with pytest.raises(ValueError, match="held_out=0.9: of 4 training examples none is left"):
+        CustomDataLoader(str(tmp_path), held_out=0.9, **options)
+    assert len(CustomDataLoader(str(tmp_path), held_out=0.7, **options).splits["train"]) == 1
+
+
 def test_an_edited_prompt_is_tokenised_again(three_files):
     """Lost if it fails: who writes another prompt into the method goes on training on the old one's tokens."""
 
