@@ -110,9 +110,8 @@ def configure(argv: list[str], cls: type = Config, trains: bool = True):
     With init_from=resume the config is that of the run in out_dir, flags on top; what such a run keeps may not
     differ from it. trains: whether it will be trained, or scored.
     """
-    about = __doc__ if cls is Config else cls.__doc__
     with one_line_errors():
-        path, typed = parse_flags(argv, cls, about)
+        path, typed = parse_flags(argv, cls, about=__doc__ if cls is Config else cls.__doc__)
         from_file = read_config_file(find_config_file(path), fields_of(cls)) if path else {}
         config = combine(typed, from_file, cls, trains)
     if "rank" in typed and "alpha" not in typed and config.run is None:
@@ -133,20 +132,20 @@ def combine(typed, from_file, cls, trains):
     the file wins over the defaults. With auto_resume they must equal the settings of the run in out_dir."""
     values = from_file | typed
     out_dir = values.get("out_dir", getattr(cls, "out_dir", None))
-    stored = None
-    if values.get("init_from") == "resume":
-        stored, facts = read_run(out_dir)
+    resumes = values.get("init_from") == "resume"
+    finds_run = values.get("auto_resume") and os.path.exists(os.path.join(out_dir, RUN_CONFIG))
+    stored, facts = read_run(out_dir) if resumes or finds_run else (None, None)
+    if resumes:
         refuse_changes(typed, stored, kept_keys(cls, MODEL, RUN) if trains else kept_keys(cls, MODEL), out_dir)
         ours = fields_of(cls).keys() - kept_keys(cls, CALL)
         values = from_file | {key: value for key, value in stored.items() if key in ours} | typed
     elif "dataset" in values and values["dataset"] != cls.dataset:
         values.setdefault("label_names", None)
     check_values(cls, values)
-    if values.get("auto_resume") and stored is None and os.path.exists(os.path.join(out_dir, RUN_CONFIG)):
-        stored, facts = read_run(out_dir)
-        refuse_another_run(cls(**values), stored, out_dir)
     if stored is None:
         return cls(**values)
+    if not resumes:
+        refuse_another_run(cls(**values), stored, out_dir)
     config = cls(**values | {"init_from": stored["init_from"]})
     facts = facts | {"seed": stored.get("seed")}
     config.run = Facts(**{field.name: facts.get(field.name) for field in dataclasses.fields(Facts)})

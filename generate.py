@@ -96,7 +96,7 @@ class ModelSampler:
         labels = self.loader.splits[self.config.split].labels.tolist()  # [1, 0, ...]
         names = self.loader.label_names  # ["negative", "positive"]
         self.generated = self.answer_split()  # [" positive", " a film", ...]
-        # The first label in the first 40 characters, as a whole word, in any capitals; None if there is none.
+        # The label that comes first, as a whole word, in any capitals, within about 40 characters; None if none does.
         self.found = [find_label(text, names) for text in self.generated]  # [1, None, ...]
         self.result = tabulate(self.found, labels, names)  # accuracy = sum(found == label) / n, and more
         return self.result["accuracy"]
@@ -156,8 +156,7 @@ class ModelSampler:
         examples = self.loader.splits[self.config.split]
         answers = []
         for part in in_parts(examples, PART * self.config.batch_size):
-            texts, _ = self.answer([ex.tokens[: ex.n_prompt] for ex in part])
-            answers += texts
+            answers += self.answer([ex.tokens[: ex.n_prompt] for ex in part])[0]
         return answers
 
     @torch.no_grad()
@@ -215,8 +214,9 @@ class ModelSampler:
         if classify and not config.run and not read_model_config(find_model(config.init_from)[0]).get("n_classes"):
             raise ValueError(f"init_from={config.init_from}: a language model has no classes; train.py adds them")
         if self.prompt is None:
+            options = {"is_answered": True, "max_new_tokens": config.max_new_tokens}
             names = self.find_label_names()
-            self.prompt = Prompt(read_template(config), names, self.block_size, classify, True, config.max_new_tokens)
+            self.prompt = Prompt(read_template(config), names, self.block_size, classify, **options)
 
     def find_label_names(self) -> list[str]:
         """Those that the run has learned, in its order, those that were typed, or the data's own."""

@@ -5,8 +5,9 @@ blocks, tanh-GELU, learned positions, the output head tied to the word embedding
 (`transformer.h.0.attn.c_attn` ...), so checkpoints map by name.
 
 Shapes: B rows of T tokens, C = n_embd, H heads of D = C / H, V = vocab_size; K tokens are looked at, N places scored.
-Between the layers x is flat, a row for each token: (R, C), R = B T. The numbers behind the shapes are those of
-gpt2-medium and 8 reviews of 52 tokens: B = 8, T = 52, R = 416, C = 1024, H = 16, D = 64, V = 50257.
+Between the layers x is flat, a row for each token: (R, C), R = B T (P + B T after a prefix of P tokens, see below).
+The numbers behind the shapes are those of gpt2-medium and 8 reviews of 52 tokens: B = 8, T = 52, R = 416, C = 1024,
+H = 16, D = 64, V = 50257.
 """
 
 import math
@@ -91,6 +92,7 @@ class Attention(nn.Module):
         self.c_proj = LoRALinear(C, C, **config.lora(f"{name}.c_proj"))
         self.resid_dropout = nn.Dropout(config.dropout)
 
+    # seen: what the tokens see besides themselves (class Seen, below); seen.P is 0 without a shared prefix.
     def forward(self, x, seen, scored=None):  # (R, C) -> (R, C), or (N, C) of the scored places
         qkv = self.c_attn(x).view(len(x), 3, self.n_head, -1)  # (416, 1024) -> (416, 3072) -> (416, 3, 16, 64)
         dropout = self.dropout if self.training else 0.0
@@ -115,7 +117,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Head(nn.modules.linear.NonDynamicallyQuantizableLinear):
-    """Only its weight is used; it is never called. torch's class says so: an adapter by hooks would do nothing."""
+    """Only its weight is used; it is never called. So hooks would do nothing: attach_lora refuses torch's class."""
 
 
 class MLP(nn.Module):
@@ -167,8 +169,17 @@ class Seen:
     T: int  # without the prefix
     P: int  # 0: no prefix
     past: KVCache | None  # keys and values of earlier calls; then there is no prefix
-    mask: torch.Tensor | None  # as for attend
-    places: torch.Tensor | None  # (P + B T,): the tokens of x among those of whole rows; for the fused kernel
+    mask: torch.Tensor | None = None  # as for attend
+    places: torch.Tensor | None = None  # (P + B T,): the tokens of x among those of whole rows; for the fused kernel
+
+    def look_at_prefix(self, like: torch.Tensor) -> None:
+        """Each row sees the prefix before it. like: a tensor of x's dtype and device."""
+        P, T = self.P, self.T
+        if is_fused(like, P + T):
+            whole = torch.arange(self.B * (P + T), device=like.device).view(self.B, P + T)
+            self.places = torch.cat([whole[0, :P], whole[:, P:].flatten()])  # P = 2, T = 1, B = 2: 0, 1, 2, 5
+        else:
+            self.mask = causal_mask(T, P + T, like)
 
 
 def attend_with_prefix(qkv, seen, dropout):  # (P + B T, 3, H, D) -> (P + B T, C)
@@ -262,12 +273,8 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(precise, targets.flatten()[scored], weight)
 
     def hidden(self, idx, past=None, prefix=None, scored=None) -> torch.Tensor:
-        """The last layer's normalised states: idx (B, T) of token ids -> (B, T, C). scored (N,) are places in
-        idx.flatten(). If they are given, the last layer computes the states of these places alone: -> (N, C).
-
-        past: a KVCache of tokens before the rows. prefix (1, P): token ids before every row, computed now, once. One
-        of the two, not both. Raises ValueError beyond the context.
-        """
+        """The last layer's normalised states: idx (B, T) -> (B, T, C). With scored (N,), places in idx.flatten(), the
+        last layer computes these alone: -> (N, C). past, prefix: as above. Raises ValueError beyond the context."""
         B, T = idx.shape
         P = 0 if prefix is None else prefix.size(1)
         n_before = P + (0 if past is None else past.length)
@@ -277,23 +284,18 @@ class GPT(nn.Module):
             raise ValueError("a prefix or a past, not both")
         t = self.transformer
         like = torch.empty(0, dtype=self.compute_dtype or t.wte.weight.dtype, device=idx.device)  # x has its dtype
-        pos = torch.arange(P, P + T, device=idx.device)  # (T,): where each row's tokens stand
-        mask = places = None
-        if P and is_fused(like, P + T):
-            places = torch.arange(B * (P + T), device=idx.device).view(B, P + T)
-            places = torch.cat([places[0, :P], places[:, P:].flatten()])  # P = 2, T = 1, B = 2: 0, 1, 2, 5
-        elif P:
-            mask = causal_mask(T, P + T, like)
-        if past is not None:  # the rows go on after its tokens, and may look at them
-            pos, mask = past.place(B, T, like)
+        seen = Seen(B, T, P, past)
         tokens = idx.flatten()  # (R,)
-        pos = pos.expand(B, T).flatten()
-        if P:
+        pos = torch.arange(P, P + T, device=idx.device).repeat(B)  # (R,): where each token stands
+        if past is not None:  # the rows go on after its tokens, and may look at them
+            pos, seen.mask = past.place(B, T, like)
+            pos = pos.flatten()
+        elif P:
+            seen.look_at_prefix(like)
             tokens = torch.cat([prefix.flatten(), tokens])  # (P + B T,)
             pos = torch.cat([torch.arange(P, device=idx.device), pos])
         x = F.embedding(tokens, t.wte.weight) + F.embedding(pos, t.wpe.weight)  # (P + B T, C)
         x = t.drop(x.to(like.dtype))
-        seen = Seen(B, T, P, past, mask, places)
         for block in t.h[:-1]:
             x = block(x, seen)
         if scored is not None:
@@ -332,8 +334,7 @@ class GPT(nn.Module):
             if cache.length == size:  # the context is full: each text starts again from its last tokens
                 cache = KVCache()
                 new = torch.cat([idx, out[:, :n]], dim=1)[rows, -(size // 2) :]
-            x = self.last_states(new, cache)  # (rows, C)
-            token = self.pick_token(x, temperature, top_k)  # (rows,)
+            token = self.pick_token(self.last_states(new, cache), temperature, top_k)  # (rows, C) -> (rows,)
             out[rows, n] = token
             is_last = n + 1 == max_new_tokens
             if stop is not None and not is_last:  # a finished row costs nothing more

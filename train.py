@@ -118,7 +118,8 @@ def run_updates(run: Run, progress: Progress) -> None:
 
             is_due = it % config.eval_interval == 0 or is_last
             is_done = it == progress.evaluated_at  # by the run that is resumed
-            if (is_due and not is_done) or progress.best == math.inf:
+            has_none = progress.best == math.inf  # at the start, or after a resume with another eval_iters
+            if (is_due and not is_done) or has_none:
                 speed = watch.updates_per_s(it)
                 metrics = record(run, progress, evaluate(run), speed, saver)
                 wandb.log(metrics, it)
@@ -188,6 +189,7 @@ def compute_loss(model: GPT, batch: Batch) -> torch.Tensor:
     """Mean loss over a batch's targets. The prefix that the prompts share goes through the model once, with its
     gradient, and every row continues from it."""
     options = {"prefix": batch.prefix, "scored": batch.scored, "class_weights": batch.class_weights}
+    # A and B of all layers are cast at once, on a GPU by two kernels in all. In evaluation they are merged.
     with cast_together(model.adapted if model.training else [], model.compute_dtype):
         _, loss = model(batch.idx, batch.targets, **options)
     return loss
@@ -262,7 +264,7 @@ def set_up(config: Config) -> Run:
     """Data, model and optimizers of a config. Raises ValueError or OSError for what cannot be loaded."""
     if config.predict is not None:
         raise ValueError(f"--predict={config.predict} is for generate.py --init_from=resume, after the training")
-    processes, dtype = start_machine(config, LoRALinear)
+    processes, dtype = start_machine(config, LoRALinear)  # a lora.py of your own may know float32 alone
     torch.manual_seed(config.seed)
     check_base(config)
     loader = make_loader(config, context_size(config.init_from))
@@ -298,7 +300,7 @@ def build_model(config: Config, device: str, dtype: torch.dtype, n_classes: int 
         mark_only_lora_as_trainable(model)
         check_frozen(model)
         check_start(model)
-    elif config.trainable:  # without LoRA: all is frozen here, and train_also lets train what the pattern names
+    elif config.trainable:  # without LoRA: all is frozen here, and train_also frees what the pattern names
         model.requires_grad_(False)
     # A separate call: mark_only_lora_as_trainable of your own lora.py may have no other argument than the model.
     if config.lora_bias != "none" or also:
