@@ -59,8 +59,8 @@ class Prompt:
         self.encoding = gpt2_encoding()
         check_template(template)
         self.block_size = block_size
-        # The most tokens that a filled template may have: of 1,024 in training 1,023, since an empty prompt begins
-        # with end-of-text; with an answer of 5 tokens to come 1,018. (The label's own tokens count twice then.)
+        # The most tokens that a filled template may have: of 1,024 in training 1,023, since make_example may put
+        # end-of-text before it; with an answer of 5 tokens to come 1,018. (The label's own count twice then.)
         self.room = block_size if classify else block_size - 1
         self.spare = [0] * len(label_names)
         self._check_words()
@@ -306,7 +306,7 @@ class CustomDataLoader:
     def _load(self, data: DataSet, wanted: Collection[str]):
         """Sets splits and prefixes. The examples come from the cache if it has them."""
         prompt = self.prompt
-        # Everything that determines the tokens. Filled samples show an edited template or method.
+        # Everything that determines the tokens. Filled samples of all kinds show an edited template or method.
         every_kind = ' \n<br /> "Who\u2019s", 2,000 U.S. FILMS...;\thttp://a.b/c  (caf\u00e9) \U0001f600!? '
         texts = ("A joy.", "", 400 * every_kind)  # the last is longer than any context
         sample = [prompt.fill(text, label) for text in texts for label in range(len(self.label_names))]

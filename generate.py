@@ -120,10 +120,10 @@ class ModelSampler:
         answers = [{"text": text, "predicted": None, "generated": None, "share": None} for text in texts]
         asked = [answer for answer in answers if answer["text"] is not None]  # the same dicts: filled in below
         prompts = self.make_prompts([answer["text"] for answer in asked])
-        texts, all_shares = self.answer(prompts, wants_shares=True)
-        for answer, text, shares in zip(asked, texts, all_shares):
-            answer["generated"] = text
-            label = find_label(text, names)
+        all_written, all_shares = self.answer(prompts, wants_shares=True)
+        for answer, written, shares in zip(asked, all_written, all_shares):
+            answer["generated"] = written
+            label = find_label(written, names)
             if label is not None:
                 answer["predicted"] = names[label]
                 answer["share"] = round(shares[label], 6)
@@ -208,7 +208,7 @@ class ModelSampler:
 
     def load_prompt(self) -> None:
         """Sets `prompt`, for new texts. No data set is read, if the labels are known. Raises ValueError for an
-        untrained classification head: only its accuracy is meaningful."""
+        untrained classification head, which may only be scored, as a baseline."""
         config = self.config
         classify = config.task == "classify"
         if classify and not config.run and not read_model_config(find_model(config.init_from)[0]).get("n_classes"):
@@ -247,8 +247,8 @@ def open_model(config: Config, device: str, dtype: torch.dtype, n_classes: int =
     """The model of a config, ready to generate: a base, or the best weights of the run in out_dir."""
     has_adapter = config.run is not None and config.rank > 0
     if config.run:
-        then = config.run.base if has_adapter else config.run.model  # what told these weights from others
-        check_same_weights(model_of(config), then, config.out_dir)
+        fingerprint = config.run.base if has_adapter else config.run.model
+        check_same_weights(model_of(config), fingerprint, config.out_dir)
     lora = lora_arguments(config) if has_adapter else {}
     model = GPT.from_pretrained(model_of(config), dtype=dtype, n_classes=n_classes, **lora)
     if has_adapter:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# For models that others wrote, and for PEFT's files. Nothing below needs them.
+# attach and peft_format are for models that others wrote, and for PEFT's files. Nothing below needs these two.
 from plumbing.adapters.attach import add_adapter, attach_lora, detach_lora, merge_lora  # noqa: F401
 from plumbing.adapters.layers import check_rank, factory_kwargs
 from plumbing.adapters.mergeable import MergeableLinear

@@ -117,7 +117,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Head(nn.modules.linear.NonDynamicallyQuantizableLinear):
-    """Only its weight is used; it is never called. So hooks would do nothing: attach_lora refuses torch's class."""
+    """Never called: only its weight is read. So attach_lora, whose hooks would do nothing, refuses this base class."""
 
 
 class MLP(nn.Module):
@@ -255,8 +255,8 @@ class GPT(nn.Module):
 
         targets (B, T)  at each position the id that should follow; negative where nothing is scored. A classifier's
                         are classes, at each text's last token.
-        past            a KVCache of earlier tokens to continue from
-        prefix (1, P)   token ids before every row. Not both. Gradient flows through past and prefix.
+        past            a KVCache of earlier tokens. Rows may differ in length: it knows their positions and padding.
+        prefix (1, P)   token ids before every row; not beside a past. Gradient flows through past and prefix.
         class_weights   (n_classes,): the mean is a weighted one
         scored (N,)     the scored targets' places in targets.flatten(), where they are known. Without it they are
                         found here, and Python waits for the GPU to say how many there are.

@@ -140,7 +140,7 @@ def run_updates(run: Run, progress: Progress) -> None:
     wandb.finish()
 
 
-def update(run: Run, batch: Iterable[tuple[Batch, float]], it: int, batches: Iterable = (), saver=None):
+def update(run: Run, batch: Iterable[tuple[Batch, float]], it: int, batches: Iterator | None = None, saver=None):
     """Update `it`, on a global batch as `micro_batches` cuts it. Returns its mean loss; whether the step was skipped,
     because float16's gradients overflowed; and the next of `batches`. Ends the program where loss or gradient are not
     finite. Python waits for a GPU once: for loss and gradient norm. float16's scaler makes it wait a second time."""
@@ -164,7 +164,7 @@ def update(run: Run, batch: Iterable[tuple[Batch, float]], it: int, batches: Ite
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(run.params, run.config.grad_clip or math.inf)
-    following = next(iter(batches), None)  # made while a GPU computes what has been launched so far
+    following = next(batches, None) if batches else None  # made while a GPU computes what has been launched so far
     is_stopped = saver is not None and saver.is_stopped()
     loss, norm, n_stopped = processes.totals([loss, norm / processes.world_size, is_stopped])  # sums
     overflowed = run.scaler.is_enabled() and not math.isfinite(norm)  # float16 does, now and then
@@ -206,6 +206,7 @@ def micro_batches(run: Run, indices: np.ndarray) -> Iterator[tuple[Batch, float]
         if len(mine):
             share = run.loader.n_scored("train", mine) / n_scored
             batch = run.loader.batch("train", mine)
+            # --compile on a GPU records the kernels once for each shape. Rows of 16, 32 ... tokens have few shapes.
             if cuda_graphs.are_used(run.config, run.processes.device):
                 batch = batch.widen(cuda_graphs.STEP, run.model.config.block_size)
             yield batch.to(run.processes.device), share

@@ -409,7 +409,7 @@ def test_a_share_that_leaves_no_example_to_train_on_is_one_line(tmp_path):
     for split in ("train", "validation", "test"):
         write_rows(tmp_path / f"{split}.csv", some_rows(4))
     options = {"template": "{text} {label}", "batch_size": 2}
-    with pytest.raises(ValueError, match="held_out=0.9: of 4 training examples none is left"):
+    with pytest.raises(ValueError, match=r"held_out=0\.9: of 4 training examples none is left"):
         CustomDataLoader(str(tmp_path), held_out=0.9, **options)
     assert len(CustomDataLoader(str(tmp_path), held_out=0.7, **options).splits["train"]) == 1
 
