@@ -117,7 +117,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Head(nn.modules.linear.NonDynamicallyQuantizableLinear):
-    """Never called: only its weight is read. So attach_lora, whose hooks would do nothing, refuses this base class."""
+    """Never called: only its weight is read. attach_lora refuses this base class, as its hooks would do nothing."""
 
 
 class MLP(nn.Module):
