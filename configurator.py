@@ -81,7 +81,7 @@ class Config:
     decay_share: float = setting(0.9, least=0, most=1)  # last share of the run: lr falls to 0 in it
     eval_interval: int = setting(40, least=1)  # updates between evaluations
     eval_iters: int = setting(20, least=0)  # batches in an evaluation; 0: the whole validation split
-    save_interval: int = setting(0, least=0)  # updates between checkpoints; 0: at each evaluation
+    save_interval: int = setting(0, least=0)  # updates between checkpoints; 0: only after evaluations
     seed: int = setting(1337, least=0, most=2**63 - 1, kept=RUN)  # of data order, adapters and dropout
     compile: bool = False  # torch.compile the model
     deterministic: bool = False  # CUDA: the same seed gives the same bits, as it does on a CPU; slower

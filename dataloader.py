@@ -60,7 +60,7 @@ class Prompt:
         check_template(template)
         self.block_size = block_size
         # The most tokens that a filled template may have: of 1,024 in training 1,023, since make_example may put
-        # end-of-text before it; with an answer of 5 tokens to come 1,018. (The label's own count twice then.)
+        # end-of-text before it; with an answer of 5 tokens to come 1,018.
         self.room = block_size if classify else block_size - 1
         self.spare = [0] * len(label_names)
         self._check_words()
@@ -78,7 +78,7 @@ class Prompt:
             if n_kept > block_size // 2:
                 what = f"max_new_tokens={n_kept}" if max_new_tokens else f"a label of {longest} tokens"
                 raise ValueError(f"{what}: at most {block_size // 2} have room, half the context")
-            self.room -= n_kept
+            self.room -= n_kept  # the label's own tokens count twice now: a few too careful
 
     def fill(self, text: str, label: int) -> str:
         """The text that is tokenised: the filled template or, for a classifier, the text itself."""
@@ -235,7 +235,8 @@ class CustomDataLoader:
 
     # --- tokens -> batch
 
-    def _inputs_and_targets(self, ex: Example) -> tuple[list[int], list[int]]:  # task
+    # task
+    def _inputs_and_targets(self, ex: Example) -> tuple[list[int], list[int]]:
         """What the model reads of an example, and what it should find at each place: two lists of one length."""
         if self.classify:  # the last token alone has seen the whole text
             return ex.tokens, [IGNORE] * (len(ex.tokens) - 1) + [ex.label]

@@ -6,8 +6,7 @@ blocks, tanh-GELU, learned positions, the output head tied to the word embedding
 
 Shapes: B rows of T tokens, C = n_embd, H heads of D = C / H, V = vocab_size; K tokens are looked at, N places scored.
 Between the layers x is flat, a row for each token: (R, C), R = B T (P + B T after a prefix of P tokens, see below).
-The numbers behind the shapes are those of gpt2-medium and 8 reviews of 52 tokens: B = 8, T = 52, R = 416, C = 1024,
-H = 16, D = 64, V = 50257.
+Numbers behind shapes are gpt2-medium's with 8 reviews: B = 8, T = 52, R = 416, C = 1024, H = 16, D = 64, V = 50257.
 """
 
 import math

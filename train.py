@@ -189,7 +189,7 @@ def compute_loss(model: GPT, batch: Batch) -> torch.Tensor:
     """Mean loss over a batch's targets. The prefix that the prompts share goes through the model once, with its
     gradient, and every row continues from it."""
     options = {"prefix": batch.prefix, "scored": batch.scored, "class_weights": batch.class_weights}
-    # A and B of all layers are cast at once, on a GPU by two kernels in all. In evaluation they are merged.
+    # Inside, every layer's A and B are copies in the compute dtype, all made at once: on a GPU by two kernels in all.
     with cast_together(model.adapted if model.training else [], model.compute_dtype):
         _, loss = model(batch.idx, batch.targets, **options)
     return loss

@@ -65,7 +65,7 @@ class PretrainConfig(Config):
     decay_share: float = setting(0.7, least=0, most=1)  # last share of the run: lr falls to 0 in it
     eval_interval: int = setting(250, least=1)  # updates between evaluations
     eval_iters: int = setting(75, least=0)  # batches of 1,024 tokens in an evaluation; 0: the whole validation split
-    save_interval: int = setting(50, least=0)  # updates between checkpoints; 0: at each evaluation
+    save_interval: int = setting(50, least=0)  # updates between checkpoints; 0: only after evaluations
 
 
 # --- the model and its optimizers ------------------------------------------------------------------
