@@ -103,6 +103,4 @@ def in_parts(examples, size):
 
 def decode(tokens: list[int]) -> str:
     """The text before end-of-text."""
-    if end_of_text() in tokens:
-        tokens = tokens[: tokens.index(end_of_text())]
-    return gpt2_encoding().decode(tokens)
+    return gpt2_encoding().decode(list(itertools.takewhile(lambda token: token != end_of_text(), tokens)))
