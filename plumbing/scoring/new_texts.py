@@ -18,19 +18,7 @@ from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
-from plumbing.data.readers import (
-    MARKS,
-    check_columns,
-    is_csv,
-    kind_of,
-    need_column,
-    open_bytes,
-    read_batches,
-    read_format,
-    read_lines,
-    read_rows,
-    to_text,
-)
+from plumbing.data import readers
 from plumbing.program.errors import UserError
 from plumbing.program.files import make_folder, whole_file
 from plumbing.program.terminal import reader_has_gone
@@ -77,7 +65,7 @@ def answers_path(folder: str, path: str) -> str:
     """Where the answers to a file's texts go: folder/reviews-predicted.csv for reviews.csv."""
     name = os.path.basename(path)
     name = name[:-3] if name.lower().endswith(".gz") else name
-    kind = "jsonl" if kind_of(path) == "txt" else kind_of(path)  # a line of text has no columns
+    kind = "jsonl" if readers.kind_of(path) == "txt" else readers.kind_of(path)  # a line of text has no columns
     return os.path.join(folder, f"{os.path.splitext(name)[0]}-predicted.{kind}")
 
 
@@ -89,7 +77,7 @@ def check_file(path: str, text_field: str, target: str) -> int:
     answered. Raises UserError with the line, and where the answers to other texts, in `target`, would be lost."""
     if not os.path.isfile(path):
         raise UserError(f"predict={path}: no such file")
-    if kind_of(path) not in KINDS:
+    if readers.kind_of(path) not in KINDS:
         raise UserError(
             f"predict={path}: only {', '.join(KINDS)} files (txt: a text a line), packed (.gz) or not, and - for "
             "standard input"
@@ -97,48 +85,46 @@ def check_file(path: str, text_field: str, target: str) -> int:
     n = sum(len(texts) for _, texts in read_parts(path, text_field, 10_000))
     if n == 0:
         raise UserError(f"predict={path}: no text in it, it is empty")
-    if is_csv(path):
-        columns = read_format(path, (text_field,)).columns
-        check_columns(path, columns, columns)
-    if os.path.exists(target) and not goes_on(path, target, text_field):
+    if readers.is_csv(path):
+        columns = readers.read_format(path, (text_field,)).columns
+        readers.check_columns(path, columns, columns)
+    if os.path.exists(target):
+        files = read_parts(path, text_field, 10_000), read_parts(target, text_field, 10_000, added=ANSWER)
+        now, then = (itertools.chain.from_iterable(texts for _, texts in parts) for parts in files)
+        # Each text that was answered is in its place again, and more may follow.
+        with contextlib.suppress(UserError):
+            if all(next(now, ...) == text for text in then):
+                return n
         raise UserError(
             f"predict={path}: {target} holds the answers to other texts; move it away, or type another --out_dir"
         )
     return n
 
 
-def goes_on(path, target, text_field):
-    """Whether each text that was answered in `target` is in its place again; more may follow."""
-    files = read_parts(path, text_field, 10_000), read_parts(target, text_field, 10_000, added=ANSWER)
-    now, then = (itertools.chain.from_iterable(texts for _, texts in parts) for parts in files)
-    with contextlib.suppress(UserError):
-        return all(next(now, ...) == text for text in then)
-    return False
-
-
 def read_parts(path: str, text_field: str, size: int, added: tuple[str, ...] = ()) -> Iterator[tuple]:
     """Yields (rows, their texts), `size` rows at a time: dicts, or an Arrow batch of a parquet file. added: columns
     that are no part of the rows, as a file of answers has them. Raises UserError with the line."""
-    if kind_of(path) == "parquet":
-        for batch in read_rows(path, (), functools.partial(read_batches, size=size)):
+    if readers.kind_of(path) == "parquet":
+        for batch in readers.read_rows(path, (), functools.partial(readers.read_batches, size=size)):
             check_names([name for name in batch.schema.names if name not in added], text_field, path)
             values = batch.column(text_field).to_pylist()
-            yield batch, [to_text(value, "text_field", text_field, path) for value in values]
+            yield batch, [readers.to_text(value, "text_field", text_field, path) for value in values]
         return
-    place, rows = path, read_rows(path, (text_field,), read_lines if kind_of(path) == "txt" else None)
+    read = readers.read_lines if readers.kind_of(path) == "txt" else None
+    place, rows = path, readers.read_rows(path, (text_field,), read)
     if path == STDIN:
         place, rows = "standard input", read_stdin(text_field)
     while part := list(itertools.islice(rows, size)):
         texts = []
         for line, row in part:
-            columns = [name for name in row if name not in added] or [text_field]  # a row may have nothing in it
-            check_names(columns, text_field, f"{place}, line {line}")
-            texts.append(to_text(row.get(text_field), "text_field", text_field, f"{place}, line {line}"))
+            where = f"{place}, line {line}"
+            check_names([name for name in row if name not in added] or [text_field], text_field, where)  # {} is a row
+            texts.append(readers.to_text(row.get(text_field), "text_field", text_field, where))
         yield [row for _, row in part], texts
 
 
 def check_names(names, text_field, where):
-    need_column(names, "text_field", text_field, where)
+    readers.need_column(names, "text_field", text_field, where)
     for name in ANSWER:
         if name in names:
             raise UserError(f"{where}: a column {name} is there already; rename it, since the answer has that name")
@@ -163,25 +149,22 @@ def read_stdin(text_field):
 def open_answers(path, text_field, target):
     """write(rows, answers), which adds a part of a file and its answers to `target`, in the file's own format."""
     if path == STDIN:
-        yield row_by_row(lambda row: print(to_json(row, sys.stdout.encoding or "utf-8")))
+        yield functools.partial(write_rows, lambda row: print(to_json(row, sys.stdout.encoding or "utf-8")))
         return
     make_folder(os.path.dirname(target))
     with whole_file(target) as f:
-        if kind_of(path) == "parquet":
+        if readers.kind_of(path) == "parquet":
             with parquet_writer(path, f) as write:
                 yield write
-        elif is_csv(path):
-            yield row_by_row(csv_writer(path, f, text_field))
+        elif readers.is_csv(path):
+            yield functools.partial(write_rows, csv_writer(path, f, text_field))
         else:
-            yield row_by_row(lambda row: f.write(f"{to_json(row)}\n".encode()))
+            yield functools.partial(write_rows, lambda row: f.write(f"{to_json(row)}\n".encode()))
 
 
-def row_by_row(write):
-    def write_all(rows, answers):
-        for row, answer in zip(rows, answers):
-            write(row | answer)
-
-    return write_all
+def write_rows(write, rows, answers):
+    for row, answer in zip(rows, answers):
+        write(row | answer)
 
 
 def to_json(row, encoding="utf-8"):
@@ -197,9 +180,9 @@ def to_json(row, encoding="utf-8"):
 def csv_writer(path, f, text_field):
     """Writes rows as the file `path` has them: with its separator and line ends, Excel's first line "sep=;", and a
     byte-order mark, which Excel needs."""
-    form = read_format(path, (text_field,))
-    with open_bytes(path) as start:
-        marked = start.read(4).startswith((codecs.BOM_UTF8, *MARKS))
+    form = readers.read_format(path, (text_field,))
+    with readers.open_bytes(path) as start:
+        marked = start.read(4).startswith((codecs.BOM_UTF8, *readers.MARKS))
     f.write((codecs.BOM_UTF8 if marked else b"") + form.before.encode())
 
     def write(row):
@@ -220,7 +203,7 @@ def parquet_writer(path, f):
 
     text = pyarrow.string()
     added = pyarrow.schema(list(zip(ANSWER, (text, text, pyarrow.float64()))))
-    before = next(read_batches(path, size=1)).schema
+    before = next(readers.read_batches(path, size=1)).schema
     # What the library datasets notes there lists all columns, and these three are not in its list.
     notes = {key: note for key, note in (before.metadata or {}).items() if key != b"huggingface"}
     schema = pyarrow.schema([*before, *added], notes)
