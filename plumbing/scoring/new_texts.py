@@ -82,17 +82,17 @@ def check_file(path: str, text_field: str, target: str) -> int:
             f"predict={path}: only {', '.join(KINDS)} files (txt: a text a line), packed (.gz) or not, and - for "
             "standard input"
         )
-    n = sum(len(texts) for _, texts in read_parts(path, text_field, 10_000))
+    n = sum(len(texts) for _, texts in read_parts(path, text_field, 1_000))
     if n == 0:
         raise UserError(f"predict={path}: no text in it, it is empty")
     if readers.is_csv(path):
         columns = readers.read_format(path, (text_field,)).columns
         readers.check_columns(path, columns, columns)
     if os.path.exists(target):
-        files = read_parts(path, text_field, 10_000), read_parts(target, text_field, 10_000, added=ANSWER)
+        files = read_parts(path, text_field, 1_000), read_parts(target, text_field, 1_000, is_answered=True)
         now, then = (itertools.chain.from_iterable(texts for _, texts in parts) for parts in files)
         # Each text that was answered is in its place again, and more may follow.
-        with contextlib.suppress(UserError):
+        with contextlib.suppress(UserError, KeyError):  # damaged, or without this column
             if all(next(now, ...) == text for text in then):
                 return n
         raise UserError(
@@ -101,12 +101,13 @@ def check_file(path: str, text_field: str, target: str) -> int:
     return n
 
 
-def read_parts(path: str, text_field: str, size: int, added: tuple[str, ...] = ()) -> Iterator[tuple]:
-    """Yields (rows, their texts), `size` rows at a time: dicts, or an Arrow batch of a parquet file. added: columns
-    that are no part of the rows, as a file of answers has them. Raises UserError with the line."""
+def read_parts(path: str, text_field: str, size: int, is_answered: bool = False) -> Iterator[tuple]:
+    """Yields (rows, their texts), `size` rows at a time: dicts, or an Arrow batch of a parquet file. Raises UserError
+    with the line for what cannot be answered, if it is not answered already."""
     if readers.kind_of(path) == "parquet":
         for batch in readers.read_rows(path, (), functools.partial(readers.read_batches, size=size)):
-            check_names([name for name in batch.schema.names if name not in added], text_field, path)
+            if not is_answered:
+                check_names(batch.schema.names, text_field, path)
             values = batch.column(text_field).to_pylist()
             yield batch, [readers.to_text(value, "text_field", text_field, path) for value in values]
         return
@@ -118,7 +119,8 @@ def read_parts(path: str, text_field: str, size: int, added: tuple[str, ...] = (
         texts = []
         for line, row in part:
             where = f"{place}, line {line}"
-            check_names([name for name in row if name not in added] or [text_field], text_field, where)  # {} is a row
+            if not is_answered:
+                check_names(row or (text_field,), text_field, where)  # a row may have nothing in it
             texts.append(readers.to_text(row.get(text_field), "text_field", text_field, where))
         yield [row for _, row in part], texts
 
