@@ -32,8 +32,9 @@ def check_vocabulary(name: str) -> None:
     n = read_model_config(config)["vocab_size"]
     if n < N_TOKENS:
         raise ValueError(f"init_from={name}: vocab_size={n}, but texts are made of GPT-2's {N_TOKENS:,} tokens")
-    known = [os.path.join(os.path.dirname(config), file) for file in TOKENIZERS]
-    found = [path for path in known if os.path.exists(path)]
+    names = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+    paths = [os.path.join(os.path.dirname(config), file) for file in names]
+    found = [path for path in paths if os.path.exists(path)]
     if found and not is_gpt2s(found[0]):
         raise ValueError(
             f"init_from={name}: {found[0]} is another tokenizer than GPT-2's, which is all that is used here; type a "
@@ -41,9 +42,6 @@ def check_vocabulary(name: str) -> None:
         )
     if n > PADDED and not found:
         print(f"note: init_from={name} has {n:,} tokens and no tokenizer's file: taken to begin with GPT-2's")
-
-
-TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 
 
 def is_gpt2s(path):

@@ -6,22 +6,23 @@ import re
 
 import torch
 
-from plumbing.program.files import (
-    check_finite,
-    find_asset,
-    find_copy,
-    read_tensors,
-    write_weights,
-)
+from plumbing.program.files import check_finite, find_asset, find_copy, read_tensors, write_weights
 from plumbing.program.hub import fetch_model
 
-HUB_MODELS = {  # what a user types: the repository on the hub
-    "gpt2": "openai-community/gpt2",
-    "gpt2-medium": "openai-community/gpt2-medium",
-    "gpt2-large": "openai-community/gpt2-large",
-    "gpt2-xl": "openai-community/gpt2-xl",
+# What a user types: the repository on the hub.
+HUB_MODELS = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+SIZES = {"block_size": "n_positions"} | {key: key for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
+COMPUTED = {  # key of config.json: the values that mean what is computed here, the default first
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "tie_word_embeddings": (True,),
 }
 CONV1D = re.compile(r"(attn\.c_attn|c_proj|mlp\.c_fc)\.weight$")  # stored by Hugging Face as (in, out)
+MASK = re.compile(r"\.attn\.(masked_)?bias$")
+HEADS = ("lm_head.weight", "score.weight")  # the vocabulary's, a classifier's
 
 
 def find_model(name):
@@ -67,34 +68,15 @@ def read_model_config(path):
         sizes = {ours: config[theirs] for ours, theirs in SIZES.items()}
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as e:
         raise ValueError(f"{path} is damaged or no GPT-2 config: {e!r}") from e
-    for key, values in COMPUTED.items():
-        if config.get(key, values[0]) not in values:
-            raise ValueError(f"{path}: {key}={config[key]!r}, but this GPT-2 computes {values[0]!r}")
-    if config.get("n_inner") not in (None, 4 * sizes["n_embd"]):
-        raise ValueError(f"{path}: n_inner={config['n_inner']}, but this GPT-2's MLP is {4 * sizes['n_embd']} wide")
     for key, value in sizes.items():
         if type(value) is not int or value < 1:  # True is an int too
             raise ValueError(f"{path}: {SIZES[key]}={value!r} is no size")
+    for key, values in (COMPUTED | {"n_inner": (4 * sizes["n_embd"], None)}).items():
+        if config.get(key, values[0]) not in values:
+            raise ValueError(f"{path}: {key}={config[key]!r}, but this GPT-2 computes {values[0]!r}")
     if config.get("architectures") == ["GPT2ForSequenceClassification"]:
         sizes["n_classes"] = len(config.get("id2label") or (0, 1))  # transformers leaves two classes out
     return sizes
-
-
-SIZES = {
-    "block_size": "n_positions",
-    "vocab_size": "vocab_size",
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-    "n_embd": "n_embd",
-}
-COMPUTED = {  # key: the values that mean what is computed here, the default first
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "tie_word_embeddings": (True,),
-}
 
 
 def read_weights(files: list, n_head: int, expected: dict, dtype) -> dict:
@@ -127,27 +109,18 @@ def read_weights(files: list, n_head: int, expected: dict, dtype) -> dict:
     if missing:
         raise ValueError(f"{directory} is not whole: {missing[0]} is missing")
     if len(tied) == 2 and "score.weight" not in expected:  # a classifier has no use for the head
-        check_tied(*tied.values(), directory)
+        coarsest = min((tensor.dtype for tensor in tied.values()), key=lambda dtype: dtype.itemsize)
+        if not torch.equal(*(tensor.to(coarsest) for tensor in tied.values())):  # a rounded one is the same
+            raise ValueError(
+                f"{directory} has a head of its own: lm_head.weight differs from wte.weight, but GPT-2's head is its "
+                "word embedding; type another --init_from"
+            )
     return state
-
-
-HEADS = ("lm_head.weight", "score.weight")  # the vocabulary's, a classifier's
-MASK = re.compile(r"\.attn\.(masked_)?bias$")
 
 
 def full_name(key):
     """A tensor's name with "transformer.", which some files leave out."""
     return key if key.startswith(("transformer.", *HEADS)) else f"transformer.{key}"
-
-
-def check_tied(a, b, directory):
-    """Raises ValueError for an output head of its own. One that was stored in another dtype is the same."""
-    dtype = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
-    if a.shape != b.shape or not torch.equal(a.to(dtype), b.to(dtype)):
-        raise ValueError(
-            f"{directory} has a head of its own: lm_head.weight differs from wte.weight, but GPT-2's head is its "
-            "word embedding; type another --init_from"
-        )
 
 
 def write_model(directory: str, config, tensors: dict, dtype=None, write=write_weights) -> None:
@@ -159,23 +132,13 @@ def write_model(directory: str, config, tensors: dict, dtype=None, write=write_w
         stored[name] = tensor.to("cpu", dtype or tensor.dtype).contiguous()
     settings = {
         "architectures": ["GPT2ForSequenceClassification" if config.n_classes else "GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "activation_function": "gelu_new",
-        "n_positions": config.block_size,
         "n_ctx": config.block_size,
-        "vocab_size": config.vocab_size,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
-        "layer_norm_epsilon": 1e-5,
-        "attn_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "resid_pdrop": config.dropout,
-        "bos_token_id": config.vocab_size - 1,
-        "eos_token_id": config.vocab_size - 1,
-        "tie_word_embeddings": True,
         "torch_dtype": str(stored["transformer.wte.weight"].dtype).removeprefix("torch."),
     }
+    settings |= {key: values[0] for key, values in COMPUTED.items()}
+    settings |= {theirs: getattr(config, ours) for ours, theirs in SIZES.items()}
+    settings |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
+    settings |= dict.fromkeys(("bos_token_id", "eos_token_id"), config.vocab_size - 1)
     if config.n_classes:
         settings["id2label"] = {i: f"LABEL_{i}" for i in range(config.n_classes)}
         settings["pad_token_id"] = config.vocab_size - 1

@@ -6,6 +6,8 @@ python -m plumbing.gpt2.memory        the table of docs/speed.md
 import torch
 
 ACTIVATIONS = {"LoRA": 33, "full": 55}  # bytes a token, layer and unit of width, in half precision (measured)
+# What trains: float32 with its gradient, AdamW's two moments and, for the backward pass, a copy in half precision.
+TRAINED = 4 + 4 + 8 + 2  # bytes a parameter
 SHAPES = {  # n_layer, n_embd, parameters in millions
     "gpt2": (12, 768, 124),
     "gpt2-medium": (24, 1024, 355),
@@ -13,12 +15,6 @@ SHAPES = {  # n_layer, n_embd, parameters in millions
     "gpt2-xl": (48, 1600, 1558),
 }
 CARDS = {"T4": 15, "A10, L4": 22, "A100 40": 39, "A100 80, H100": 79}  # GB that a program gets
-
-
-def weights_bytes(n_frozen: int, n_trained: int, frozen_bytes: int = 2) -> int:
-    """Frozen weights in their dtype; what trains in float32, with its gradient, AdamW's two moments and, for the
-    backward pass, a copy in half precision."""
-    return frozen_bytes * n_frozen + 18 * n_trained
 
 
 def activations_bytes(n_layer: int, n_embd: int, tokens: int, scored: int, kind: str) -> int:
@@ -34,7 +30,7 @@ def check_weights(model, device: str) -> None:
     free, _ = torch.cuda.mem_get_info(device)
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    needed = frozen + weights_bytes(0, n_trained)
+    needed = frozen + TRAINED * n_trained
     if needed > free:
         advice = "a lower --rank" if frozen else "--rank=16, which trains 2 % of them"
         raise ValueError(
@@ -48,21 +44,14 @@ def training_bytes(name: str, kind: str, batch_size: int = 32, length: int = 60)
     n_layer, n_embd, millions = SHAPES[name]
     n_base = millions * 10**6
     n_lora = n_layer * 128 * (n_embd + 3 * n_embd + n_embd + n_embd)  # A and B of QKV and projection
-    weights = weights_bytes(n_base, n_lora) if kind == "LoRA" else weights_bytes(0, n_base)
+    weights = 2 * n_base + TRAINED * n_lora if kind == "LoRA" else TRAINED * n_base
     return weights + activations_bytes(n_layer, n_embd, batch_size * length, 2 * batch_size, kind)
 
 
-def make_table() -> str:
-    """Training of each size, with LoRA and without: GB, and the cards that have them."""
-    lines = ["| base | training | GB | fits |", "| --- | --- | --- | --- |"]
-    for name in SHAPES:
-        for kind in ("LoRA", "full"):
-            total = training_bytes(name, kind)
-            fits = [card for card, gb in CARDS.items() if total / 1e9 < 0.9 * gb]
-            what = "LoRA, r = 128" if kind == "LoRA" else "every weight"
-            lines.append(f"| {name} | {what} | {total / 1e9:.1f} | {fits[0] + ' and larger' if fits else 'none'} |")
-    return "\n".join(lines)
-
-
 if __name__ == "__main__":
-    print(make_table())
+    print("| base | training | GB | fits |\n| --- | --- | --- | --- |")
+    for name in SHAPES:
+        for kind, what in (("LoRA", "LoRA, r = 128"), ("full", "every weight")):
+            total = training_bytes(name, kind) / 1e9
+            fits = next((f"{card} and larger" for card, gb in CARDS.items() if total < 0.9 * gb), "none")
+            print(f"| {name} | {what} | {total:.1f} | {fits} |")

@@ -60,33 +60,9 @@ def write_score(folder: str, result: dict, examples, generated: list[str], found
 
 
 def print_score(folder: str, result: dict, examples, generated: list[str], found: list, names: list[str]) -> None:
-    """The table, some errors, the speed, and what tuning has changed."""
+    """The table, two examples of each kind of error, the speed, the untuned model's accuracy if it was scored in the
+    folder too, and where the weights lie."""
     print_result(result)
-    print_errors(examples, generated, found, names)
-    speed = f"{result['n'] / max(result['seconds'], 0.01):.1f} examples/s"
-    print(f"\n{speed}; written: {folder}/accuracy.json, {folder}/predictions.jsonl")
-    if result["tuned"]:
-        print_improvement(folder, result)
-
-
-def print_result(result: dict) -> None:
-    """The accuracy and the confusion table."""
-    names = result["label_names"]
-    low, high = result["interval"]
-    print(
-        f"accuracy {100 * result['accuracy']:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f}) of "
-        f"{result['n']} examples, garbage {100 * result['garbage']:.2f} %"
-    )
-    width = max(len(name) for name in [*names, "garbage"]) + 2
-    columns = [*names, "garbage", "recall"]
-    print("\n" + "true \\ written".ljust(width + 6) + "".join(name.rjust(width) for name in columns))
-    for name, row, recall in zip(names, result["confusion"], result["recall"]):
-        cells = [*map(str, row), "" if recall is None else f"{100 * recall:.1f} %"]
-        print(name.ljust(width + 6) + "".join(cell.rjust(width) for cell in cells))
-
-
-def print_errors(examples, generated: list[str], found: list, names: list[str]) -> None:
-    """Two examples of each kind of error."""
     shown = Counter()
     for example, text, i in zip(examples, generated, found):
         true = names[example.label]
@@ -98,16 +74,35 @@ def print_errors(examples, generated: list[str], found: list, names: list[str]) 
         shown[true, written] += 1
         review = " ".join(example.text.split())
         print(f"  {true} taken for {written}: wrote {text[:30]!r} after {review[:90]!r}")
-
-
-def print_improvement(out_dir: str, result: dict) -> None:
-    """The accuracy next to the untuned model's, if that was scored in out_dir too, and where the weights lie."""
-    path = os.path.join(out_dir, "untuned", "accuracy.json")
+    speed = f"{result['n'] / max(result['seconds'], 0.01):.1f} examples/s"
+    print(f"\n{speed}; written: {folder}/accuracy.json, {folder}/predictions.jsonl")
+    if not result["tuned"]:
+        return
+    path = os.path.join(folder, "untuned", "accuracy.json")
     with contextlib.suppress(OSError, ValueError), open(path) as f:
         before = json.load(f)
         if all(before.get(key) == result[key] for key in SCORED):
             print(f"untuned {100 * before['accuracy']:.2f} %, tuned {100 * result['accuracy']:.2f} %")
     for name in (ADAPTER_WEIGHTS, "model.safetensors", "loss.png"):
-        path = os.path.join(out_dir, name)
+        path = os.path.join(folder, name)
         if os.path.exists(path):
             print(f"{path} ({os.path.getsize(path) / 1e6:.2f} MB)")
+
+
+def print_result(result: dict) -> None:
+    """The accuracy and the confusion table."""
+    print(f"accuracy {describe_accuracy(result, 'examples')}\n")
+    names = [*result["label_names"], "garbage"]
+    rows = [["true \\ written", *names, "recall"]]
+    for name, counts, recall in zip(names, result["confusion"], result["recall"]):
+        rows.append([name, *map(str, counts), "" if recall is None else f"{100 * recall:.1f} %"])
+    width = max(map(len, names)) + 2
+    for first, *cells in rows:
+        print(first.ljust(width + 6) + "".join(cell.rjust(width) for cell in cells))
+
+
+def describe_accuracy(result: dict, what: str) -> str:
+    values = (result["accuracy"], *result["interval"], result["garbage"])
+    accuracy, low, high, garbage = (100 * value for value in values)
+    sure = f"95 % interval {low:.1f} to {high:.1f}"
+    return f"{accuracy:.2f} % ({sure}) of {result['n']} {what}, garbage {garbage:.2f} %"

@@ -12,13 +12,6 @@ from plumbing.gpt2.batch import IGNORE, pad
 from plumbing.gpt2.kv_cache import KVCache
 
 
-def shared_start(prompts: list[list[int]]) -> list[int]:
-    """The tokens that all prompts begin with, but for a last one of each: what follows is predicted from it."""
-    starts = [prompt[:-1] for prompt in prompts] or [[]]
-    pairs = zip(min(starts), max(starts))  # in the order of a dictionary these two differ first
-    return [token for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
-
-
 def order_by_length(prompts: list[list[int]], size: int) -> list[np.ndarray]:
     """The indices of each batch: prompts of like length together, so that little is padding."""
     order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
@@ -28,7 +21,9 @@ def order_by_length(prompts: list[list[int]], size: int) -> list[np.ndarray]:
 def read_batches(model, prompts: list[list[int]], size: int) -> Iterator[tuple]:
     """(indices, their last tokens, a KVCache of all tokens before them), batch after batch, as `read_prompts` gives
     them. The tokens that every prompt begins with go through the model once."""
-    prefix = shared_start(prompts)
+    starts = [prompt[:-1] for prompt in prompts] or [[]]  # what follows is predicted from a prompt's last token
+    pairs = zip(min(starts), max(starts))  # in the order of a dictionary these two differ first
+    prefix = [token for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
     cache = KVCache()
     if prefix:  # called for what it writes into the cache: keys and values
         model.hidden(torch.tensor([prefix], device=next(model.parameters()).device), cache)
@@ -103,6 +98,4 @@ def in_parts(examples, size):
 
 def decode(tokens: list[int]) -> str:
     """The text before end-of-text."""
-    if end_of_text() in tokens:
-        tokens = tokens[: tokens.index(end_of_text())]
-    return gpt2_encoding().decode(tokens)
+    return gpt2_encoding().decode(list(itertools.takewhile(lambda token: token != end_of_text(), tokens)))

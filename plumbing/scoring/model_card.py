@@ -1,5 +1,6 @@
 """A run's README.md, as the hub shows it: what the model is, what it has read, how good it is and how to load it."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ import textwrap
 from plumbing.data.sources import HUB_DATASETS
 from plumbing.gpt2.files import HUB_MODELS
 from plumbing.program.files import whole_file
+from plumbing.scoring.accuracy import describe_accuracy
 
 CARD = "README.md"
 MARK = "<!-- Written by nanoLoRA; once it is edited, this file is left as it is. SHA-256: "
@@ -24,53 +26,33 @@ def write_card(config, loader, result: dict | None = None) -> None:
     if result is not None and any(result[key] != getattr(config, key) for key in ("dataset", "template")):
         return
     path = os.path.join(config.out_dir, CARD)
-    if not is_ours(path):
-        print(f"note: {path} was not written here, or edited since, and is left as it is")
-        return
-    parts = [front_matter(config), opening(config), data_section(config, loader), settings_section(config)]
-    parts += [result_section(config, result), loading_section(config, loader), LICENCE]
-    text = "\n\n".join(parts) + "\n\n"
-    text = text.encode("utf-8", "backslashreplace").decode()  # a folder's name may be no text
-    with whole_file(path) as f:
-        f.write(f"{text}{MARK}{checksum(text)} -->\n".encode())
-
-
-def is_ours(path):
-    """Whether the file is not there, or as it was written here."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            text, mark, end = f.read().rpartition(MARK)
-        return bool(mark) and end.strip() == f"{checksum(text)} -->"
-    except FileNotFoundError:
-        return True
-    except UnicodeDecodeError:
-        return False
-
-
-def checksum(text):
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-# --- its parts -------------------------------------------------------------------------------------
-
-
-def front_matter(config):
-    """The YAML that the hub reads. Only names that the hub has stand in it."""
-    lines = [f"library_name: {'peft' if config.rank else 'transformers'}"]
-    if config.init_from in HUB_MODELS:
-        lines.append(f"base_model: {HUB_MODELS[config.init_from]}")
-    if config.dataset in HUB_DATASETS:
-        lines.append(f"datasets:\n- {HUB_DATASETS[config.dataset]}")
-    lines.append(f"pipeline_tag: text-{'classification' if config.task == 'classify' else 'generation'}")
-    lines.append("tags:\n- gpt2\n- nanolora" + ("\n- lora" if config.rank else ""))
-    return "---\n" + "\n".join(lines) + "\n---"
-
-
-def opening(config):
+    if os.path.exists(path):
+        with open(path, encoding="utf-8", errors="surrogateescape") as f:
+            before = f.read()
+        if before.rstrip() != seal(before.rpartition(MARK)[0]).rstrip():
+            print(f"note: {path} was not written here, or edited since, and is left as it is")
+            return
     what = "classifies texts" if config.task == "classify" else "writes a label after a text"
     how = f"LoRA of rank {config.rank}" if config.rank else "without LoRA"
-    name = os.path.basename(os.path.abspath(config.out_dir))
-    return f"# {name}\n\nA GPT-2 that {what}: trained from `{base_name(config)}`, {how}, with nanoLoRA."
+    parts = [
+        front_matter(config),
+        f"# {os.path.basename(os.path.abspath(config.out_dir))}",
+        f"A GPT-2 that {what}: trained from `{base_name(config)}`, {how}, with nanoLoRA.",
+        data_section(config, loader),
+        settings_section(config),
+        result_section(config, result),
+        loading_section(config, loader),
+        "## Licence",
+        "Choose one. The base model's licence and that of the data bind this model too.",
+    ]
+    text = "\n\n".join(parts) + "\n\n"
+    with whole_file(path) as f:
+        f.write(seal(text.encode("utf-8", "backslashreplace").decode()).encode())  # a folder's name may be no text
+
+
+def seal(text):
+    """A card with the line by which it is known as one that nobody has edited."""
+    return f"{text}{MARK}{hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()} -->\n"
 
 
 def base_name(config):
@@ -78,30 +60,41 @@ def base_name(config):
     return HUB_MODELS.get(config.init_from) or os.path.basename(os.path.normpath(config.init_from))
 
 
+# --- its parts -------------------------------------------------------------------------------------
+
+
+def front_matter(config):
+    """The YAML that the hub reads. Only names that the hub has stand in it."""
+    lines = ["---", f"library_name: {'peft' if config.rank else 'transformers'}"]
+    if config.init_from in HUB_MODELS:
+        lines.append(f"base_model: {HUB_MODELS[config.init_from]}")
+    if config.dataset in HUB_DATASETS:
+        lines += ["datasets:", f"- {HUB_DATASETS[config.dataset]}"]
+    lines.append(f"pipeline_tag: text-{'classification' if config.task == 'classify' else 'generation'}")
+    lines += ["tags:", "- gpt2", "- nanolora", *(["- lora"] if config.rank else []), "---"]
+    return "\n".join(lines)
+
+
 def data_section(config, loader):
+    name = config.dataset
+    if os.path.exists(name):  # the way there is the owner's own
+        name = os.path.basename(os.path.normpath(name))
     digest = (config.run and config.run.data) or loader.digest
-    lines = [f"- data set: `{public_name(config.dataset)}`, digest `{digest[:16]}`"]
-    lines.append(f"- columns: `{config.text_field}`, `{config.label_field}`")
-    lines.append("- labels: " + ", ".join(f"`{name}`" for name in label_names(config, loader)))
-    section = "## Data\n\n" + "\n".join(lines)
+    labels = ", ".join(f"`{label}`" for label in label_names(config, loader))
+    section = f"""## Data
+
+- data set: `{name}`, digest `{digest[:16]}`
+- columns: `{config.text_field}`, `{config.label_field}`
+- labels: {labels}"""
     if config.task == "classify":
         return section
-    template = config.template.replace("\\n", "\n")
-    return f"{section}\n\nThe prompt; the model writes what stands in the place of `{{label}}`:\n\n{indent(template)}"
+    template = textwrap.indent(config.template.replace("\\n", "\n"), "    ", lambda line: True)  # a block of code
+    return f"{section}\n\nThe prompt; the model writes what stands in the place of `{{label}}`:\n\n{template}"
 
 
 def label_names(config, loader):
     """Those of the run; the loader may be of other data."""
     return (config.run and config.run.label_names) or loader.label_names
-
-
-def public_name(dataset):
-    return os.path.basename(os.path.normpath(dataset)) if os.path.exists(dataset) else dataset
-
-
-def indent(text):
-    """As a block of code, whatever is in it."""
-    return textwrap.indent(text, "    ", lambda line: True)
 
 
 def settings_section(config):
@@ -116,47 +109,33 @@ def settings_section(config):
 
 def result_section(config, result):
     lines = ["## Result", ""]
-    best = best_loss(config.out_dir)
-    if best is not None:
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        with open(os.path.join(config.out_dir, "metrics.jsonl"), encoding="utf-8") as f:
+            best = min(json.loads(line)["val_loss"] for line in f)
         lines.append(f"- best validation loss: {best:.4f} nats a scored token")
+    accuracy = "not scored yet; `python generate.py --init_from=resume --out_dir=FOLDER` does it"
     if result is not None:
-        low, high = result["interval"]
-        lines.append(
-            f"- accuracy: {100 * result['accuracy']:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f}) of "
-            f"{result['n']} examples of the {result['split']} split, garbage {100 * result['garbage']:.2f} %"
-        )
-    else:
-        lines.append("- accuracy: not scored yet; `python generate.py --init_from=resume --out_dir=FOLDER` does it")
-    return "\n".join(lines)
-
-
-def best_loss(out_dir):
-    try:
-        with open(os.path.join(out_dir, "metrics.jsonl"), encoding="utf-8") as f:
-            return min(json.loads(line)["val_loss"] for line in f)
-    except (OSError, ValueError, KeyError):
-        return None
+        accuracy = describe_accuracy(result, f"examples of the {result['split']} split")
+    return "\n".join([*lines, f"- accuracy: {accuracy}"])
 
 
 def loading_section(config, loader):
-    name = "GPT2ForSequenceClassification" if config.task == "classify" else "GPT2LMHeadModel"
+    kind = "GPT2LMHeadModel"
     options = ""
     if config.task == "classify":
+        kind = "GPT2ForSequenceClassification"
         options = f", num_labels={len(label_names(config, loader))}, pad_token_id=50256"
+    library = "transformers"
+    code = f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("FOLDER")'
     if config.rank:
         library = "PEFT"
+        base = "assets/gpt2-mini" if config.init_from == "gpt2-mini" else base_name(config)
         code = f"""from peft import PeftModel
-from transformers import {name}
+from transformers import {kind}
 
-BASE = "{base_path(config)}"{"" if config.init_from in HUB_MODELS else "  # where you have this base model"}
-base = {name}.from_pretrained(BASE{options})
+BASE = "{base}"{"" if config.init_from in HUB_MODELS else "  # where you have this base model"}
+base = {kind}.from_pretrained(BASE{options})
 model = PeftModel.from_pretrained(base, "FOLDER")"""
-    else:
-        library = "transformers"
-        code = f"""from transformers import {name}
-
-model = {name}.from_pretrained("FOLDER")"""
-    command = "python generate.py --init_from=resume --out_dir=FOLDER --predict=new.csv"
     return f"""## How to load it
 
 FOLDER is this folder or, outside nanoLoRA, its name on the hub; the tokenizer is GPT-2's. With {library}:
@@ -168,14 +147,5 @@ FOLDER is this folder or, outside nanoLoRA, its name on the hub; the tokenizer i
 With nanoLoRA:
 
 ```
-{command}
+python generate.py --init_from=resume --out_dir=FOLDER --predict=new.csv
 ```"""
-
-
-def base_path(config):
-    return "assets/gpt2-mini" if config.init_from == "gpt2-mini" else base_name(config)
-
-
-LICENCE = """## Licence
-
-Choose one. The base model's licence and that of the data bind this model too."""
