@@ -62,14 +62,11 @@ class PlannedRun:
         return self.metrics[-1]["iter"] if same and self.metrics else None
 
     def done(self) -> bool:
-        if self.method == CLAIM:
-            return os.path.exists(self.path(MEASURES)) and self.reached() == self.config.max_iters
         score = self.score
-        if not score:
-            return False
         if self.method == UNTUNED:
-            return all(score[key] == getattr(self.config, key) for key in SCORED)
-        return self.reached() == self.config.max_iters
+            return bool(score) and all(score[key] == getattr(self.config, key) for key in SCORED)
+        has_result = os.path.exists(self.path(MEASURES)) if self.method == CLAIM else score
+        return bool(has_result) and self.reached() == self.config.max_iters
 
     # --- what its files say
 
@@ -109,13 +106,9 @@ class PlannedRun:
     @property
     def minutes(self) -> float:
         """Of training without evaluation, by the run's own speed."""
-        metrics = self.metrics
         batch = self.config.batch_size * self.config.gradient_accumulation_steps
-        seconds = 0.0
-        for before, now in pairwise(metrics):
-            if "examples_per_s" in now:
-                seconds += (now["iter"] - before["iter"]) * batch / now["examples_per_s"]
-        return seconds / 60
+        timed = [pair for pair in pairwise(self.metrics) if "examples_per_s" in pair[1]]
+        return sum((now["iter"] - before["iter"]) * batch / now["examples_per_s"] for before, now in timed) / 60
 
 
 def flags(config: Config) -> list[str]:
