@@ -113,7 +113,7 @@ def add_muon(config, model) -> list:
     if not config.muon_lr:
         return build_optimizers(config, model)
     if not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"muon_lr={config.muon_lr}: torch {torch.__version__} has no Muon, 2.9 has; type --muon_lr=0")
+        raise ValueError(f"muon_lr={config.muon_lr} needs torch 2.9, this is {torch.__version__}; type --muon_lr=0")
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".h." in name]
     muon = torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)
     for group in muon.param_groups:
