@@ -215,11 +215,7 @@ def prepare_text(text, lowercase_share):
 
 def lowercase_spaced(text):
     """As the reviews of `rotten_tomatoes` are written: "it's a charming , often affecting journey ." """
-
-    def space(mark):
-        return f" {' '.join(mark[1]) if mark[1] == '...' else mark[1]} "
-
-    text = re.sub(r"\s*(\.\.\.|--|[.,!?;:()\"])\s*", space, text.lower())
+    text = re.sub(r"\s*(--|[.,!?;:()\"])\s*", r" \1 ", text.lower())
     return re.sub(r" +", " ", text).strip()
 
 
