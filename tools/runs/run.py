@@ -13,10 +13,9 @@ from itertools import pairwise
 import torch
 
 from configurator import Config
-from lora import mark_only_lora_as_trainable
 from model import GPT, GPTConfig
 from plumbing.adapters.layers import lora_arguments
-from plumbing.adapters.trainable import train_also
+from plumbing.adapters.trainable import trainable_names
 from plumbing.gpt2.files import find_model, read_model_config
 from plumbing.program.files import ROOT
 from plumbing.program.settings import settings_of
@@ -120,13 +119,11 @@ def count_parameters(config: Config) -> tuple[int, int]:
     """(trained, all) of a run with these settings."""
     with torch.device("meta"):  # shapes only
         model = GPT(GPTConfig(**read_model_config(find_model(config.init_from)[0]), **lora_arguments(config)))
-    if config.rank:
-        mark_only_lora_as_trainable(model)
-    elif config.trainable:
-        model.requires_grad_(False)
-    train_also(model, config.lora_bias, config.trainable)
-    params = list(model.parameters())
-    return sum(p.numel() for p in params if p.requires_grad), sum(p.numel() for p in params)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    trained = sizes
+    if config.rank or config.trainable:
+        trained = trainable_names(model, config.lora_bias, config.trainable)
+    return sum(sizes[name] for name in trained), sum(sizes.values())
 
 
 # --- making them ----------------------------------------------------------------------------------
