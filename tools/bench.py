@@ -122,7 +122,8 @@ class Bench:
         return time.monotonic() <= self.until
 
     def take_turns(self, case, systems, jobs):
-        """Lets the systems, {name: function of a job}, do the jobs, each in turn. Returns {name: its answers}."""
+        """Lets the systems, {name: function of a job}, do the jobs, each in turn. Returns {name: its answers}, each
+        (seconds, result, peak memory)."""
         answers = {name: [] for name in systems} if self.in_time(case) else {}
         for n, job in enumerate(jobs):
             if n > 1 and time.monotonic() > self.until:
@@ -136,25 +137,23 @@ class Bench:
         return answers
 
     def measure(self, case, unit, systems, jobs, amount=None):
-        """The same with a warm-up and a row for each system of `running`. Returns {name: [(seconds, result, peak
-        memory)]}, the warm-up first."""
+        """The same after a warm-up, which is the first answer, with a row for each system."""
         answers = self.take_turns(case, systems, [jobs[0], *jobs])
-        shown = {name: given for name, given in answers.items() if name != PRODUCT}
-        seconds = {name: [answer[0] for answer in given[1:]] for name, given in shown.items()}
-        self.add_rows(case, unit, seconds, amount, {name: given[-1][2] for name, given in shown.items()})
+        self.add_rows(case, unit, {name: given[1:] for name, given in answers.items() if name != PRODUCT}, amount)
         return answers
 
-    def add_rows(self, case, unit, seconds, amount=None, memory=None):
-        """A row for each system of {name: seconds of each step}: `amount` a second (None: seconds), and its time and
-        memory over the first system's."""
-        memory = memory or dict.fromkeys(seconds)
-        first = next(iter(seconds), None)
-        for name, times in seconds.items():
-            row = {"case": case, "system": name, "unit": unit, "memory": memory[name]}
+    def add_rows(self, case, unit, answers, amount=None):
+        """A row for each system: `amount` a second (None: seconds), and its time and memory over the first one's."""
+        first = None
+        for name, given in answers.items():
+            times = [answer[0] for answer in given]
+            memory = given[-1][2]
+            row = {"case": case, "system": name, "unit": unit, "memory": memory}
             row |= spread([amount / s for s in times] if amount else times)
-            if name != first:
-                row["time_ratio"] = spread([s / theirs for s, theirs in zip(times, seconds[first])])
-                row["memory_ratio"] = memory[name] / memory[first] if memory[name] else None
+            if first:
+                row["time_ratio"] = spread([s / theirs for s, theirs in zip(times, first[0])])
+                row["memory_ratio"] = memory / first[1] if memory else None
+            first = first or (times, memory)
             self.rows.append(row)
 
 
@@ -472,7 +471,7 @@ def time_start(system, sign, command, job):
         for line in process.stdout:
             if line.startswith(sign):
                 process.kill()
-                return time.perf_counter() - began
+                return time.perf_counter() - began, None, None
             lines.append(line.strip())
     raise RuntimeError(f"{command[0]} ended before it printed {sign!r}: {' / '.join(lines[-3:])}")
 
@@ -483,8 +482,10 @@ def measure_latency(bench):
     forward = "forward pass, gpt2-medium, 1 example of 52 tokens, r = 128"
     for job, case, unit, amount in (("forward", forward, "s", None), ("generate", generation, "tokens/s", 32)):
         if bench.in_time(case):
-            seconds = time_latency(config, job, bench.steps)
-            bench.add_rows(case, unit, {f"{name}, {config.dtype}": times for name, times in seconds.items()}, amount)
+            answers = {}
+            for name, seconds in time_latency(config, job, bench.steps).items():
+                answers[f"{name}, {config.dtype}"] = [(s, None, None) for s in seconds]
+            bench.add_rows(case, unit, answers, amount)
 
 
 def measure_launches(bench):
@@ -496,7 +497,8 @@ def measure_launches(bench):
     with running(systems, bench.device) as workers:
         answers = bench.take_turns(CASE, workers, [(0, 1)] * (1 + bench.steps))
     for n, unit in enumerate(("ms of CPU time", "kernels")):
-        bench.add_rows(CASE, unit, {name: [answer[1][n] for answer in given[1:]] for name, given in answers.items()})
+        counts = {name: [(result[n], None, None) for _, result, _ in given[1:]] for name, given in answers.items()}
+        bench.add_rows(CASE, unit, counts)
 
 
 def measure_neighbours(bench):
@@ -526,15 +528,14 @@ def measure_data(bench):
         rows.writerow(["text", "label"])
         for i, (text, label) in zip(range(bench.config.rows), itertools.cycle(texts)):
             rows.writerow([f"{i} {text}", label])
-    seconds = {"tiktoken, encode_ordinary_batch": [], "CustomDataLoader, the first time": []}
-    memory = {}
+    answers = {"tiktoken, encode_ordinary_batch": [], "CustomDataLoader, the first time": []}
     for _ in range(bench.config.steps or 3):
-        for name, function in zip(seconds, ("tokenise_alone", "load_first")):
+        for name, function in zip(answers, ("tokenise_alone", "load_first")):
             command = [sys.executable, "-c", f"from tools import bench; print(*bench.{function}({path!r}))"]
             out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
-            took, memory[name] = map(float, out.splitlines()[-1].split())
-            seconds[name].append(took)
-    bench.add_rows(f"{bench.config.rows:,} rows of csv to tokens", "s", seconds, memory=memory)
+            seconds, memory = map(float, out.splitlines()[-1].split())
+            answers[name].append((seconds, None, memory))
+    bench.add_rows(f"{bench.config.rows:,} rows of csv to tokens", "s", answers)
 
 
 def load_first(path):
@@ -545,12 +546,13 @@ def load_first(path):
 
 def tokenise_alone(path):
     before, after = Config.template.removesuffix("{label}").split("{text}")
-    tokenise = partial(gpt2_encoding().encode_ordinary_batch, num_threads=os.cpu_count())
     seconds = 0.0
     with open(path, encoding="utf-8", newline="") as f:
         rows = itertools.islice(csv.reader(f), 1, None)
         while prompts := [before + text + after + label for text, label in itertools.islice(rows, 50_000)]:
-            seconds += timed("cpu", tokenise, prompts)[0]
+            began = time.perf_counter()
+            gpt2_encoding().encode_ordinary_batch(prompts, num_threads=os.cpu_count())
+            seconds += time.perf_counter() - began
     return seconds, peak_memory("cpu")
 
 
