@@ -249,12 +249,19 @@ def measure_speed(config):
 
 
 def make_runs(config, runs):
-    """Makes the runs that are not done. Returns {name: reason} of those that failed."""
+    """Makes the runs that are not done, several side by side by Ray. Returns {name: reason} of those that failed."""
     failed = {}
     left = [run for run in runs if not run.done()]
+    environment = {key: value for key, value in os.environ.items() if key.startswith("WANDB_")}
+    environment["WANDB_RUN_GROUP"] = os.path.basename(os.path.normpath(config.sweep_dir))
     bar = tqdm(total=len(runs), initial=len(runs) - len(left), unit="run", disable=None)
     with one_line_errors(), bar:
-        for name, place, reason in start_runs(config, left):
+        events = run_here(left, environment)
+        jobs = count_jobs(config)
+        if left and (config.ray or jobs > 1):
+            on_gpu = config.device in ("auto", "cuda")
+            events = run_on_ray(left, config.ray, jobs, on_gpu, find_sources(config), environment)
+        for name, place, reason in events:
             if reason:
                 failed[name] = reason
                 tqdm.write(f"{name} failed: {reason}")
@@ -263,17 +270,6 @@ def make_runs(config, runs):
             else:
                 bar.update()
     return failed
-
-
-def start_runs(config, runs):
-    """The events of run_here or, for several runs side by side, of run_on_ray."""
-    environment = {key: value for key, value in os.environ.items() if key.startswith("WANDB_")}
-    environment["WANDB_RUN_GROUP"] = os.path.basename(os.path.normpath(config.sweep_dir))
-    jobs = count_jobs(config)
-    if not runs or not (config.ray or jobs > 1):
-        return run_here(runs, environment)
-    on_gpu = config.device in ("auto", "cuda")
-    return run_on_ray(runs, config.ray, jobs, on_gpu, find_sources(config), environment)
 
 
 def make_claims(config, failed, turns):

@@ -130,8 +130,7 @@ def share_machines(nodes, jobs, on_gpu):
     """What a run takes of a machine, as Ray's options, and its threads: the same on every machine of the cluster,
     since a run's bits depend on the number of threads."""
     machines = [node["Resources"] for node in nodes if node["Alive"]]
-    with_gpu = [machine for machine in machines if machine.get("GPU")] if on_gpu else []
-    if with_gpu:
+    if with_gpu := [machine for machine in machines if on_gpu and machine.get("GPU")]:
         n_gpus = min(machine["GPU"] for machine in with_gpu)
         share = 1 / math.ceil(jobs / n_gpus)  # of one GPU: a run does not reach over two
         n_cpus = min(machine.get("CPU", 1) for machine in with_gpu)
