@@ -136,10 +136,11 @@ class Bench:
                     del answers[name]
         return answers
 
-    def measure(self, case, unit, systems, jobs, amount=None):
-        """The same after a warm-up, which is the first answer, with a row for each system."""
+    def measure(self, case, systems, jobs):
+        """The same with batches of examples, after a warm-up, which is the first answer; adds each system's row."""
         answers = self.take_turns(case, systems, [jobs[0], *jobs])
-        self.add_rows(case, unit, {name: given[1:] for name, given in answers.items() if name != PRODUCT}, amount)
+        measured = {name: given[1:] for name, given in answers.items() if name != PRODUCT}
+        self.add_rows(case, "examples/s", measured, len(jobs[0]))
         return answers
 
     def add_rows(self, case, unit, answers, amount=None):
@@ -380,7 +381,7 @@ def measure_training(bench):
             for size in sizes:  # ascending, so that each has its own peak of memory
                 case = f"training, {shape}, batch {size}, r = {rank}"
                 jobs = bench.batches("train", size)
-                answers = bench.measure(case, "examples/s", workers, jobs, size)
+                answers = bench.measure(case, workers, jobs)
                 add_share(bench, case, dtype, answers, [count_operations(bench.loader, shape, rank, b) for b in jobs])
                 # In the first step the weights are equal. Later each has drawn an A of its own, and they differ.
                 pair = ("ours, float32", f"{PEER}, float32")
@@ -438,7 +439,7 @@ def measure_scoring(bench):
             systems[f"{PEER}, {dtype}, {how}"] = partial(score_peer, replace(config, dtype=dtype), how == "merged")
         case = f"scoring, {shape}, batch 32, 5 new tokens"
         with running(systems, bench.device) as workers:
-            bench.measure(case, "examples/s", workers, bench.batches("test", 32), 32)
+            bench.measure(case, workers, bench.batches("test", 32))
 
 
 def measure_start(bench):
@@ -512,7 +513,7 @@ def measure_neighbours(bench):
                 other = subprocess.Popen([sys.executable, "-c", text], env=os.environ | waiting(PEER))
                 time.sleep(3 if text else 0)
                 try:
-                    bench.measure(case, "examples/s", workers, jobs, size)
+                    bench.measure(case, workers, jobs)
                 finally:
                     other.kill()
                     other.wait()

@@ -278,7 +278,7 @@ def make_claims(config, failed, turns):
     path = os.path.join(config.sweep_dir, "claims.json")
     runs = plan_claims(config, read_numbers(config, "seeds", 0)[:1])
     n_left = sum(not run.done() for run in runs)
-    minutes = config.minutes  # where nothing is measured: two seeds
+    minutes = config.minutes or 1.0  # where nothing is measured: two seeds
     if n_left and not os.path.exists(path):
         began = time.monotonic()
         failed |= make_runs(config, runs)

@@ -44,7 +44,7 @@ def test_the_peer_is_measured_at_every_batch_size(dtype, monkeypatch):
     def running(systems, device):
         yield dict.fromkeys(systems)
 
-    def measure(case, unit, workers, jobs, amount):
+    def measure(case, workers, jobs):
         seen[case] = set(workers)
         return {name: [(1.0, 5.0 if "batch 8" in case else len(name), None)] for name in workers}
 
