@@ -224,25 +224,18 @@ def list_runs(config, runs):
 
 
 def estimate_minutes(config, speeds):
-    """Of a run's training and evaluation. Runs of one kind are measured once."""
+    """Of a run's training and evaluation. Of each kind of runs two updates after a warm-up, and one evaluation, are
+    measured once."""
     kind = (config.rank == 0, config.batch_size, config.gradient_accumulation_steps, config.loss_on)
     if kind not in speeds:
-        speeds[kind] = measure_speed(config)
+        run = set_up(config)
+        device = run.processes.device
+        batches = run.loader.order("train", run.global_batch, 0)[:3]
+        times = [timed(device, update, run, micro_batches(run, indices), 0)[0] for indices in batches]
+        speeds[kind] = mean(times[1:] or times), timed(device, evaluate, run)[0]
     update_seconds, evaluation_seconds = speeds[kind]
     n_evaluations = 1 + math.ceil(config.max_iters / config.eval_interval)
     return (config.max_iters * update_seconds + n_evaluations * evaluation_seconds) / 60
-
-
-def measure_speed(config):
-    """(seconds of an update, of an evaluation): the mean of two updates after a warm-up, and one evaluation."""
-    run = set_up(config)
-    device = run.processes.device
-
-    def make_update(indices):
-        update(run, list(micro_batches(run, indices)), 0)
-
-    times = [timed(device, make_update, indices)[0] for indices in run.loader.order("train", run.global_batch, 0)[:3]]
-    return mean(times[1:] or times), timed(device, evaluate, run)[0]
 
 
 # --- making them -----------------------------------------------------------------------------------

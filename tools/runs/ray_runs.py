@@ -268,6 +268,6 @@ def fetch(files, folder):
 def send_changed(folder, sent):
     """Yields the pieces of the files that changed since the times `sent`, which become those of now."""
     times = list_files(folder)
-    changed = [name for name, time in times.items() if time != sent.get(name)]
+    changed = [name for name, written in times.items() if written != sent.get(name)]
     sent.update(times)
     yield from read_pieces(folder, changed)
