@@ -43,14 +43,8 @@ from plumbing.program.terminal import forgiving_output
 from plumbing.running.machine import pick_device, pick_dtype
 from tools.report.page import make_markdown
 from tools.runs.launches import CASE, EXAMPLES, launches, save_narrow, train_narrow
-from tools.runs.measure import (
-    describe_machine,
-    make_untrained,
-    peak_memory,
-    spread,
-    time_latency,
-    timed,
-)
+from tools.runs.measure import describe_machine, make_untrained, peak_memory, spread, time_latency, timed
+from tools.runs.run import flags
 from train import micro_batches, set_up, update
 
 PARTS = "train,score,start,latency,peak,neighbour,launches"
@@ -127,36 +121,40 @@ class Bench:
             self.left_out.append(f"{case}: no time left in --quick")
         return time.monotonic() <= self.until
 
-    def measure(self, case, unit, pipes, jobs, amount=None):
-        """Lets the systems of `pipes` do the jobs, each in turn, and adds their rows. Returns {name: [(seconds,
-        result, peak memory)]}, the first of each a warm-up."""
-        answers = {name: [] for name in pipes} if self.in_time(case) else {}
-        for n, job in enumerate([jobs[0], *jobs]):
+    def take_turns(self, case, systems, jobs):
+        """Lets the systems, {name: function of a job}, do the jobs, each in turn. Returns {name: its answers}, each
+        (seconds, result, peak memory)."""
+        answers = {name: [] for name in systems} if self.in_time(case) else {}
+        for n, job in enumerate(jobs):
             if n > 1 and time.monotonic() > self.until:
                 break
             for name in list(answers):
                 try:
-                    pipes[name].send(job)
-                    answers[name].append(pipes[name].recv())
-                except (EOFError, OSError):  # the child has printed why, unless it was killed
-                    self.left_out.append(f"{case}, {name}: its process ended (out of memory?)")
+                    answers[name].append(systems[name](job))
+                except RuntimeError as e:
+                    self.left_out.append(f"{case}, {name}: {e}")
                     del answers[name]
-        shown = {name: given for name, given in answers.items() if name != PRODUCT}
-        seconds = {name: [answer[0] for answer in given[1:]] for name, given in shown.items()}
-        self.add_rows(case, unit, seconds, amount, {name: given[-1][2] for name, given in shown.items()})
         return answers
 
-    def add_rows(self, case, unit, seconds, amount=None, memory=None):
-        """A row for each system of {name: seconds of each step}: `amount` a second (None: seconds), and its time and
-        memory over the first system's."""
-        memory = memory or dict.fromkeys(seconds)
-        first = next(iter(seconds), None)
-        for name, times in seconds.items():
-            row = {"case": case, "system": name, "unit": unit, "memory": memory[name]}
+    def measure(self, case, systems, jobs):
+        """The same with batches of examples, after a warm-up, which is the first answer; adds each system's row."""
+        answers = self.take_turns(case, systems, [jobs[0], *jobs])
+        measured = {name: given[1:] for name, given in answers.items() if name != PRODUCT}
+        self.add_rows(case, "examples/s", measured, len(jobs[0]))
+        return answers
+
+    def add_rows(self, case, unit, answers, amount=None):
+        """A row for each system: `amount` a second (None: seconds), and its time and memory over the first one's."""
+        first = None
+        for name, given in answers.items():
+            times = [answer[0] for answer in given]
+            memory = given[-1][2]
+            row = {"case": case, "system": name, "unit": unit, "memory": memory}
             row |= spread([amount / s for s in times] if amount else times)
-            if name != first:
-                row["time_ratio"] = spread([s / theirs for s, theirs in zip(times, seconds[first])])
-                row["memory_ratio"] = memory[name] / memory[first] if memory[name] else None
+            if first:
+                row["time_ratio"] = spread([s / theirs for s, theirs in zip(times, first[0])])
+                row["memory_ratio"] = memory / first[1] if memory else None
+            first = first or (times, memory)
             self.rows.append(row)
 
 
@@ -216,16 +214,19 @@ def train_ours(config):
 
 
 def peer_model(config):
-    """The base in config.dtype, adapters in float32, as peft makes them."""
+    """The base in config.dtype; with a rank adapters in float32, as peft makes them."""
     sys.modules["torchao"] = None  # peft stops at an old torchao, as Colab has one; nothing here needs it
-    from peft import LoraConfig, get_peft_model
     from transformers import GPT2LMHeadModel
 
     options = {"torch_dtype": getattr(torch, config.dtype), "attn_implementation": "sdpa"}
     model = GPT2LMHeadModel.from_pretrained(config.init_from, **options).to(config.device)
+    if not config.rank:
+        return model
+    from peft import LoraConfig, get_peft_model
+
     options = {"target_modules": ["c_attn", "attn.c_proj"], "fan_in_fan_out": True, "task_type": "CAUSAL_LM"}
-    options["lora_dropout"] = config.dropout
-    return get_peft_model(model, LoraConfig(r=config.rank, lora_alpha=config.alpha, **options))
+    options |= {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
+    return get_peft_model(model, LoraConfig(**options))
 
 
 def pad(rows, device, side="right"):
@@ -272,31 +273,31 @@ def score_ours(config):
     sampler = ModelSampler(config=config)
     sampler.load_data()
     sampler.model = make_untrained(config)
-    examples = sampler.loader.splits["test"]
-
-    def score(indices):
-        prompts = [examples[i].tokens[: examples[i].n_prompt] for i in indices]
-        return sampler.answer(prompts)[0]
-
-    return score
+    return lambda indices: sampler.answer(pick_prompts(sampler.loader, indices))[0]
 
 
 def score_peer(config, merged):
-    """Batched `generate`: padding on the left, the cache on. In bfloat16 on a CPU most of its time goes into the
-    first token's logits: torch multiplies the sliced states with a copy of the head's weight for each row."""
+    """In bfloat16 on a CPU most of its time goes into the first token's logits: torch multiplies the sliced states
+    with a copy of the head's weight for each row."""
     model = peer_model(config)
-    eos = end_of_text()
     model = (model.merge_and_unload() if merged else model).eval()
-    examples = make_loader(config, 1000, wanted=("test",)).splits["test"]
+    loader = make_loader(config, 1000, wanted=("test",))
+    return lambda indices: write_peer(model, config, pick_prompts(loader, indices))
+
+
+def pick_prompts(loader, indices):
+    examples = [loader.splits["test"][i] for i in indices]
+    return [ex.tokens[: ex.n_prompt] for ex in examples]
+
+
+@torch.inference_mode()
+def write_peer(model, config, prompts):
+    """Batched `generate`: padding on the left, the cache on."""
+    eos = end_of_text()
+    ids, mask = pad(prompts, config.device, "left")
     options = {"max_new_tokens": config.max_new_tokens, "do_sample": False, "pad_token_id": eos}
-
-    @torch.inference_mode()
-    def score(indices):
-        ids, mask = pad([examples[i].tokens[: examples[i].n_prompt] for i in indices], config.device, "left")
-        out = model.generate(input_ids=ids, attention_mask=mask, **options)[:, ids.size(1) :]
-        return [gpt2_encoding().decode([t for t in row if t != eos]) for row in out.tolist()]
-
-    return score
+    out = model.generate(input_ids=ids, attention_mask=mask, **options)[:, ids.size(1) :]
+    return [gpt2_encoding().decode([t for t in row if t != eos]) for row in out.tolist()]
 
 
 def products(config):
@@ -326,20 +327,29 @@ def serve(pipe, system, device):
 
 @contextlib.contextmanager
 def running(systems, device):
-    """{name: pipe} of the systems {name: function that loads it}, each started in a process of its own."""
+    """{name: function that lets it do a job} of the systems {name: function that loads it}, each in a process."""
     context = multiprocessing.get_context("spawn")
-    pipes = {}
+    workers = {}
     children = []
     for name, system in systems.items():
-        pipes[name], theirs = context.Pipe()
+        ours, theirs = context.Pipe()
+        workers[name] = partial(ask, ours)
         children.append(context.Process(target=serve, args=(theirs, system, device), daemon=True))
         os.environ |= waiting(name)
         children[-1].start()
         theirs.close()
-    yield pipes
+    yield workers
     for child in children:
         child.terminate()
         child.join()
+
+
+def ask(pipe, job):
+    try:
+        pipe.send(job)
+        return pipe.recv()
+    except (EOFError, OSError):  # the child has printed why, unless it was killed
+        raise RuntimeError("its process ended (out of memory?)") from None
 
 
 def waiting(system):
@@ -367,11 +377,11 @@ def measure_training(bench):
             systems[f"ours, {dtype}, every weight trained (rank = 0)"] = partial(train_ours, replace(config, rank=0))
         if "peak" in bench.config.only.split(",") and shape == "gpt2-medium":
             systems[PRODUCT] = partial(products, config)
-        with running(systems, bench.device) as pipes:
+        with running(systems, bench.device) as workers:
             for size in sizes:  # ascending, so that each has its own peak of memory
                 case = f"training, {shape}, batch {size}, r = {rank}"
                 jobs = bench.batches("train", size)
-                answers = bench.measure(case, "examples/s", pipes, jobs, size)
+                answers = bench.measure(case, workers, jobs)
                 add_share(bench, case, dtype, answers, [count_operations(bench.loader, shape, rank, b) for b in jobs])
                 # In the first step the weights are equal. Later each has drawn an A of its own, and they differ.
                 pair = ("ours, float32", f"{PEER}, float32")
@@ -389,8 +399,8 @@ def measure_peak(bench):
     """Where no training was measured beside it."""
     for dtype in () if bench.shares else bench.dtypes:
         systems = {PRODUCT: partial(products, bench.settings("gpt2-medium", 0, 1, dtype))}
-        with running(systems, bench.device) as pipes:
-            answers = bench.measure(PRODUCT, "s", pipes, [PRODUCT] * bench.steps)
+        with running(systems, bench.device) as workers:
+            answers = bench.take_turns(PRODUCT, workers, [PRODUCT] * (1 + bench.steps))
             add_share(bench, "alone", dtype, answers, [])
 
 
@@ -424,52 +434,35 @@ def measure_scoring(bench):
     for shape in ["gpt2-medium"] if bench.config.quick else SHAPES:
         config = bench.settings(shape, 128, 32, bench.dtypes[0])
         systems = {f"ours, {config.dtype}": partial(score_ours, config)}
-        variants = [(config.dtype, True), ("float32", True), (config.dtype, False)]
-        for dtype, merged in variants[:2] if bench.config.quick else variants:
-            name = f"{PEER}, {dtype}, {'merged' if merged else 'unmerged'}"
-            systems[name] = partial(score_peer, replace(config, dtype=dtype), merged)
+        variants = [(config.dtype, "merged"), ("float32", "merged"), (config.dtype, "unmerged")]
+        for dtype, how in variants[:2] if bench.config.quick else variants:
+            systems[f"{PEER}, {dtype}, {how}"] = partial(score_peer, replace(config, dtype=dtype), how == "merged")
         case = f"scoring, {shape}, batch 32, 5 new tokens"
-        jobs = bench.batches("test", 32)
-        with running(systems, bench.device) as pipes:
-            bench.measure(case, "examples/s", pipes, jobs, 32)
+        with running(systems, bench.device) as workers:
+            bench.measure(case, workers, bench.batches("test", 32))
 
 
 def measure_start(bench):
-    """Ours is read off the programs' own output: training's line comes after evaluation, checkpoint and update."""
-    config = bench.settings("gpt2-mini", 16, 32, bench.dtypes[0])
-    shared = ("init_from", "dtype", "device", "dataset", "label_names")
-    flags = [f"--{key}={getattr(config, key)}" for key in shared] + [f"--out_dir={bench.folder}/out"]
-    lora = [f"--{key}={getattr(config, key)}" for key in ("rank", "alpha", "dropout")]
-    train = ("update 1:", ["train.py", *flags, *lora, "--max_iters=1", "--eval_iters=1"])
-    generate = ("A film", ["generate.py", *flags, "--start=A film", "--max_new_tokens=1"])
-    for what, first, ours in (("train", "update", train), ("generate", "token", generate)):
-        case = f"{what}.py, from its start to the first {first}, gpt2-mini"
-        call = f"bench.start_peer({what!r}, configurator.{config!r})"
-        peer = ("done", ["-c", f"import configurator; from tools import bench; {call}"])
-        programs = {"ours": ours, PEER: peer}
-        try:
-            if bench.in_time(case):
-                rounds = range(1 if bench.config.quick else 3)
-                seconds = [[seconds_until(name, *program) for name, program in programs.items()] for _ in rounds]
-                bench.add_rows(case, "s", dict(zip(programs, zip(*seconds))))
-        except RuntimeError as e:
-            bench.left_out.append(f"{case}: {e}")
+    """Ours is read off the programs' own output: training's line comes after evaluation, checkpoint and update. The
+    peer's programs are what its user runs in their place."""
+    config = replace(bench.settings("gpt2-mini", 16, 32, bench.dtypes[0]), start="A film", max_new_tokens=1)
+    ours = flags(replace(config, out_dir=os.path.join(bench.folder, "out"), max_iters=1, eval_iters=1))
+    write = "write_peer(peer_model(replace(config, rank=0)), config, [gpt2_encoding().encode_ordinary(config.start)])"
+    programs = [  # (ours, what ends it, its first line that counts, the peer's)
+        ("train.py", "update", "update 1:", "train_peer(config)(range(config.batch_size))"),
+        ("generate.py", "token", config.start, write),
+    ]
+    for program, first, sign, call in programs:
+        case = f"{program}, from its start to the first {first}, gpt2-mini"
+        peer = f"from tools.bench import *; config = {config!r}; {call}; print('done')"
+        systems = {
+            "ours": partial(time_start, "ours", sign, [program, *ours]),
+            PEER: partial(time_start, PEER, "done", ["-c", peer]),
+        }
+        bench.add_rows(case, "s", bench.take_turns(case, systems, range(1 if bench.config.quick else 3)))
 
 
-def start_peer(what, config):
-    """What a peer's user runs in place of train.py or generate.py."""
-    if what == "train":
-        train_peer(config)(range(config.batch_size))
-    else:
-        from transformers import GPT2LMHeadModel
-
-        model = GPT2LMHeadModel.from_pretrained(config.init_from, torch_dtype=getattr(torch, config.dtype))
-        idx, mask = pad([gpt2_encoding().encode_ordinary("A film")], config.device)
-        model.to(config.device).generate(idx, attention_mask=mask, max_new_tokens=1, pad_token_id=end_of_text())
-    print("done")
-
-
-def seconds_until(system, sign, command):
+def time_start(system, sign, command, job):
     """Wall time from a program's start to its first line that begins with `sign`."""
     began = time.perf_counter()
     lines = []
@@ -479,7 +472,7 @@ def seconds_until(system, sign, command):
         for line in process.stdout:
             if line.startswith(sign):
                 process.kill()
-                return time.perf_counter() - began
+                return time.perf_counter() - began, None, None
             lines.append(line.strip())
     raise RuntimeError(f"{command[0]} ended before it printed {sign!r}: {' / '.join(lines[-3:])}")
 
@@ -490,8 +483,10 @@ def measure_latency(bench):
     forward = "forward pass, gpt2-medium, 1 example of 52 tokens, r = 128"
     for job, case, unit, amount in (("forward", forward, "s", None), ("generate", generation, "tokens/s", 32)):
         if bench.in_time(case):
-            seconds = time_latency(config, job, bench.steps)
-            bench.add_rows(case, unit, {f"{name}, {config.dtype}": times for name, times in seconds.items()}, amount)
+            answers = {}
+            for name, seconds in time_latency(config, job, bench.steps).items():
+                answers[f"{name}, {config.dtype}"] = [(s, None, None) for s in seconds]
+            bench.add_rows(case, unit, answers, amount)
 
 
 def measure_launches(bench):
@@ -499,14 +494,11 @@ def measure_launches(bench):
     dtype = bench.dtypes[0] if bench.on_gpu else "bfloat16"
     config = replace(bench.settings(save_narrow(bench.folder), 4, 2, dtype), dropout=0.05)
     systems = {f"ours, {dtype}": train_narrow, f"{PEER}, {dtype}": partial(train_peer, examples=EXAMPLES)}
-    answers = {name: [] for name in systems}
-    with running({name: partial(launches, load, config) for name, load in systems.items()}, bench.device) as pipes:
-        for _ in range(2 + bench.steps if bench.in_time(CASE) else 0):
-            for name, pipe in pipes.items():
-                pipe.send((0, 1))
-                answers[name].append(pipe.recv()[1])
+    systems = {name: partial(launches, load, config) for name, load in systems.items()}
+    with running(systems, bench.device) as workers:
+        answers = bench.take_turns(CASE, workers, [(0, 1)] * (1 + bench.steps))
     for n, unit in enumerate(("ms of CPU time", "kernels")):
-        counts = {name: [(1e3, 1)[n] * answer[n] for answer in given[2:]] for name, given in answers.items() if given}
+        counts = {name: [(result[n], None, None) for _, result, _ in given[1:]] for name, given in answers.items()}
         bench.add_rows(CASE, unit, counts)
 
 
@@ -515,13 +507,13 @@ def measure_neighbours(bench):
     for shape, rank, size in [("gpt2-mini", 16, 32), ("gpt2-medium", 128, 8)][: 1 if bench.config.quick else 2]:
         config = bench.settings(shape, rank, size, bench.dtypes[0])
         jobs = bench.batches("train", size)
-        with running(both(config), bench.device) as pipes:
+        with running(both(config), bench.device) as workers:
             for neighbour, text in NEIGHBOURS.items():
                 case = f"training, {shape}, batch {size}, r = {rank}, {neighbour}"
                 other = subprocess.Popen([sys.executable, "-c", text], env=os.environ | waiting(PEER))
                 time.sleep(3 if text else 0)
                 try:
-                    bench.measure(case, "examples/s", pipes, jobs, size)
+                    bench.measure(case, workers, jobs)
                 finally:
                     other.kill()
                     other.wait()
@@ -537,22 +529,20 @@ def measure_data(bench):
         rows.writerow(["text", "label"])
         for i, (text, label) in zip(range(bench.config.rows), itertools.cycle(texts)):
             rows.writerow([f"{i} {text}", label])
-    seconds = {"tiktoken, encode_ordinary_batch": [], "CustomDataLoader, the first time": []}
-    memory = {}
+    answers = {"tiktoken, encode_ordinary_batch": [], "CustomDataLoader, the first time": []}
     for _ in range(bench.config.steps or 3):
-        for name, function in zip(seconds, ("tokenise_alone", "load_first")):
+        for name, function in zip(answers, ("tokenise_alone", "load_first")):
             command = [sys.executable, "-c", f"from tools import bench; print(*bench.{function}({path!r}))"]
             out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
-            took, memory[name] = map(float, out.splitlines()[-1].split())
-            seconds[name].append(took)
-    bench.add_rows(f"{bench.config.rows:,} rows of csv to tokens", "s", seconds, memory=memory)
+            seconds, memory = map(float, out.splitlines()[-1].split())
+            answers[name].append((seconds, None, memory))
+    bench.add_rows(f"{bench.config.rows:,} rows of csv to tokens", "s", answers)
 
 
 def load_first(path):
     with tempfile.TemporaryDirectory() as token_cache.CACHE:
-        began = time.perf_counter()
-        CustomDataLoader(path, Config.template)
-        return time.perf_counter() - began, peak_memory("cpu")
+        seconds, _ = timed("cpu", CustomDataLoader, path, Config.template)
+        return seconds, peak_memory("cpu")
 
 
 def tokenise_alone(path):

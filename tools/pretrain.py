@@ -6,7 +6,6 @@
 The model is written into out_dir in Hugging Face's format: a base for train.py's --init_from.
 """
 
-import contextlib
 import glob
 import hashlib
 import itertools
@@ -114,9 +113,7 @@ def add_muon(config, model) -> list:
     if not config.muon_lr:
         return build_optimizers(config, model)
     if not hasattr(torch.optim, "Muon"):
-        raise ValueError(
-            f"muon_lr={config.muon_lr}: torch {torch.__version__} has no Muon (2.9 has); type --muon_lr=0"
-        )
+        raise ValueError(f"muon_lr={config.muon_lr} needs torch 2.9, this is {torch.__version__}; type --muon_lr=0")
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".h." in name]
     muon = torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)
     for group in muon.param_groups:
@@ -139,7 +136,7 @@ class TextLoader:
     Raises ValueError, naming the value, for text that cannot be used.
     """
 
-    def __init__(self, dataset, batch_size=32, context=256, text_field="text", lowercase_share=0.0, seed=1337):
+    def __init__(self, dataset, context=256, text_field="text", lowercase_share=0.0, seed=1337):
         self.context = context
         self.seed = seed
         self.batch_size = max(1, 1024 // context)  # of an evaluation: every token is scored over the whole vocabulary
@@ -169,17 +166,13 @@ class TextLoader:
 
     def order(self, split, size, epoch=None):
         """Arrays of `size` rows' starts each, shuffled by seed and epoch; without an epoch as they stand."""
-        starts = self._starts(split, epoch)
-        return [starts[i * size : (i + 1) * size] for i in range(self.n_batches(split, size))]
-
-    def _starts(self, split, epoch):
-        """Where the rows of an epoch begin; the first token moves with the epoch, so cuts fall elsewhere."""
         last = len(self.tokens[split]) - self.context - 1
-        if epoch is None:
-            return np.arange(0, last, self.context)
-        rng = np.random.default_rng([self.seed, epoch])
-        offset = int(rng.integers(self.context))
-        return rng.permutation(np.arange(offset, last, self.context))
+        starts = np.arange(0, last, self.context)
+        if epoch is not None:  # the first token moves with the epoch, so cuts fall elsewhere
+            rng = np.random.default_rng([self.seed, epoch])
+            offset = int(rng.integers(self.context))
+            starts = rng.permutation(np.arange(offset, last, self.context))
+        return [starts[i * size : (i + 1) * size] for i in range(self.n_batches(split, size))]
 
     def n_batches(self, split, size):
         # The least that any epoch has, so that every epoch has as many.
@@ -195,24 +188,19 @@ class TextLoader:
 
 def tokenise_text(files, folder, text_field, lowercase_share):
     """Writes the token files of both splits into `folder`. Returns what its meta.json says."""
-    encoding = gpt2_encoding()
-    n_bytes = dict.fromkeys(SPLITS, 0)
-    with whole_folder(folder) as new, contextlib.ExitStack() as stack:
-        out = {s: stack.enter_context(open(os.path.join(new, f"{s}.bin"), "wb")) for s in SPLITS}
+    sizes = {f"{split}_{unit}": 0 for split in SPLITS for unit in ("tokens", "bytes")}
+    with whole_folder(folder) as new:
         for column, _ in itertools.chain.from_iterable(read_columns(path, (text_field,)) for path in files):
-            texts = {split: [] for split in SPLITS}
-            for text in column.to_pylist():
-                split, text = prepare_text(text or "", lowercase_share)
-                texts[split].append(text)
-            for split, documents in texts.items():
-                n_bytes[split] += sum(len(text.encode()) for text in documents)
-                for tokens in encoding.encode_ordinary_batch(documents, num_threads=os.cpu_count()):
-                    out[split].write(np.array([*tokens, end_of_text()], np.uint16).tobytes())
-        meta = {}
-        for split, f in out.items():
-            f.flush()
-            meta |= {f"{split}_tokens": f.tell() // 2, f"{split}_bytes": n_bytes[split]}
-        return write_meta(new, **meta)
+            prepared = [prepare_text(text or "", lowercase_share) for text in column.to_pylist()]
+            for split in SPLITS:
+                texts = [text for its, text in prepared if its == split]
+                rows = gpt2_encoding().encode_ordinary_batch(texts, num_threads=os.cpu_count())
+                tokens = [token for row in rows for token in (*row, end_of_text())]
+                with open(os.path.join(new, f"{split}.bin"), "ab") as f:
+                    f.write(np.array(tokens, np.uint16).tobytes())
+                sizes[f"{split}_tokens"] += len(tokens)
+                sizes[f"{split}_bytes"] += sum(len(text.encode()) for text in texts)
+        return write_meta(new, **sizes)
 
 
 def prepare_text(text, lowercase_share):
@@ -227,11 +215,7 @@ def prepare_text(text, lowercase_share):
 
 def lowercase_spaced(text):
     """As the reviews of `rotten_tomatoes` are written: "it's a charming , often affecting journey ." """
-
-    def space(mark):
-        return f" {' '.join(mark[1]) if mark[1] == '...' else mark[1]} "
-
-    text = re.sub(r"\s*(\.\.\.|--|[.,!?;:()\"])\s*", space, text.lower())
+    text = re.sub(r"\s*(--|[.,!?;:()\"])\s*", r" \1 ", text.lower())
     return re.sub(r" +", " ", text).strip()
 
 
@@ -250,14 +234,8 @@ def set_up(config: PretrainConfig) -> Run:
         model = SampledGPT.from_pretrained(config.init_from, dropout=config.dropout)
     model.n_sampled = config.n_sampled
     model = model.to(processes.device).set_dtype(dtype)
-    loader = TextLoader(
-        config.dataset,
-        batch_size=config.batch_size,
-        context=min(config.train_context, model.config.block_size),
-        text_field=config.text_field,
-        lowercase_share=config.lowercase_share,
-        seed=config.seed,
-    )
+    context = min(config.train_context, model.config.block_size)
+    loader = TextLoader(config.dataset, context, config.text_field, config.lowercase_share, config.seed)
     check_same_data(config, loader)
     run = make_run(config, processes, dtype, loader, model)
     run.optimizers = add_muon(config, model)

@@ -9,6 +9,7 @@ Each run is train.py and then generate.py in a folder of its own. Runs that are 
 goes on where it stopped, and one that fails has its reason in the report while the others go on (exit code 1).
 """
 
+import itertools
 import json
 import math
 import os
@@ -76,15 +77,16 @@ def main(config: SweepConfig) -> None:
             list_runs(config, runs)
             return
         left = [run for run in runs if not run.done()]
-        if left and not config.ray:  # a mistake in the data shows before the first run; Ray's machines read their own
+        # A mistake in the data shows before the first run. `check` has read it for the claims; Ray's machines read
+        # their own.
+        if left and not config.ray and "claims" not in config.only:
             make_loader(left[-1].config, context_size(config.init_from))
         make_folder(config.sweep_dir)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failed = make_runs(config, runs)
-    of_claims = make_claims(config, failed) if asks_claims(config) else None
     speeds = measure_latency(config) if {"latency", "claims"} & set(config.only.split(",")) else None
+    chapter = make_claims(config, failed, speeds["turns"]) if "claims" in config.only else None
     with one_line_errors():
-        chapter = judge_claims(config, *of_claims, speeds["turns"]) if of_claims else None
         write_report(config, runs, failed, speeds, chapter)
     print(f"written: {config.sweep_dir}/report.html, {config.sweep_dir}/report.md")
     if failed:
@@ -100,13 +102,9 @@ def check(config):
         raise ValueError(f"only={config.only}: no part {min(unknown)!r}; type some of {KINDS},claims")
     pick_dtype(pick_device(config.device), config.dtype)
     check_vocabulary(config.init_from)
-    if asks_claims(config):
+    if "claims" in config.only:
         claims.check_splits(config)
     count_jobs(config)
-
-
-def asks_claims(config):
-    return "claims" in config.only.split(",")
 
 
 def count_jobs(config):
@@ -128,55 +126,46 @@ def count_jobs(config):
 
 def plan(config: SweepConfig) -> list[PlannedRun]:
     """The runs in their order."""
-    base = as_config(config)
-    runs = []
-
-    def add(name, method, seed, **settings):
-        folder = os.path.join(config.sweep_dir, name)
-        settings = {"seed": seed, "out_dir": folder, "wandb_run_name": name} | settings
-        runs.append(PlannedRun(name, method, replace(base, **settings)))
-
     kinds = config.only.split(",")
     ranks = read_numbers(config, "ranks", 1)
     seeds = read_numbers(config, "seeds", 0)
+    runs = []
     if "untuned" in kinds:
-        add("untuned", UNTUNED, base.seed)
+        runs.append(plan_run(config, "untuned", UNTUNED, seed=config.seed))
     for seed in seeds:
         for rank in ranks if "lora" in kinds else ():
-            lr = rate(config, rank)
-            add(f"lora-r{rank}-seed{seed}", LORA, seed, rank=rank, lr=lr, alpha=config.scale * rank)
+            settings = {"rank": rank, "lr": rate(config, rank), "alpha": config.scale * rank}
+            runs.append(plan_run(config, f"lora-r{rank}-seed{seed}", LORA, seed=seed, **settings))
         if "full" in kinds:
-            add(f"full-seed{seed}", FULL, seed, rank=0, lr=full_rate(config), dropout=0.0)
+            settings = {"rank": 0, "lr": full_rate(config), "dropout": 0.0}
+            runs.append(plan_run(config, f"full-seed{seed}", FULL, seed=seed, **settings))
     if "lr_alpha" in kinds:
         rank = default_rank(config)
-        for name, times in (("double-lr-half-alpha", 2), ("half-lr-double-alpha", 0.5)):
+        for what, times in (("double-lr-half-alpha", 2), ("half-lr-double-alpha", 0.5)):
             settings = {"rank": rank, "lr": rate(config, rank) * times, "alpha": config.scale * rank / times}
-            add(f"lora-r{rank}-{name}-seed{seeds[0]}", AGAINST, seeds[0], **settings)
+            runs.append(plan_run(config, f"lora-r{rank}-{what}-seed{seeds[0]}", AGAINST, seed=seeds[0], **settings))
     return runs
 
 
 def plan_claims(config, seeds):
     """The claims' trainings, seed by seed."""
-    base = as_config(config)
     runs = []
-    for seed in seeds:
-        for training in claims.list_settings():
-            name = claims.run_name(training, seed)
-            settings = claims.make_settings(training, config, full_rate(config), config.scale)
-            settings |= {"seed": seed, "out_dir": os.path.join(config.sweep_dir, name), "wandb_run_name": name}
-            runs.append(PlannedRun(name, CLAIM, replace(base, **settings)))
+    for seed, training in itertools.product(seeds, claims.list_settings()):
+        settings = claims.make_settings(training, config, full_rate(config), config.scale)
+        runs.append(plan_run(config, claims.run_name(training, seed), CLAIM, seed=seed, **settings))
     return runs
+
+
+def plan_run(config, name, method, **settings):
+    values = {key: getattr(config, key) for key in fields_of(Config)} | settings
+    values |= {"out_dir": os.path.join(config.sweep_dir, name), "wandb_run_name": name}
+    return PlannedRun(name, method, Config(**values))
 
 
 def claim_seeds(config, minutes):
     """The seeds whose trainings fit into the claims' time, two at least. minutes: what those of one seed take."""
     first = read_numbers(config, "seeds", 0)[0]
     return list(range(first, first + max(2, int(config.minutes / minutes))))
-
-
-def as_config(config):
-    """The settings of its trainings."""
-    return Config(**{name: getattr(config, name) for name in fields_of(Config)})
 
 
 def read_numbers(config, key, least):
@@ -214,8 +203,8 @@ def list_runs(config, runs):
     """Prints the runs and about how long each will take."""
     speeds = {}  # {kind of run: (seconds of an update, of an evaluation)}
     total = 0.0
-    if asks_claims(config):
-        of_claims = plan_claims(config, claim_seeds(config, math.inf)[:1])
+    if "claims" in config.only:
+        of_claims = plan_claims(config, read_numbers(config, "seeds", 0)[:1])
         n_threads = torch.get_num_threads()
         torch.set_num_threads(max(1, n_threads // count_jobs(config)))
         minutes = sum(estimate_minutes(run.config, speeds) + BESIDE for run in of_claims) / count_jobs(config)
@@ -235,37 +224,37 @@ def list_runs(config, runs):
 
 
 def estimate_minutes(config, speeds):
-    """Of a run's training and evaluation. Runs of one kind are measured once."""
+    """Of a run's training and evaluation. Of each kind of runs two updates after a warm-up, and one evaluation, are
+    measured once."""
     kind = (config.rank == 0, config.batch_size, config.gradient_accumulation_steps, config.loss_on)
     if kind not in speeds:
-        speeds[kind] = measure_speed(config)
+        run = set_up(config)
+        device = run.processes.device
+        batches = run.loader.order("train", run.global_batch, 0)[:3]
+        times = [timed(device, update, run, micro_batches(run, indices), 0)[0] for indices in batches]
+        speeds[kind] = mean(times[1:] or times), timed(device, evaluate, run)[0]
     update_seconds, evaluation_seconds = speeds[kind]
     n_evaluations = 1 + math.ceil(config.max_iters / config.eval_interval)
     return (config.max_iters * update_seconds + n_evaluations * evaluation_seconds) / 60
-
-
-def measure_speed(config):
-    """(seconds of an update, of an evaluation): the mean of two updates after a warm-up, and one evaluation."""
-    run = set_up(config)
-    device = run.processes.device
-
-    def make_update(indices):
-        update(run, list(micro_batches(run, indices)), 0)
-
-    times = [timed(device, make_update, indices)[0] for indices in run.loader.order("train", run.global_batch, 0)[:3]]
-    return mean(times[1:] or times), timed(device, evaluate, run)[0]
 
 
 # --- making them -----------------------------------------------------------------------------------
 
 
 def make_runs(config, runs):
-    """Makes the runs that are not done. Returns {name: reason} of those that failed."""
+    """Makes the runs that are not done, several side by side by Ray. Returns {name: reason} of those that failed."""
     failed = {}
     left = [run for run in runs if not run.done()]
+    environment = {key: value for key, value in os.environ.items() if key.startswith("WANDB_")}
+    environment["WANDB_RUN_GROUP"] = os.path.basename(os.path.normpath(config.sweep_dir))
     bar = tqdm(total=len(runs), initial=len(runs) - len(left), unit="run", disable=None)
     with one_line_errors(), bar:
-        for name, place, reason in start_runs(config, left):
+        events = run_here(left, environment)
+        jobs = count_jobs(config)
+        if left and (config.ray or jobs > 1):
+            on_gpu = config.device in ("auto", "cuda")
+            events = run_on_ray(left, config.ray, jobs, on_gpu, find_sources(config), environment)
+        for name, place, reason in events:
             if reason:
                 failed[name] = reason
                 tqdm.write(f"{name} failed: {reason}")
@@ -276,52 +265,35 @@ def make_runs(config, runs):
     return failed
 
 
-def start_runs(config, runs):
-    """The events of run_here or, for several runs side by side, of run_on_ray."""
-    environment = {key: value for key, value in os.environ.items() if key.startswith("WANDB_")}
-    environment["WANDB_RUN_GROUP"] = os.path.basename(os.path.normpath(config.sweep_dir))
-    jobs = count_jobs(config)
-    if not runs or not (config.ray or jobs > 1):
-        return run_here(runs, environment)
-    on_gpu = config.device in ("auto", "cuda")
-    return run_on_ray(runs, config.ray, jobs, on_gpu, find_sources(config), environment)
-
-
-def make_claims(config, failed):
+def make_claims(config, failed, turns):
     """Makes the claims' trainings: those of the first seed, which tell how long a seed takes, and then those of as
-    many seeds as fit. Adds to `failed`. Returns the runs, and the minutes of a seed."""
+    many seeds as fit. Adds to `failed`. Returns what a report tells of them: verdicts, results, a seed's minutes."""
     path = os.path.join(config.sweep_dir, "claims.json")
-    runs = plan_claims(config, claim_seeds(config, math.inf)[:1])
-    if not os.path.exists(path):
-        n_left = sum(not run.done() for run in runs)
+    runs = plan_claims(config, read_numbers(config, "seeds", 0)[:1])
+    n_left = sum(not run.done() for run in runs)
+    minutes = config.minutes or 1.0  # where nothing is measured: two seeds
+    if n_left and not os.path.exists(path):
         began = time.monotonic()
         failed |= make_runs(config, runs)
-        minutes = (time.monotonic() - began) / 60
-        if n_left:
-            minutes *= len(runs) / n_left
-        if not any(run.done() for run in runs) or not n_left:  # nothing was measured: two seeds
-            return runs, config.minutes
-        write_json(path, {"minutes": minutes})
-    with open(path, encoding="utf-8") as f:
-        minutes = json.load(f)["minutes"]
-    runs = plan_claims(config, claim_seeds(config, minutes))
-    failed |= make_runs(config, runs)
-    return runs, minutes
-
-
-def judge_claims(config, runs, minutes, turns):
-    """What a report tells of the claims: verdicts, results, the minutes of a seed."""
-    by_name = {run.name: run for run in runs}
-    seeds = claim_seeds(config, minutes)
-    results = claims.gather(by_name, seeds, config, full_rate(config), measure_base(config), turns)
-    return claims.judge_all(results), results, minutes
+        if any(run.done() for run in runs):
+            write_json(path, {"minutes": (time.monotonic() - began) / 60 * len(runs) / n_left})
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            minutes = json.load(f)["minutes"]
+        runs = plan_claims(config, claim_seeds(config, minutes))
+        failed |= make_runs(config, runs)
+    with one_line_errors():
+        by_name = {run.name: run for run in runs}
+        seeds = claim_seeds(config, minutes)
+        results = claims.gather(by_name, seeds, config, full_rate(config), measure_base(config), turns)
+        return claims.judge_all(results), results, minutes
 
 
 def measure_base(config):
     """The untuned model's loss of each text."""
     path = os.path.join(config.sweep_dir, "base_text.npy")
     if not os.path.exists(path):
-        sampler = ModelSampler(config=as_config(config))
+        sampler = ModelSampler(config=config)
         sampler.load_model()
         losses = measure_text(sampler)
         with whole_file(path) as f:

@@ -42,11 +42,11 @@ def test_the_peer_is_measured_at_every_batch_size(dtype, monkeypatch):
 
     @contextlib.contextmanager
     def running(systems, device):
-        yield {name: SimpleNamespace(close=lambda: None) for name in systems}
+        yield dict.fromkeys(systems)
 
-    def measure(case, unit, pipes, jobs, amount):
-        seen[case] = set(pipes)
-        return {name: [(1.0, 5.0 if "batch 8" in case else len(name), None)] for name in pipes}
+    def measure(case, workers, jobs):
+        seen[case] = set(workers)
+        return {name: [(1.0, 5.0 if "batch 8" in case else len(name), None)] for name in workers}
 
     monkeypatch.setattr(bench, "running", running)
     whole = SimpleNamespace(config=bench.BenchConfig(only="train"), dtypes=[dtype], measure=measure)

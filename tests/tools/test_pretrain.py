@@ -200,7 +200,7 @@ def test_text_is_tokenised_once(corpus, tmp_path, monkeypatch):
     path = write_text(tmp_path / "books.txt", corpus)
     first = TextLoader(path, context=32)
     monkeypatch.setattr(pretrain, "gpt2_encoding", lambda: pytest.fail("tokenised a second time"))
-    second = TextLoader(path, context=16, batch_size=2)
+    second = TextLoader(path, context=16)
     assert np.array_equal(first.tokens["train"], second.tokens["train"]) and first.meta == second.meta
 
 

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 
@@ -86,12 +85,11 @@ def time_latency(config, job: str, n_turns: int) -> dict[str, list[float]]:
         "unmerged": make_untrained(config, unmerged=True),
         "merged": make_untrained(config),
     }
+    jobs = {"forward": lambda model: model(idx), "generate": lambda model: model.generate(idx, 32, temperature=0)}
     seconds = {name: [] for name in models}
     for turn in range(1 + n_turns):
         # Alternating, each one first in its turn: drift and the order affect all equally.
         names = list(models)
         for name in names[turn % 3 :] + names[: turn % 3]:
-            model = models[name]
-            run = partial(model, idx) if job == "forward" else partial(model.generate, idx, 32, temperature=0)
-            seconds[name].append(timed(device, run)[0])
+            seconds[name].append(timed(device, jobs[job], models[name])[0])
     return {name: times[1:] for name, times in seconds.items()}

@@ -130,8 +130,7 @@ def share_machines(nodes, jobs, on_gpu):
     """What a run takes of a machine, as Ray's options, and its threads: the same on every machine of the cluster,
     since a run's bits depend on the number of threads."""
     machines = [node["Resources"] for node in nodes if node["Alive"]]
-    with_gpu = [machine for machine in machines if machine.get("GPU")] if on_gpu else []
-    if with_gpu:
+    if with_gpu := [machine for machine in machines if on_gpu and machine.get("GPU")]:
         n_gpus = min(machine["GPU"] for machine in with_gpu)
         share = 1 / math.ceil(jobs / n_gpus)  # of one GPU: a run does not reach over two
         n_cpus = min(machine.get("CPU", 1) for machine in with_gpu)
@@ -149,35 +148,22 @@ def count_places(resources, need):
     return int(resources.get(kind, 0) / need[f"num_{kind.lower()}s"])
 
 
-# --- from here to there, and back ------------------------------------------------------------------
+# --- files on their way: (name, piece) pairs, from here to there and back -----------------------------
 
 
 def put_copies(ray, sources):
-    """Puts files into Ray's object store, from which each machine takes them once. Returns {name: (path on a
-    machine, folder there, {path in that folder: pieces})}; the folder is named after its content."""
+    """Puts files into Ray's object store, from which each machine takes them once. Returns {name: (folder on a
+    machine, the file in it or "" for the whole, its files)}; the folder is named after its content."""
     copies = {}
     for name, path in sources.items():
-        root = path if os.path.isdir(path) else os.path.dirname(path)
-        paths = [path]
-        if os.path.isdir(path):
-            paths = [p for p in glob.glob(f"{glob.escape(path)}/**", recursive=True) if os.path.isfile(p)]
+        root, file = (path, "") if os.path.isdir(path) else os.path.split(path)
+        names = [file] if file else sorted(glob.glob("**", root_dir=root, recursive=True))
         # A run's folder may be a base: its checkpoint, three times the model, is of no use to others.
-        files = {os.path.relpath(p, root): p for p in sorted(paths) if os.path.basename(p) != CHECKPOINT}
-        key = json.dumps([list(files), hash_files(files.values())])
+        names = [n for n in names if os.path.isfile(os.path.join(root, n)) and os.path.basename(n) != CHECKPOINT]
+        key = json.dumps([names, hash_files(os.path.join(root, n) for n in names)])
         folder = f"copy-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        there = folder if os.path.isdir(path) else os.path.join(folder, os.path.basename(path))
-        copies[name] = (there, folder, put_files(ray, files))
+        copies[name] = (folder, file, put_files(ray, root, names))
     return copies
-
-
-def put_files(ray, files):
-    """Files {name: path} as {name: [piece]}, each piece an object of Ray's."""
-    refs = {}
-    for name, piece in read_pieces(files):
-        refs.setdefault(name, [])
-        if piece:
-            refs[name].append(ray.put(piece))
-    return refs
 
 
 def submit(ray, task, run, copies, environment):
@@ -187,7 +173,35 @@ def submit(ray, task, run, copies, environment):
         os.remove(half)
     folder = os.path.join(f"run-{uuid.uuid4().hex[:8]}", run.name)
     commands = run.commands(folder)
-    return task.remote(folder, commands, put_files(ray, list_files(run.folder)), copies, environment, SEND_SECONDS)
+    files = put_files(ray, run.folder, list_files(run.folder))
+    return task.remote(folder, commands, files, copies, environment, SEND_SECONDS)
+
+
+def put_files(ray, folder, names):
+    """The files as pieces, each an object of Ray's."""
+    return [(name, ray.put(piece)) for name, piece in read_pieces(folder, names)]
+
+
+def list_files(folder):
+    """{name: when it was last written} of a run's files, the checkpoint first."""
+    times = {}
+    for name in sorted(os.listdir(folder), key=lambda name: name != CHECKPOINT):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path) and not name.endswith((".tmp", ".lock")):
+            with contextlib.suppress(FileNotFoundError):  # a training has just removed it
+                times[name] = os.stat(path).st_mtime_ns
+    return times
+
+
+def read_pieces(folder, names):
+    """(name, bytes) of files; b"" ends each. All are opened at the start, and the first is read last. So a
+    checkpoint, named first, is never newer than the best weights that come with it, at either end."""
+    with contextlib.ExitStack() as stack:
+        opened = [(name, stack.enter_context(open(os.path.join(folder, name), "rb"))) for name in names]
+        for name, file in reversed(opened):
+            while piece := file.read(PIECE):
+                yield name, piece
+            yield name, b""
 
 
 def receive(folder, name, piece):
@@ -202,27 +216,6 @@ def receive(folder, name, piece):
         put_in_place(f"{path}.tmp", path)
 
 
-def list_files(folder):
-    """{name: path} of a run's files, the checkpoint first."""
-    files = {}
-    for name in sorted(os.listdir(folder), key=lambda name: name != CHECKPOINT):
-        path = os.path.join(folder, name)
-        if os.path.isfile(path) and not name.endswith((".tmp", ".lock")):
-            files[name] = path
-    return files
-
-
-def read_pieces(files):
-    """(name, bytes) of files {name: path}; b"" ends each. All are opened at the start, and the first is read last.
-    So a checkpoint, named first, is never newer than the best weights that come with it, at either end."""
-    with contextlib.ExitStack() as stack:
-        opened = [(name, stack.enter_context(open(path, "rb"))) for name, path in files.items()]
-        for name, file in reversed(opened):
-            while piece := file.read(PIECE):
-                yield name, piece
-            yield name, b""
-
-
 # --- on a worker machine ---------------------------------------------------------------------------
 
 
@@ -233,8 +226,8 @@ def execute(folder, commands, files, copies, environment, seconds):
     yield socket.gethostname()
     here = {}
     with FileLock("copies.lock"):
-        for name, (path, place, content) in copies.items():
-            here[name] = os.path.abspath(path)
+        for name, (place, file, content) in copies.items():
+            here[name] = os.path.abspath(os.path.join(place, file))
             if not os.path.isdir(place):
                 shutil.rmtree(f"{place}.tmp", ignore_errors=True)
                 fetch(content, f"{place}.tmp")
@@ -243,12 +236,12 @@ def execute(folder, commands, files, copies, environment, seconds):
     sent_at = time.monotonic()  # a run that is soon done sends its end alone
     try:
         fetch(files, folder)
-        sent = read_times(folder)
+        sent = list_files(folder)
         for program, *flags in commands:
             with start_program(program, flags, os.path.join(folder, "log.txt"), environment) as child:
                 while child.poll() is None:
                     time.sleep(0.1)
-                    is_new = read_times(folder).get(CHECKPOINT) != sent.get(CHECKPOINT)
+                    is_new = list_files(folder).get(CHECKPOINT) != sent.get(CHECKPOINT)
                     if is_new and time.monotonic() - sent_at > seconds:
                         yield from send_changed(folder, sent)
                         sent_at = time.monotonic()
@@ -260,31 +253,21 @@ def execute(folder, commands, files, copies, environment, seconds):
         shutil.rmtree(os.path.dirname(folder), ignore_errors=True)
 
 
-def fetch(content, folder):
-    """Writes {path in the folder: pieces}."""
+def fetch(files, folder):
+    """Writes what `put_files` has put into Ray's object store into a new folder."""
     import ray
 
-    os.makedirs(folder, exist_ok=True)
-    for name, pieces in content.items():
+    os.makedirs(folder)
+    for name, piece in files:
         path = os.path.join(folder, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "wb") as f:
-            for piece in pieces:
-                f.write(ray.get(piece))
-
-
-def read_times(folder):
-    """{name: when it was last written} of a run's files."""
-    times = {}
-    for name, path in list_files(folder).items():
-        with contextlib.suppress(FileNotFoundError):  # a training has just removed it
-            times[name] = os.stat(path).st_mtime_ns
-    return times
+        with open(path, "ab") as f:
+            f.write(ray.get(piece))
 
 
 def send_changed(folder, sent):
     """Yields the pieces of the files that changed since the times `sent`, which become those of now."""
-    times = read_times(folder)
-    changed = {name: path for name, path in list_files(folder).items() if times.get(name) != sent.get(name)}
+    times = list_files(folder)
+    changed = [name for name, written in times.items() if written != sent.get(name)]
     sent.update(times)
-    yield from read_pieces(changed)
+    yield from read_pieces(folder, changed)

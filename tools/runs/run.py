@@ -13,10 +13,9 @@ from itertools import pairwise
 import torch
 
 from configurator import Config
-from lora import mark_only_lora_as_trainable
 from model import GPT, GPTConfig
 from plumbing.adapters.layers import lora_arguments
-from plumbing.adapters.trainable import train_also
+from plumbing.adapters.trainable import trainable_names
 from plumbing.gpt2.files import find_model, read_model_config
 from plumbing.program.files import ROOT
 from plumbing.program.settings import settings_of
@@ -62,14 +61,11 @@ class PlannedRun:
         return self.metrics[-1]["iter"] if same and self.metrics else None
 
     def done(self) -> bool:
-        if self.method == CLAIM:
-            return os.path.exists(self.path(MEASURES)) and self.reached() == self.config.max_iters
         score = self.score
-        if not score:
-            return False
         if self.method == UNTUNED:
-            return all(score[key] == getattr(self.config, key) for key in SCORED)
-        return self.reached() == self.config.max_iters
+            return bool(score) and all(score[key] == getattr(self.config, key) for key in SCORED)
+        has_result = os.path.exists(self.path(MEASURES)) if self.method == CLAIM else score
+        return bool(has_result) and self.reached() == self.config.max_iters
 
     # --- what its files say
 
@@ -109,13 +105,9 @@ class PlannedRun:
     @property
     def minutes(self) -> float:
         """Of training without evaluation, by the run's own speed."""
-        metrics = self.metrics
         batch = self.config.batch_size * self.config.gradient_accumulation_steps
-        seconds = 0.0
-        for before, now in pairwise(metrics):
-            if "examples_per_s" in now:
-                seconds += (now["iter"] - before["iter"]) * batch / now["examples_per_s"]
-        return seconds / 60
+        timed = [pair for pair in pairwise(self.metrics) if "examples_per_s" in pair[1]]
+        return sum((now["iter"] - before["iter"]) * batch / now["examples_per_s"] for before, now in timed) / 60
 
 
 def flags(config: Config) -> list[str]:
@@ -127,13 +119,11 @@ def count_parameters(config: Config) -> tuple[int, int]:
     """(trained, all) of a run with these settings."""
     with torch.device("meta"):  # shapes only
         model = GPT(GPTConfig(**read_model_config(find_model(config.init_from)[0]), **lora_arguments(config)))
-    if config.rank:
-        mark_only_lora_as_trainable(model)
-    elif config.trainable:
-        model.requires_grad_(False)
-    train_also(model, config.lora_bias, config.trainable)
-    params = list(model.parameters())
-    return sum(p.numel() for p in params if p.requires_grad), sum(p.numel() for p in params)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    trained = sizes
+    if config.rank or config.trainable:
+        trained = trainable_names(model, config.lora_bias, config.trainable)
+    return sum(sizes[name] for name in trained), sum(sizes.values())
 
 
 # --- making them ----------------------------------------------------------------------------------
