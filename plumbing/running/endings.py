@@ -42,11 +42,8 @@ class StopSignals:
 def exit_diverged(config, is_first: bool, it: int, what: str) -> NoReturn:
     """what: the values that are no finite numbers."""
     if is_first:
-        print(
-            f"error: {what} at update {it}; try a lower --lr than {config.lr:g}; what was saved until then is in "
-            f"{config.out_dir}",
-            file=sys.stderr,
-        )
+        advice = f"try a lower --lr than {config.lr:g}; what was saved until then is in {config.out_dir}"
+        print(f"error: {what} at update {it}; {advice}", file=sys.stderr)
     sys.exit(3)
 
 

@@ -102,31 +102,14 @@ def seed_generator(device: str, seed: int) -> None:
         torch.manual_seed(seed)
 
 
-def pick_dtype(device: str, dtype: str = "auto", layer=None, before: str | None = None) -> torch.dtype:
+def pick_dtype(device: str, dtype: str = "auto", layer=None) -> torch.dtype:
     """The dtype to compute in. "auto": bfloat16 where the hardware is fast at it, float16 on older GPUs, else
     float32. Raises ValueError for a dtype that the device does not have.
 
     layer: LoRALinear. Ours has A and B in float32 next to a bfloat16 weight, and says so by mixes_dtypes. One of your
-    own that does not is computed in float32. before: what a resumed run computed in until now. It stays, unless
-    another is typed or this machine does not have it; then a line says so.
+    own that does not is computed in float32.
     """
-    mixed = layer is None or getattr(layer, "mixes_dtypes", False)
-    goes_on = before is not None and dtype in ("auto", before)
-    try:
-        picked = find_dtype(device, before if goes_on else dtype, mixed)
-    except ValueError:
-        if not goes_on:
-            raise
-        picked = find_dtype(device, "auto", mixed)
-    after = str(picked).removeprefix("torch.")
-    if before not in (None, after):
-        print(f"note: the run computed in {before} until now, and goes on in {after}")
-    return picked
-
-
-def find_dtype(device, dtype, mixed):
-    """`pick_dtype` for a run that begins."""
-    if not mixed:
+    if layer is not None and not getattr(layer, "mixes_dtypes", False):
         if dtype not in ("auto", "float32"):
             print(f"note: the layers of this lora.py know one dtype: float32 instead of {dtype}")
         return torch.float32
@@ -142,21 +125,16 @@ def find_dtype(device, dtype, mixed):
     elif dtype == "float16" and device == "cpu":
         raise ValueError("dtype=float16 is orders of magnitude too slow on cpu; type --dtype=auto")
     elif dtype == "float16" and device.startswith("mps") and torch.__version__ < (2, 8):
-        raise ValueError(
-            f"dtype=float16: the gradient scaler of torch {torch.__version__} needs float64, which mps lacks (2.8 "
-            "does without); type --dtype=float32"
-        )
+        raise ValueError(f"dtype=float16: mps needs torch 2.8 for it, not {torch.__version__}; type --dtype=float32")
     return getattr(torch, dtype)
 
 
 def is_cpu_fast_at_bfloat16() -> bool:
     """Whether products in bfloat16 take less time than in float32: with AMX they do, and with AVX512-BF16 on AMD's
     CPUs. With that alone on an Intel Xeon (model 207, 2 cores) they took 1.6 to 2 times as long."""
-
-    def has(feature):
-        return getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)()
-
-    return has("amx_tile") or (has("avx512_bf16") and "GenuineIntel" not in read_cpu_info())
+    features = ("amx_tile", "avx512_bf16")
+    has_amx, has_avx512 = (getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)() for feature in features)
+    return has_amx or (has_avx512 and "GenuineIntel" not in read_cpu_info())
 
 
 def read_cpu_info() -> str:
@@ -201,9 +179,7 @@ class Processes:
     def _join(self, config):
         """Meets the other processes. Returns this one's own device."""
         if config.batch_size < self.world_size:
-            raise ValueError(
-                f"batch_size={config.batch_size}: type at least one example for each of {self.world_size} processes"
-            )
+            raise ValueError(f"batch_size={config.batch_size}: type at least {self.world_size}, one for each process")
         on_cuda = config.device in ("auto", "cuda") and torch.cuda.is_available()
         device = "cpu"
         if on_cuda:
@@ -282,11 +258,21 @@ def start_machine(config, layer) -> tuple[Processes, torch.dtype]:
         compute_deterministically()
     processes = Processes(config)
     before = config.run.dtype if config.run else None
-    dtype = pick_dtype(processes.device, config.dtype, layer, before)
+    # What a resumed run computed in stays, unless another is typed or this machine does not have it.
+    stays = before is not None and config.dtype in ("auto", before)
+    try:
+        dtype = pick_dtype(processes.device, before if stays else config.dtype, layer)
+    except ValueError:
+        if not stays:
+            raise
+        dtype = pick_dtype(processes.device, "auto", layer)
+    name = str(dtype).removeprefix("torch.")
+    if before not in (None, name):
+        print(f"note: the run computed in {before} until now, and goes on in {name}")
     if processes.world_size > 1:
-        dtypes = [None] * processes.world_size
-        dist.all_gather_object(dtypes, dtype)
-        if len(set(dtypes)) > 1:  # gradients of several could not be summed: float16's are scaled
-            names = sorted(str(d).removeprefix("torch.") for d in set(dtypes))
+        names = [None] * processes.world_size
+        dist.all_gather_object(names, name)
+        names = sorted(set(names))
+        if len(names) > 1:  # gradients of several could not be summed: float16's are scaled
             raise ValueError(f"the processes would compute in {' and '.join(names)}; type --dtype=float32")
     return processes, dtype
