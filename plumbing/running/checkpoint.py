@@ -180,28 +180,23 @@ def write_metrics(out_dir: str, metrics: list[dict]) -> None:
 
 @contextlib.contextmanager
 def locked_folder(out_dir: str):
-    """Keeps a second run out of out_dir within the block, or until this process ends, however it ends. A run that is
-    there already and an out_dir that is no folder end the program with one line."""
+    """Keeps a second run out of out_dir within the block, or until this process ends, however it ends. Where another
+    run is in it, or it is no folder, the program ends with one line."""
     with one_line_errors():
-        lock = lock_folder(out_dir)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def lock_folder(out_dir: str) -> FileLock:
-    make_folder(out_dir)
-    lock = FileLock(os.path.join(out_dir, ".lock"))
-    reason = None
-    try:
-        lock.acquire(blocking=False)
-    except (OSError, NotImplementedError) as e:
-        reason = first_line(e)
-        if isinstance(e, Timeout) and not isinstance(lock, SoftFileLock):
-            raise ValueError(f"out_dir={out_dir}: another run is writing there; type another --out_dir") from e
+        make_folder(out_dir)
+        lock = FileLock(os.path.join(out_dir, ".lock"))
+        reason = None
+        try:
+            lock.acquire(blocking=False)
+        except (OSError, NotImplementedError) as e:
+            reason = first_line(e)
+            if isinstance(e, Timeout) and not isinstance(lock, SoftFileLock):
+                raise ValueError(f"out_dir={out_dir}: another run is writing there; type another --out_dir") from e
     if isinstance(lock, SoftFileLock):  # filelock's way out: a file that merely exists, and that a kill leaves there
         reason = "its file system has no locks"
     if reason:
         print(f"note: {out_dir} cannot be locked ({reason}): nothing keeps a second run out of it")
-    return lock
+    try:
+        yield
+    finally:
+        lock.release()

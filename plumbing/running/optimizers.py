@@ -22,24 +22,15 @@ class AdamW:
                 if p not in self.state:
                     count = torch.zeros((), dtype=torch.float32, device=p.device)
                     self.state[p] = {"step": count, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            steps = [self.state[p]["step"] for p in params]
+            states = [self.state[p] for p in params]
+            averages, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+            steps = [state["step"] for state in states]
             torch._foreach_add_(steps, 1)
+            gradients = [p.grad for p in params]
             beta1, beta2 = group["betas"]
-            torch._fused_adamw_(
-                params,
-                [p.grad for p in params],
-                [self.state[p]["exp_avg"] for p in params],
-                [self.state[p]["exp_avg_sq"] for p in params],
-                [],
-                steps,
-                lr=group["lr"],
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=group["weight_decay"],
-                eps=1e-8,
-                amsgrad=False,
-                maximize=False,
-            )
+            options = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "weight_decay": group["weight_decay"]}
+            options |= {"eps": 1e-8, "amsgrad": False, "maximize": False}
+            torch._fused_adamw_(params, gradients, averages, squares, [], steps, **options)
 
     def zero_grad(self) -> None:
         for p in self._params():
