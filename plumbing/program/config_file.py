@@ -35,7 +35,7 @@ def read_config_file(path: str, fields: dict) -> dict:
     try:
         with open(path, encoding="utf-8-sig") as f:
             tree = ast.parse(f.read())
-    except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError) as e:
+    except (SyntaxError, ValueError, RecursionError) as e:
         raise UserError(f"{path}: not readable as plain assignments: {e}") from e
     values = {}
     for node in tree.body:

@@ -53,10 +53,8 @@ def refuse_changes(typed, stored, fixed, out_dir):
     """UserError for a typed setting that would make another run of the stored one."""
     for key in fixed:
         if key in typed and typed[key] != stored.get(key, typed[key]):
-            raise UserError(
-                f"--{key}={typed[key]}: the run in {out_dir} has {key}={stored[key]}; drop the flag, or start "
-                "another run with another --out_dir"
-            )
+            advice = "drop the flag, or start another run with another --out_dir"
+            raise UserError(f"--{key}={typed[key]}: the run in {out_dir} has {key}={stored[key]}; {advice}")
 
 
 def find_changes(settings: dict, stored: dict) -> list[str]:
@@ -70,7 +68,5 @@ def refuse_another_run(config, stored, out_dir):
     settings = settings_of(config)
     changes = [f"{key}={settings[key]} ({stored[key]} there)" for key in find_changes(settings, stored)]
     if changes:
-        raise UserError(
-            f"auto_resume: the run in {out_dir} has other settings: {', '.join(changes)}; type those, or another "
-            "--out_dir for another run"
-        )
+        advice = "type those, or another --out_dir for another run"
+        raise UserError(f"auto_resume: the run in {out_dir} has other settings: {', '.join(changes)}; {advice}")

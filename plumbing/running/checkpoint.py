@@ -52,10 +52,8 @@ def save_checkpoint(out_dir: str, state: dict) -> None:
             torch.save(state | {"sha256": hash_state(state)}, f)
     except (OSError, RuntimeError) as e:  # torch's writer wraps some
         room = sum(value.nbytes for _, value in leaves(state) if torch.is_tensor(value)) / 1e6
-        raise OSError(
-            f"{path} could not be written, it takes {room:.0f} MB more than the last one, which is whole "
-            f"({first_line(e, 120)})"
-        ) from e
+        reason = f"it takes {room:.0f} MB more than the last one, which is whole ({first_line(e, 120)})"
+        raise OSError(f"{path} could not be written, {reason}") from e
 
 
 def begin_or_resume(run) -> Progress:
