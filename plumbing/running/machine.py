@@ -125,6 +125,7 @@ def pick_dtype(device: str, dtype: str = "auto", layer=None) -> torch.dtype:
     elif dtype == "float16" and device == "cpu":
         raise ValueError("dtype=float16 is orders of magnitude too slow on cpu; type --dtype=auto")
     elif dtype == "float16" and device.startswith("mps") and torch.__version__ < (2, 8):
+        # Until then the gradient scaler needs float64, which mps lacks.
         raise ValueError(f"dtype=float16: mps needs torch 2.8 for it, not {torch.__version__}; type --dtype=float32")
     return getattr(torch, dtype)
 
