@@ -1,16 +1,15 @@
 """A config file: plain assignments (`rank = 4 * 8  # comment`), found, read and never executed."""
 
 import ast
-import operator
 import os
 import re
-from collections.abc import Iterator
+from operator import add, mul, neg, sub, truediv
 
 from plumbing.program.errors import UserError
 from plumbing.program.files import ROOT
 from plumbing.program.settings import fit_value
 
-ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.USub: neg}
 
 
 def find_config_file(path):
@@ -31,49 +30,42 @@ def find_config_file(path):
 
 
 def read_config_file(path: str, fields: dict) -> dict:
-    """{key: value} of a config file; UserError for a line that is no assignment to one of the fields."""
-    return dict(fit_value(name, value, fields, where) for where, name, value in read_assignments(path))
-
-
-def read_assignments(path: str) -> Iterator[tuple[str, str, object]]:
-    """Yields (where, name, value) of each line; where is "FILE:LINE: ", to begin an error's line with. UserError for
-    anything else than assignments of literals and their arithmetic."""
+    """{key: value} of a config file; UserError for a line that is no assignment of a literal, or of + - * / over
+    numbers, to one of the fields."""
     try:
         with open(path, encoding="utf-8-sig") as f:
             tree = ast.parse(f.read())
-    except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError) as e:
+    except (SyntaxError, ValueError, RecursionError) as e:
         raise UserError(f"{path}: not readable as plain assignments: {e}") from e
+    values = {}
     for node in tree.body:
         where = f"{path}:{node.lineno}: "
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
         if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
             raise UserError(f"{where}only plain assignments are read here, such as rank = 16")
-        name = node.targets[0].id
         try:
             value = evaluate(node.value, where)
         except RecursionError:
-            raise UserError(f"{where}{name} is nested too deeply; type its value") from None
-        yield where, name, value
+            raise UserError(f"{where}the value is nested too deeply; type it as one number") from None
+        key, value = fit_value(node.targets[0].id, value, fields, where)
+        values[key] = value
+    return values
 
 
 def evaluate(node, where):
-    """A literal's value, or that of + - * / over numbers."""
+    """A literal's value, or that of arithmetic."""
     if isinstance(node, ast.Constant):
         return node.value
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -evaluate_number(node.operand, where)
-    if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
-        a = evaluate_number(node.left, where)
-        b = evaluate_number(node.right, where)
-        if isinstance(node.op, ast.Div) and b == 0:
-            raise UserError(f"{where}division by zero")
-        return ARITHMETIC[type(node.op)](a, b)
-    raise UserError(f"{where}type a number, a quoted text, True, False or None")
-
-
-def evaluate_number(node, where):
-    value = evaluate(node, where)
-    if type(value) not in (int, float):
-        raise UserError(f"{where}arithmetic needs numbers, not {value!r}")
-    return value
+    compute = OPERATORS.get(type(getattr(node, "op", None)))
+    if compute is None:
+        raise UserError(f"{where}type a number, a quoted text, True, False or None")
+    operands = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
+    numbers = [evaluate(operand, where) for operand in operands]
+    for number in numbers:
+        if type(number) not in (int, float):
+            raise UserError(f"{where}arithmetic needs numbers, not {number!r}")
+    try:
+        return compute(*numbers)
+    except ArithmeticError as e:  # division by zero, or an integer that is too large to divide
+        raise UserError(f"{where}{e}") from e

@@ -3,10 +3,10 @@
 import contextlib
 import errno
 import hashlib
-import itertools
 import json
 import os
 import time
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,7 +15,6 @@ from plumbing.program.errors import first_line
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # of the repository
 ASSETS = os.path.join(ROOT, "assets")
-
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # in a header
 DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
@@ -26,9 +25,7 @@ def find_asset(name: str) -> str:
     """The path of what ships with the repository. Raises FileNotFoundError where it was installed without."""
     path = os.path.join(ASSETS, name)
     if not os.path.exists(path):
-        raise FileNotFoundError(
-            f"{path} is missing: type pip install -e . in a copy of the repository, and keep the copy"
-        )
+        raise FileNotFoundError(f"{path} is missing: type pip install -e . in a copy of the repository, and keep it")
     return path
 
 
@@ -37,13 +34,13 @@ def make_folder(path: str) -> None:
     try:
         os.makedirs(path, exist_ok=True)
     except (FileExistsError, FileNotFoundError):
-        parts = itertools.accumulate(os.path.abspath(path).split(os.sep), lambda a, b: f"{a}{os.sep}{b}")
-        link = next((part for part in parts if os.path.islink(part) and not os.path.exists(part)), None)
-        if link is None:
-            raise
-        raise ValueError(
-            f"{link} is a link to {os.readlink(link)}, which is not there: make it, or type another --out_dir"
-        ) from None
+        path = Path(path).absolute()
+        for part in (path, *path.parents):
+            if part.is_symlink() and not part.exists():
+                raise ValueError(
+                    f"{part} is a link to {os.readlink(part)}, which is not there: make it, or type another --out_dir"
+                ) from None
+        raise
 
 
 def find_cache() -> str:
@@ -102,15 +99,11 @@ def put_in_place(new, path):
         try:
             return os.replace(new, path)
         except OSError as e:
-            is_open = isinstance(e, PermissionError) or getattr(e, "winerror", None) == 1224  # mapped
-            if not is_open:
+            if not isinstance(e, PermissionError) and getattr(e, "winerror", None) != 1224:  # mapped
                 raise
             if seconds is None:
-                raise OSError(
-                    f"{path} cannot be replaced ({first_line(e)}): close the program that has it open; what was "
-                    "there is whole"
-                ) from e
-        time.sleep(seconds)
+                raise OSError(f"{path} is not replaced: close the program that has it open ({first_line(e)})") from e
+            time.sleep(seconds)
 
 
 def write_json(path, value):
@@ -130,8 +123,8 @@ def write_tensors(path, tensors, note):
     the config file next to it must say. The same tensors give the same bytes. (safetensors' own writer copies all of
     them twice, and writes the header in an order that varies from run to run.)"""
     check = hashlib.sha256()
-    for name in sorted(tensors):
-        add_to_check(check, name, tensors[name])
+    for name, tensor in sorted(tensors.items()):
+        add_to_check(check, name, tensor)
     header = {"__metadata__": {"format": "pt", "sha256": check.hexdigest(), "config": note}}
     names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # so each begins at its own alignment
     end = 0

@@ -2,14 +2,12 @@
 
 import argparse
 import inspect
-import math
 import os
 import re
 import sys
-import typing
 
 from plumbing.program.errors import UserError
-from plumbing.program.settings import ALIASES, fields_of, suggest_key
+from plumbing.program.settings import ALIASES, fields_of, fit_value, suggest_key
 
 
 def parse_flags(argv: list[str], cls: type, about: str) -> tuple[str | None, dict]:
@@ -18,97 +16,58 @@ def parse_flags(argv: list[str], cls: type, about: str) -> tuple[str | None, dic
     about: what --help prints above the table.
     """
     fields = fields_of(cls)
-    kinds = typing.get_type_hints(cls)
-    options = {"usage": "%(prog)s [configs/FILE.py] [--key=value ...]", "argument_default": argparse.SUPPRESS}
     # In a command that is copied out of the handout's PDF the two dashes are one long one.
     argv = [re.sub(r"^[–—](?=[a-z][\w-]+(=|$))", "--", word) for word in argv]
-    wants_help = not {"-h", "--help"}.isdisjoint(argv)  # the table is read from the source, which takes a while
-    parser = make_parser(make_help(cls, about) if wants_help else about, **options)
-    parser.error = lambda message: refuse(message, fields)
+    if not {"-h", "--help"}.isdisjoint(argv):  # the table is read from the source, which takes a while
+        about = make_help(cls, about)
+    usage = "%(prog)s [configs/FILE.py] [--key=value ...]"
+    parser = make_parser(about, usage=usage, argument_default=argparse.SUPPRESS)
     parser.add_argument("config_file", nargs="?", default=None, help=argparse.SUPPRESS)
-    for key in fields:
+    for key, field in fields.items():
         names = [key, *(alias for alias, meant in ALIASES.items() if meant == key)]
         spellings = dict.fromkeys(f"--{s}" for name in names for s in (name, name.replace("_", "-")))
-        options = {"nargs": "?", "const": "True"} if kinds[key] is bool else {}
+        options = {"nargs": "?", "const": "True"} if field.type is bool else {}
         parser.add_argument(*spellings, dest=key, help=argparse.SUPPRESS, **options)
-    texts = vars(parser.parse_args(argv))
+    known, unknown = parser.parse_known_args(argv)
+    if unknown and not unknown[0].startswith("-"):
+        raise UserError(f"{unknown[0]}: one config file at most; settings are typed as --key=value")
+    if unknown:
+        key = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
+        raise UserError(f"unknown flag --{key}: {suggest_key(key, fields, '--') or '--help lists the flags'}")
+    texts = vars(known)
     path = texts.pop("config_file")
-    return path, {key: convert(key, text, kinds[key], f"--{key}={text}") for key, text in texts.items()}
+    return path, dict(fit_value(key, text, fields, f"--{key}={text}: ", is_text=True) for key, text in texts.items())
 
 
 def make_parser(about: str, **options) -> argparse.ArgumentParser:
     """A parser whose --help begins with `about`, as it is written, and for which a mistake is one line."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # of a module that was started with -m
+    program = f"python -m {spec.name}" if spec else f"python {os.path.basename(sys.argv[0])}"
     options |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(prog=program_name(), description=about, **options)
+    parser = argparse.ArgumentParser(prog=program, description=about, **options)
 
     def refuse(message):
-        raise UserError(f"{message}; {parser.prog} --help")
+        raise UserError(f"{message}; {program} --help")
 
     parser.error = refuse
     return parser
 
 
-def program_name():
-    """As it was typed: python train.py, or python -m tools.NAME."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)  # of a module that was started with -m
-    return f"python -m {spec.name}" if spec else f"python {os.path.basename(sys.argv[0])}"
-
-
-def refuse(message, fields):
-    """argparse's message as a line that says what to type."""
-    unknown = re.match(r"unrecognized arguments: (\S+)", message)
-    if not unknown:
-        raise UserError(message)
-    word = unknown.group(1)
-    if not word.startswith("-"):
-        raise UserError(f"{word}: one config file at most; settings are typed as --key=value")
-    key = word.lstrip("-").split("=")[0].replace("-", "_")
-    raise UserError(f"unknown flag --{key}: {suggest_key(key, fields, '--') or '--help lists the flags'}")
-
-
-def convert(key, text, kind, where):
-    """A flag's text as the key's type; UserError if it is none."""
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":  # quotes that a shell left in
-        text = text[1:-1]
-    kinds = typing.get_args(kind) or (kind,)
-    if type(None) in kinds and text in ("None", "none"):
-        return None
-    if str in kinds:
-        return text
-    if bool in kinds:
-        if text.lower() in ("true", "false", "1", "0", "yes", "no"):
-            return text.lower() in ("true", "1", "yes")
-        raise UserError(f"{where}: {key} is True or False")
-    if int in kinds and re.fullmatch(r"\s*[+-]?\d{1,99}\s*", text):
-        return int(text)  # not by way of a float, which has 53 bits
-    try:
-        number = float(text)
-        if not math.isfinite(number) or (int in kinds and number != int(number)):
-            raise ValueError
-        return int(number) if int in kinds else number
-    except (ValueError, OverflowError):
-        wanted = "an integer, such as 16" if int in kinds else "a number, such as 5e-4"
-        raise UserError(f"{where}: {key} is {wanted}") from None
-
-
 def make_help(cls, about):
     """Every key with its type, default and the comment at its right."""
     lines = [about]
-    kinds = typing.get_type_hints(cls)
     settings = fields_of(cls)
-    for owner in reversed(cls.__mro__[:-1]):
-        for line in inspect.getsource(owner).splitlines():
-            if section := re.match(r"    # --- (.*)", line):
-                lines.append(f"\n{section.group(1)}:")
-            elif key := re.match(r"    (\w+): .*?  # (.*)", line):
-                name, comment = key.groups()
-                if name not in settings:
-                    continue  # a fact
-                kind = getattr(kinds[name], "__name__", str(kinds[name]))
-                default = repr(str(settings[name].default))
-                choices = settings[name].metadata.get("one_of")
-                comment += f" ({', '.join(choices)})" if choices else ""
-                lines.append(f"  --{name:27} {kind:12} {default:24} {comment}")
+    for line in "".join(map(inspect.getsource, reversed(cls.__mro__[:-1]))).splitlines():
+        if section := re.match(r"    # --- (.*)", line):
+            lines.append(f"\n{section.group(1)}:")
+        key = re.match(r"    (\w+): .*?  # (.*)", line)
+        if key and key[1] in settings:  # else a fact
+            name, comment = key.groups()
+            field = settings[name]
+            kind = getattr(field.type, "__name__", str(field.type))
+            choices = field.metadata.get("one_of")
+            comment += f" ({', '.join(choices)})" if choices else ""
+            lines.append(f"  --{name:27} {kind:12} {str(field.default)!r:24} {comment}")
     return "\n".join(lines).replace("%", "%%")
 
 

@@ -79,10 +79,7 @@ def explain(what, repo_id, error) -> NoReturn:
     if status == 401 and get_token():
         raise ValueError(f"{what}: the hub does not know your token (401): type hf auth login, or unset HF_TOKEN")
     if status in (401, 403, 404):
-        raise ValueError(
-            f"{what}: the hub has no {repo_id} for you ({status}); type another name or, for a private one, hf auth "
-            "login"
-        )
+        raise ValueError(f"{what}: the hub has no {repo_id} for you ({status}); type another name, or hf auth login")
     if getattr(error, "errno", None) in UNWRITABLE:
         raise OSError(f"{what}: {constants.HF_HOME} cannot be written ({error.strerror}); HF_HOME moves it")
     raise FileNotFoundError(

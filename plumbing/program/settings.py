@@ -1,5 +1,6 @@
 """A setting is one statement in a dataclass: `rank: int = setting(128, least=0)  # its line in --help`."""
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -29,6 +30,13 @@ HINTS = {  # nanoGPT's other keys and the handout's other names: what does their
     "backend": "processes that torchrun starts choose nccl or gloo by themselves",
     **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"), "python -m tools.pretrain makes a model"),
     "num_samples": "generate.py writes one text a call; another --seed gives another",
+}
+WANTED = {  # what a setting is, by its type
+    bool: "True or False",
+    int: "an integer, such as 16",
+    float: "a floating-point number, such as 5e-4",
+    str: "a string",
+    type(None): "None",
 }
 
 
@@ -62,34 +70,51 @@ def suggest_key(key: str, fields: dict, dashes: str = "") -> str:
     return f"did you mean {dashes}{near[0]}?" if near else ""
 
 
-def fit_value(spelling: str, value, fields: dict, where: str = "") -> tuple:
-    """(the key that is meant, the value as its type), from a file or a program; UserError for what does not fit."""
+def fit_value(spelling: str, value, fields: dict, where: str = "", is_text: bool = False) -> tuple:
+    """(the key that is meant, the value as its type), from a file, a program or, with is_text, a flag; UserError for
+    what does not fit."""
     key = ALIASES.get(spelling, spelling)
     if key not in fields:
         raise UserError(f"{where}unknown key {key}; {suggest_key(key, fields) or 'train.py --help lists the keys'}")
-    kind = fields[key].type
-    kinds = typing.get_args(kind) or (kind,)
+    kinds = typing.get_args(fields[key].type) or (fields[key].type,)
+    if is_text:
+        value = read_text(value, kinds)
     if float in kinds and type(value) is int:
-        value = float(value)
-    if type(value) is float and not math.isfinite(value):
-        raise UserError(f"{where}{key} = {value} is not finite")
-    if int in kinds and type(value) is float and value == int(value):
+        with contextlib.suppress(OverflowError):
+            value = float(value)
+    if int in kinds and type(value) is float and value.is_integer():
         value = int(value)
-    if type(value) not in kinds:
-        raise UserError(f"{where}{key} = {value!r}, but it is {getattr(kind, '__name__', kind)}")
+    if type(value) not in kinds or (type(value) is float and not math.isfinite(value)):
+        raise UserError(f"{where}{key} is {' or '.join(WANTED[kind] for kind in kinds)}, not {value!r}")
     return key, value
+
+
+def read_text(text, kinds):
+    """A flag's text as a value of one of these types; the text itself where it is none."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":  # quotes that a shell left in
+        text = text[1:-1]
+    if type(None) in kinds and text in ("None", "none"):
+        return None
+    if str in kinds:
+        return text
+    if bool in kinds:
+        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower(), text)
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(text)
+    return text
 
 
 def check_values(cls: type, values: dict) -> None:
     """UserError if a value breaks one of its field's rules."""
     for key, field in fields_of(cls).items():
         value = values.get(key)
-        rules = field.metadata
         if value is None:
             continue
-        if rules.get("one_of") and value not in rules["one_of"]:
-            raise UserError(f"{key}={value}: type one of {', '.join(rules['one_of'])}")
-        if rules.get("least") is not None and value < rules["least"]:
-            raise UserError(f"{key}={value}: type at least {rules['least']}")
-        if rules.get("most") is not None and value > rules["most"]:
-            raise UserError(f"{key}={value}: type at most {rules['most']}")
+        least, most, one_of = (field.metadata.get(rule) for rule in ("least", "most", "one_of"))
+        if one_of and value not in one_of:
+            raise UserError(f"{key}={value}: type one of {', '.join(one_of)}")
+        if least is not None and value < least:
+            raise UserError(f"{key}={value}: type at least {least}")
+        if most is not None and value > most:
+            raise UserError(f"{key}={value}: type at most {most}")

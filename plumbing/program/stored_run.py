@@ -30,20 +30,15 @@ def read_run(out_dir: str) -> tuple[dict, dict]:
             raise UserError(f"{path} is damaged: no init_from in it")
         return stored, stored.pop("facts", {})
     except FileNotFoundError:
-        runs = find_runs(os.path.dirname(os.path.normpath(out_dir)))
-        others = f"; there are runs in: {', '.join(runs)}" if runs else ""
+        folder = os.path.dirname(os.path.normpath(out_dir))
+        paths = glob.glob(os.path.join(glob.escape(folder), "*", RUN_CONFIG))
+        newest = sorted(paths, key=os.path.getmtime, reverse=True)[:5]
+        others = f"; there are runs in: {', '.join(map(os.path.dirname, newest))}" if newest else ""
         raise UserError(
             f"init_from=resume: no run to resume in {out_dir} ({RUN_CONFIG} is missing){others}; type its --out_dir"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as e:
         raise UserError(f"{path} is damaged: {e}") from e
-
-
-def find_runs(folder: str) -> list[str]:
-    """At most five folders of runs in this one, the newest first."""
-    configs = glob.glob(os.path.join(glob.escape(folder), "*", RUN_CONFIG))
-    newest = sorted(configs, key=os.path.getmtime, reverse=True)[:5]
-    return [os.path.dirname(path) for path in newest]
 
 
 def fingerprint(values: dict) -> str:
@@ -58,10 +53,8 @@ def refuse_changes(typed, stored, fixed, out_dir):
     """UserError for a typed setting that would make another run of the stored one."""
     for key in fixed:
         if key in typed and typed[key] != stored.get(key, typed[key]):
-            raise UserError(
-                f"--{key}={typed[key]}: the run in {out_dir} has {key}={stored[key]}; drop the flag, or start "
-                "another run with another --out_dir"
-            )
+            advice = "drop the flag, or start another run with another --out_dir"
+            raise UserError(f"--{key}={typed[key]}: the run in {out_dir} has {key}={stored[key]}; {advice}")
 
 
 def find_changes(settings: dict, stored: dict) -> list[str]:
@@ -75,7 +68,5 @@ def refuse_another_run(config, stored, out_dir):
     settings = settings_of(config)
     changes = [f"{key}={settings[key]} ({stored[key]} there)" for key in find_changes(settings, stored)]
     if changes:
-        raise UserError(
-            f"auto_resume: the run in {out_dir} has other settings: {', '.join(changes)}; type those, or another "
-            "--out_dir for another run"
-        )
+        advice = "type those, or another --out_dir for another run"
+        raise UserError(f"auto_resume: the run in {out_dir} has other settings: {', '.join(changes)}; {advice}")

@@ -9,23 +9,15 @@ import signal
 import sys
 
 
-class Pipe(io.RawIOBase):
-    """Writes to a file descriptor. What comes after its reader has gone, or its disk is full, is dropped."""
+class Pipe(io.FileIO):
+    """Drops what comes after its reader has gone, or its disk is full."""
 
-    def __init__(self, descriptor):
-        self.descriptor = descriptor
-        self.error = None
-
-    def fileno(self):
-        return self.descriptor
-
-    def writable(self):
-        return True
+    error = None
 
     def write(self, data):
         if not self.error:
             try:
-                return os.write(self.descriptor, data)
+                return os.write(self.fileno(), data)
             except OSError as e:
                 self.error = e
         return len(data)
@@ -43,10 +35,9 @@ def forgiving_output():
         sys.stdout.reconfigure(errors="backslashreplace")
         if not sys.stdout.isatty():
             stdout = sys.stdout
-            pipe = Pipe(stdout.fileno())
-            options = {"line_buffering": stdout.line_buffering, "write_through": stdout.write_through}
-            buffer = pipe if stdout.write_through else io.BufferedWriter(pipe)  # python -u shows each line at once
-            sys.stdout = io.TextIOWrapper(buffer, stdout.encoding, "backslashreplace", **options)
+            pipe = Pipe(stdout.fileno(), "w", closefd=False)
+            options = {"errors": "backslashreplace", "line_buffering": stdout.write_through}  # python -u
+            sys.stdout = io.TextIOWrapper(io.BufferedWriter(pipe), stdout.encoding, **options)
     try:
         yield
     except KeyboardInterrupt:
@@ -64,5 +55,5 @@ def forgiving_output():
 
 def reader_has_gone() -> bool:
     """Whether nobody reads any more what this program prints. Then what only prints need not go on."""
-    buffer = getattr(sys.stdout, "buffer", None)
-    return bool(getattr(getattr(buffer, "raw", buffer), "error", None))
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    return getattr(raw, "error", None) is not None

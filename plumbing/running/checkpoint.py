@@ -1,11 +1,12 @@
 """Exact resume: what a run needs to end in the bits of one that was never stopped, in one file, always whole."""
 
 import contextlib
+import copy
 import hashlib
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 
 import torch
 from filelock import FileLock, SoftFileLock, Timeout
@@ -14,7 +15,6 @@ from plumbing.program.errors import first_line, one_line_errors
 from plumbing.program.files import add_to_check, make_folder, whole_file
 
 CHECKPOINT = "checkpoint.pt"
-KEYS = {"progress", "trained", "optimizers", "scaler"}
 
 
 @dataclass
@@ -34,13 +34,13 @@ class Progress:
         return self.metrics[-1]["iter"] if self.metrics else None
 
 
-def collect_state(progress, model, optimizers, scaler) -> dict:
+def collect_state(run, progress: Progress) -> dict:
     """What checkpoint.pt holds. The tensors are those of the run, which go on changing."""
     return {
         "progress": asdict(progress),
-        "trained": {name: p.detach() for name, p in trained_parameters(model).items()},
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "scaler": scaler.state_dict(),
+        "trained": {name: p.detach() for name, p in trained_parameters(run.model).items()},
+        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
+        "scaler": run.scaler.state_dict(),
     }
 
 
@@ -52,46 +52,21 @@ def save_checkpoint(out_dir: str, state: dict) -> None:
             torch.save(state | {"sha256": hash_state(state)}, f)
     except (OSError, RuntimeError) as e:  # torch's writer wraps some
         room = sum(value.nbytes for _, value in leaves(state) if torch.is_tensor(value)) / 1e6
-        raise OSError(
-            f"{path} could not be written, it takes {room:.0f} MB more than the last one, which is whole "
-            f"({first_line(e, 120)})"
-        ) from e
-
-
-def load_checkpoint(out_dir, model, optimizers, scaler, processes) -> Progress:
-    """The progress of the checkpoint in the first process's out_dir; its weights, moments and scale go into the
-    arguments. A run that was stopped before its first checkpoint begins again. Raises ValueError, naming the file, if
-    it is damaged or another model's."""
-    path = os.path.join(out_dir, CHECKPOINT)
-    file = processes.share_file(path)
-    if file is None:
-        return Progress()
-    state = read_checkpoint(path, file)
-    ours = trained_parameters(model)
-    theirs = state["trained"]
-    different = ours.keys() ^ theirs.keys() or {n for n in ours if ours[n].shape != theirs[n].shape}
-    if different:
-        raise ValueError(f"{path} was made for another model: {min(different)} differs")
-    with torch.no_grad():
-        for name, param in ours.items():
-            param.copy_(theirs[name])
-    for optimizer, saved in zip(optimizers, state["optimizers"]):
-        load_optimizer(optimizer, saved)
-    if state["scaler"]:  # empty: no float16 until now, so there is no scale to take over
-        scaler.load_state_dict(state["scaler"])
-    return state["progress"]
+        reason = f"it takes {room:.0f} MB more than the last one, which is whole ({first_line(e, 120)})"
+        raise OSError(f"{path} could not be written, {reason}") from e
 
 
 def begin_or_resume(run) -> Progress:
     """A resumed run's progress, with its checkpoint loaded; or a new run's, whose folder keeps no earlier run's
-    progress. Raises ValueError for a run that has made more updates than it is to make."""
+    progress. A run that was stopped before its first checkpoint begins again. Raises ValueError, naming the file, if
+    it is damaged or another model's, and for a run that has made more updates than it is to make."""
     config = run.config
     is_first = run.processes.is_first
-    progress = Progress()
-    # The first process decides and reads for all (the others add 0): another machine may not see its disk.
-    if run.processes.total(config.run is not None and is_first):
-        progress = load_checkpoint(config.out_dir, run.model, run.optimizers, run.scaler, run.processes)
-    elif is_first:
+    path = os.path.join(config.out_dir, CHECKPOINT)
+    # The first process decides and reads for all: another machine may not see its disk.
+    file = run.processes.share_file(path if config.run else None)
+    progress = load_checkpoint(run, path, file) if file else Progress()
+    if is_first and config.run is None:
         # A resume would go on with an earlier run's, and a score be that of its weights.
         best = "adapter_model.safetensors" if config.rank else "model.safetensors"
         for old in (CHECKPOINT, "metrics.jsonl", best):
@@ -126,31 +101,37 @@ def check_same_data(config, loader, scored: str | None = None) -> None:
     print(f"note: {changed}; its own {scored} split is scored as it is now")
 
 
-def read_checkpoint(path, file):
-    """The content of the checkpoint `path`, its progress as a Progress. file: that path, or its bytes to read from.
-    weights_only: a file runs no code."""
+def load_checkpoint(run, path, file) -> Progress:
+    """The progress of the checkpoint `path`; its weights, moments and scale go into the run. file: the path, or its
+    bytes to read from."""
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
         # torch.load does not notice a changed bit.
         if state.pop("sha256") != hash_state(state):
             raise ValueError("its content is not what was written, SHA-256 differs")
     except Exception as e:  # zip, pickle and torch each raise their own
         raise ValueError(f"{path} is damaged ({first_line(e, 120)}); start again with another --out_dir") from e
-    known = {f.name for f in fields(Progress)}
-    if state.keys() != KEYS or state["progress"].keys() | {"eval_iters"} != known:  # an older run has no eval_iters
+    known = collect_state(run, Progress())
+    # An older run has no eval_iters.
+    if state.keys() != known.keys() or state["progress"].keys() | {"eval_iters"} != known["progress"].keys():
         raise ValueError(f"{path} was written by another version; start again with another --out_dir")
-    state["progress"] = Progress(**state["progress"])
-    return state
-
-
-def load_optimizer(optimizer, saved):
-    """A checkpoint's moments and counters. An --lr or --weight_decay that was typed on resuming wins over its own."""
-    typed = []
-    for group in optimizer.param_groups:
-        typed.append({key: group[key] for key in ("peak_lr", "weight_decay", "betas") if key in group})
-    optimizer.load_state_dict(saved)
-    for group, values in zip(optimizer.param_groups, typed):
-        group.update(values)
+    ours = trained_parameters(run.model)
+    theirs = state["trained"]
+    different = ours.keys() ^ theirs.keys() or {n for n in ours if ours[n].shape != theirs[n].shape}
+    if different:
+        raise ValueError(f"{path} was made for another model: {min(different)} differs")
+    with torch.no_grad():
+        for name, param in ours.items():
+            param.copy_(theirs[name])
+    for optimizer, saved in zip(run.optimizers, state["optimizers"]):
+        typed = [dict(group) for group in optimizer.param_groups]
+        optimizer.load_state_dict(saved)
+        for group, values in zip(optimizer.param_groups, typed):
+            # An --lr (peak_lr), --weight_decay or --beta2 that was typed on resuming wins over the checkpoint's.
+            group.update(values, lr=group["lr"])
+    if state["scaler"]:  # empty: no float16 until now, so there is no scale to take over
+        run.scaler.load_state_dict(state["scaler"])
+    return Progress(**state["progress"])
 
 
 def trained_parameters(model):
@@ -180,24 +161,13 @@ def leaves(state, path=""):
 def copy_state(state, copies: dict):
     """Nested dicts and lists as they are now: each tensor's copy, in the CPU's memory, is put into `copies` and used
     again by the next call."""
-    pairs = []
-
-    def replace(value, path):
-        if torch.is_tensor(value):
-            if path not in copies:
-                copies[path] = torch.empty_like(value, device="cpu")
-            pairs.append((copies[path], value))
-            return copies[path]
-        if isinstance(value, dict):
-            return {key: replace(item, f"{path}/{key}") for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(replace(item, f"{path}/{i}") for i, item in enumerate(value))
-        return value
-
-    copied = replace(state, "")
-    if pairs:  # in one call: each would wait for a thread that is in Python
-        torch._foreach_copy_(*zip(*pairs))
-    return copied
+    tensors = {path: value for path, value in leaves(state) if torch.is_tensor(value)}
+    for path in tensors.keys() - copies.keys():
+        copies[path] = torch.empty_like(tensors[path], device="cpu")
+    if tensors:  # in one call: each would wait for a thread that is in Python
+        torch._foreach_copy_([copies[path] for path in tensors], list(tensors.values()))
+    # deepcopy takes what its memo has of an object.
+    return copy.deepcopy(state, {id(tensor): copies[path] for path, tensor in tensors.items()})
 
 
 def write_metrics(out_dir: str, metrics: list[dict]) -> None:
@@ -208,30 +178,23 @@ def write_metrics(out_dir: str, metrics: list[dict]) -> None:
 
 @contextlib.contextmanager
 def locked_folder(out_dir: str):
-    """Keeps a second run out of out_dir within the block; a mistake ends the program with one line."""
+    """Keeps a second run out of out_dir within the block, or until this process ends, however it ends. Where another
+    run is in it, or it is no folder, the program ends with one line."""
     with one_line_errors():
-        lock = lock_folder(out_dir)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def lock_folder(out_dir: str) -> FileLock:
-    """A lock on out_dir, until it is released or this process ends, however it ends. Raises ValueError if another run
-    is in it, OSError if it is no folder."""
-    make_folder(out_dir)
-    lock = FileLock(os.path.join(out_dir, ".lock"))
-    reason = None
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as e:
-        if not isinstance(lock, SoftFileLock):
-            raise ValueError(f"out_dir={out_dir}: another run is writing there; type another --out_dir") from e
-    except (OSError, NotImplementedError) as e:
-        reason = first_line(e)
+        make_folder(out_dir)
+        lock = FileLock(os.path.join(out_dir, ".lock"))
+        reason = None
+        try:
+            lock.acquire(blocking=False)
+        except (OSError, NotImplementedError) as e:
+            reason = first_line(e)
+            if isinstance(e, Timeout) and not isinstance(lock, SoftFileLock):
+                raise ValueError(f"out_dir={out_dir}: another run is writing there; type another --out_dir") from e
     if isinstance(lock, SoftFileLock):  # filelock's way out: a file that merely exists, and that a kill leaves there
         reason = "its file system has no locks"
     if reason:
         print(f"note: {out_dir} cannot be locked ({reason}): nothing keeps a second run out of it")
-    return lock
+    try:
+        yield
+    finally:
+        lock.release()

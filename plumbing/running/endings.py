@@ -9,6 +9,8 @@ from typing import NoReturn
 
 import torch
 
+from plumbing.program.errors import UserError, one_line_errors
+
 
 class StopSignals:
     """`with StopSignals() as signals`: the first Ctrl-C or SIGTERM only sets `signals.received`, to its number, so
@@ -37,19 +39,11 @@ class StopSignals:
             os.kill(os.getpid(), number)
 
 
-def exit_stopped(number: int | None) -> NoReturn:
-    """As the shell expects: 128 + the signal's number; None in a process that got none, while another did."""
-    sys.exit(128 + (number or signal.SIGTERM))
-
-
 def exit_diverged(config, is_first: bool, it: int, what: str) -> NoReturn:
     """what: the values that are no finite numbers."""
     if is_first:
-        print(
-            f"error: {what} at update {it}; try a lower --lr than {config.lr:g}; what was saved until then is in "
-            f"{config.out_dir}",
-            file=sys.stderr,
-        )
+        advice = f"try a lower --lr than {config.lr:g}; what was saved until then is in {config.out_dir}"
+        print(f"error: {what} at update {it}; {advice}", file=sys.stderr)
     sys.exit(3)
 
 
@@ -63,25 +57,18 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 @contextlib.contextmanager
 def explain_failure(config):
     """A full disk and too little memory end the program in one line that says how to go on; exit code 2."""
-    try:
-        yield
-    except OSError as e:
-        exit_with(f"{e}; --init_from=resume goes on from the last checkpoint")
-    except RuntimeError as e:
-        if not is_out_of_memory(e):
-            raise
-        again = "" if config.run is None else "start another run, with another --out_dir; "
-        exit_with(f"out of memory; {again}the same training in smaller pieces: {smaller_pieces(config)}")
-
-
-def smaller_pieces(config) -> str:
-    """The flags of a smaller batch with the same global batch: of the largest divisor up to its half."""
-    sizes = range(config.batch_size // 2, 0, -1)
-    batch_size = next((n for n in sizes if config.batch_size % n == 0), 1)
-    steps = config.gradient_accumulation_steps * (config.batch_size // batch_size)
-    return f"--batch_size={batch_size} --gradient_accumulation_steps={steps}"
-
-
-def exit_with(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    with one_line_errors(UserError):
+        try:
+            yield
+        except OSError as e:
+            raise UserError(f"{e}; --init_from=resume goes on from the last checkpoint") from e
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+            again = "" if config.run is None else "start another run, with another --out_dir; "
+            # A smaller batch with the same global batch: of the largest divisor up to its half.
+            sizes = range(config.batch_size // 2, 0, -1)
+            batch_size = next((n for n in sizes if config.batch_size % n == 0), 1)
+            steps = config.gradient_accumulation_steps * (config.batch_size // batch_size)
+            flags = f"--batch_size={batch_size} --gradient_accumulation_steps={steps}"
+            raise UserError(f"out of memory; {again}the same training in smaller pieces: {flags}") from e

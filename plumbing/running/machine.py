@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch._utils import _take_tensors
 
 from plumbing.program.errors import first_line
 from plumbing.running.endings import is_out_of_memory
@@ -42,9 +43,8 @@ def pick_device(device: str = "auto") -> str:
         except (RuntimeError, AssertionError) as e:
             raise ValueError(f"device={device}: not on this machine ({first_line(e)}); type --device=cpu") from e
         return device
-    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    for name, is_available in available.items():
-        if not is_available():
+    for name, backend in {"cuda": torch.cuda, "mps": torch.backends.mps}.items():
+        if not backend.is_available():
             continue
         wrong = compare_with_cpu(name)
         if not wrong:
@@ -64,19 +64,16 @@ def compare_with_cpu(device: str) -> str:
         return ", ".join(name for (name, limit), a, b in results if not (a - b).norm() <= limit * b.norm())
     except RuntimeError as e:
         if is_out_of_memory(e) or "busy" in str(e):
-            raise ValueError(
-                f"device=auto: {device} is in use ({first_line(e)}); free it, or type --device=cpu"
-            ) from e
+            raise ValueError(f"{device} is in use ({first_line(e)}); free it, or type --device=cpu") from e
         return first_line(e)
 
 
 def try_device(device: str) -> list[torch.Tensor]:
     """Loss, gradients and copied token ids of one attention layer with a mask, in float32, as CPU tensors."""
     generator = torch.Generator().manual_seed(0)
-    idx = torch.randint(0, 50, (3, 9), generator=generator)
+    idx = torch.randint(0, 50, (3, 9), generator=generator).to(device)
     embedding = torch.randn(50, 32, generator=generator).to(device).requires_grad_()
     weight = (0.3 * torch.randn(96, 32, generator=generator)).to(device).requires_grad_()
-    idx = idx.to(device)
     x = F.embedding(idx, embedding)  # (3, 9, 32)
     q, k, v = F.linear(x, weight).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)  # each (3, 2, 9, 16)
     mask = torch.ones(9, 9, dtype=torch.bool, device=device).tril()
@@ -105,70 +102,40 @@ def seed_generator(device: str, seed: int) -> None:
         torch.manual_seed(seed)
 
 
-def pick_dtype(device: str, dtype: str = "auto", layer=None, before: str | None = None) -> torch.dtype:
+def pick_dtype(device: str, dtype: str = "auto", layer=None) -> torch.dtype:
     """The dtype to compute in. "auto": bfloat16 where the hardware is fast at it, float16 on older GPUs, else
     float32. Raises ValueError for a dtype that the device does not have.
 
     layer: LoRALinear. Ours has A and B in float32 next to a bfloat16 weight, and says so by mixes_dtypes. One of your
-    own that does not is computed in float32. before: what a resumed run computed in until now. It stays, unless
-    another is typed or this machine does not have it; then a line says so.
+    own that does not is computed in float32.
     """
-    mixed = layer is None or getattr(layer, "mixes_dtypes", False)
-    if before is None:
-        return find_dtype(device, dtype, mixed)
-    if dtype in ("auto", before):
-        try:
-            picked = find_dtype(device, before, mixed)
-        except ValueError:
-            picked = find_dtype(device, "auto", mixed)
-    else:
-        picked = find_dtype(device, dtype, mixed)
-    after = str(picked).removeprefix("torch.")
-    if after != before:
-        print(f"note: the run computed in {before} until now, and goes on in {after}")
-    return picked
-
-
-def find_dtype(device, dtype, mixed):
-    """`pick_dtype` for a run that begins."""
-    if not mixed:
+    if layer is not None and not getattr(layer, "mixes_dtypes", False):
         if dtype not in ("auto", "float32"):
             print(f"note: the layers of this lora.py know one dtype: float32 instead of {dtype}")
         return torch.float32
     on_cuda = device.startswith("cuda")
-    bf16_cuda = False
-    if on_cuda:
-        with torch.cuda.device(device):  # torch asks the current one
-            bf16_cuda = torch.cuda.is_bf16_supported(including_emulation=False)
-    if dtype == "auto":
-        if on_cuda:
-            dtype = "bfloat16" if bf16_cuda else "float16"
-        else:
-            dtype = "bfloat16" if device == "cpu" and is_cpu_fast_at_bfloat16() else "float32"
-    elif dtype == "bfloat16" and on_cuda and not bf16_cuda:
+    with torch.cuda.device(device) if on_cuda else contextlib.nullcontext():  # torch asks the current one
+        has_bfloat16 = not on_cuda or torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == "auto" and on_cuda:
+        dtype = "bfloat16" if has_bfloat16 else "float16"
+    elif dtype == "auto":
+        dtype = "bfloat16" if device == "cpu" and is_cpu_fast_at_bfloat16() else "float32"
+    elif dtype == "bfloat16" and not has_bfloat16:
         raise ValueError(f"dtype=bfloat16: {torch.cuda.get_device_name(device)} has none; type --dtype=float16")
     elif dtype == "float16" and device == "cpu":
         raise ValueError("dtype=float16 is orders of magnitude too slow on cpu; type --dtype=auto")
     elif dtype == "float16" and device.startswith("mps") and torch.__version__ < (2, 8):
-        raise ValueError(
-            f"dtype=float16: the gradient scaler of torch {torch.__version__} needs float64, which mps lacks (2.8 "
-            "does without); type --dtype=float32"
-        )
+        # Until then the gradient scaler needs float64, which mps lacks.
+        raise ValueError(f"dtype=float16: mps needs torch 2.8 for it, not {torch.__version__}; type --dtype=float32")
     return getattr(torch, dtype)
 
 
 def is_cpu_fast_at_bfloat16() -> bool:
     """Whether products in bfloat16 take less time than in float32: with AMX they do, and with AVX512-BF16 on AMD's
     CPUs. With that alone on an Intel Xeon (model 207, 2 cores) they took 1.6 to 2 times as long."""
-
-    def has(feature):
-        return getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)()
-
-    return has("amx_tile") or (has("avx512_bf16") and not is_intel())
-
-
-def is_intel() -> bool:
-    return "GenuineIntel" in read_cpu_info()
+    features = ("amx_tile", "avx512_bf16")
+    has_amx, has_avx512 = (getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)() for feature in features)
+    return has_amx or (has_avx512 and "GenuineIntel" not in read_cpu_info())
 
 
 def read_cpu_info() -> str:
@@ -208,28 +175,22 @@ class Processes:
         self.is_first = self.world_rank == 0
         if os.environ.get("RANK") and not os.environ.get("WORLD_SIZE"):
             print(f"note: RANK={os.environ['RANK']} in the environment is ignored, torchrun has not set it")
-        self.device = config.device
-        if self.world_size > 1:
-            self._join(config)
-        self.device = pick_device(self.device)
+        self.device = pick_device(config.device if self.world_size == 1 else self._join(config))
 
     def _join(self, config):
-        """Takes this process's own device and meets the others."""
+        """Meets the other processes. Returns this one's own device."""
         if config.batch_size < self.world_size:
-            raise ValueError(
-                f"batch_size={config.batch_size}: type at least one example for each of {self.world_size} processes"
-            )
+            raise ValueError(f"batch_size={config.batch_size}: type at least {self.world_size}, one for each process")
         on_cuda = config.device in ("auto", "cuda") and torch.cuda.is_available()
+        device = "cpu"
         if on_cuda:
             local_rank = int(os.environ.get("LOCAL_RANK") or self.world_rank)
             n_gpus = torch.cuda.device_count()
             if local_rank >= n_gpus:
                 raise ValueError(f"more processes than GPUs on this machine: type --nproc_per_node={n_gpus}")
-            self.device = f"cuda:{local_rank}"
-            torch.cuda.set_device(self.device)
-        elif config.device in ("auto", "cpu"):
-            self.device = "cpu"
-        else:
+            device = f"cuda:{local_rank}"
+            torch.cuda.set_device(device)
+        elif config.device not in ("auto", "cpu"):
             raise ValueError(f"device={config.device}: several processes need GPUs of their own, or --device=cpu")
         try:
             # The others wait while the first on a machine downloads: longer than NCCL's 10 minutes.
@@ -240,14 +201,11 @@ class Processes:
                 f"{place}, of MASTER_ADDR and MASTER_PORT: the processes cannot meet there ({first_line(e)}); type "
                 "another --master_port, or torchrun --standalone"
             ) from e
+        return device
 
     def leave(self):
         if self.world_size > 1:
             dist.destroy_process_group()
-
-    def total(self, value: float) -> float:
-        """The sum of each process's value."""
-        return self.totals([value])[0]
 
     def totals(self, values: list[float | torch.Tensor]) -> list[float]:
         """The sum of each process's first value, second value ... They are numbers, or scalars on the device, for
@@ -261,15 +219,15 @@ class Processes:
         dist.all_reduce(t)
         return t.tolist()
 
-    def share_file(self, path: str) -> str | io.BytesIO | None:
+    def share_file(self, path: str | None) -> str | io.BytesIO | None:
         """The first process's file, to be read on every process, of which some may be on machines without it: the
-        path of one process alone, else the file's bytes. None if it is not there."""
-        size = 0
-        if self.is_first:
-            size = os.path.getsize(path) if os.path.exists(path) else -1
-        size = int(self.total(size))
-        if size < 0 or self.world_size == 1:
-            return None if size < 0 else path
+        path of one process alone, else the file's bytes. None if the first process has no path, or no file there."""
+        exists = path is not None and os.path.exists(path)
+        if self.world_size == 1:
+            return path if exists else None
+        size = int(self.totals([os.path.getsize(path) + 1 if exists and self.is_first else 0])[0]) - 1
+        if size < 0:
+            return None
         content = torch.empty(size, dtype=torch.uint8, device=self.device)
         if self.is_first and size:
             content.copy_(torch.from_file(path, size=size, dtype=torch.uint8))
@@ -281,17 +239,10 @@ class Processes:
         copy of all would be another model's memory."""
         if self.world_size == 1:
             return
-        pieces = []
-        size = SUM_BYTES
         for p in params:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-            size += p.grad.nbytes
-            if size > SUM_BYTES:
-                pieces.append([])
-                size = p.grad.nbytes
-            pieces[-1].append(p.grad)
-        for grads in pieces:
+        for grads in _take_tensors([p.grad for p in params], SUM_BYTES):
             if len(grads) == 1:
                 dist.all_reduce(grads[0])
                 continue
@@ -308,11 +259,21 @@ def start_machine(config, layer) -> tuple[Processes, torch.dtype]:
         compute_deterministically()
     processes = Processes(config)
     before = config.run.dtype if config.run else None
-    dtype = pick_dtype(processes.device, config.dtype, layer, before)
+    # What a resumed run computed in stays, unless another is typed or this machine does not have it.
+    stays = before is not None and config.dtype in ("auto", before)
+    try:
+        dtype = pick_dtype(processes.device, before if stays else config.dtype, layer)
+    except ValueError:
+        if not stays:
+            raise
+        dtype = pick_dtype(processes.device, "auto", layer)
+    name = str(dtype).removeprefix("torch.")
+    if before not in (None, name):
+        print(f"note: the run computed in {before} until now, and goes on in {name}")
     if processes.world_size > 1:
-        dtypes = [None] * processes.world_size
-        dist.all_gather_object(dtypes, dtype)
-        if len(set(dtypes)) > 1:  # gradients of several could not be summed: float16's are scaled
-            names = sorted(str(d).removeprefix("torch.") for d in set(dtypes))
+        names = [None] * processes.world_size
+        dist.all_gather_object(names, name)
+        names = sorted(set(names))
+        if len(names) > 1:  # gradients of several could not be summed: float16's are scaled
             raise ValueError(f"the processes would compute in {' and '.join(names)}; type --dtype=float32")
     return processes, dtype

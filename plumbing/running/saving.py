@@ -1,13 +1,15 @@
 """When a run saves and what it shows meanwhile: checkpoints, the bar, lines above it."""
 
 import math
+import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
 
 from tqdm import tqdm
 
 from plumbing.running.checkpoint import collect_state, copy_state, save_checkpoint
-from plumbing.running.endings import StopSignals, exit_stopped
+from plumbing.running.endings import StopSignals
 
 FULL_SAVE_SECONDS = 180  # without LoRA: at least so long between the checkpoints of two evaluations
 
@@ -41,15 +43,13 @@ class Saver:
         self.thread.shutdown()
         self.signals.__exit__(kind, *error)
         if kind is None:
-            self.check()
+            self.wait_for()
 
     def write(self, function, *args) -> None:
         """Copies the tensors in args as they are now, for function(*args) in the first process's thread. Waits only
         for the same function's last call."""
         if self.run.processes.is_first:
-            if function in self.last:
-                wait([self.last[function]])
-                self.check()
+            self.wait_for(function)
             self.calls.append((function, copy_state(args, self.copies.setdefault(function, {}))))
 
     def start(self) -> None:
@@ -65,16 +65,16 @@ class Saver:
         except BaseException as e:
             self.error = e
 
-    def check(self) -> None:
-        """Raises what went wrong in the thread."""
+    def wait_for(self, *functions) -> None:
+        """Waits for their last calls. Raises what went wrong in the thread."""
+        wait([self.last[function] for function in functions if function in self.last])
         if self.error is not None:
             raise self.error
 
     def finish(self) -> None:
         """Waits until all is written."""
         self.start()
-        wait(self.last.values())
-        self.check()
+        self.wait_for(*self.last)
 
     def save_after_evaluation(self, is_last: bool) -> None:
         if self.run.config.rank:
@@ -95,7 +95,7 @@ class Saver:
     def save_or_stop(self, n_stopped: float) -> None:
         """Saves if it is due. Saves and ends the program after a signal in any of the processes, or an error in the
         thread."""
-        self.check()
+        self.wait_for()
         config = self.run.config
         it = self.progress.iter
         is_due = config.save_interval > 0 and it % config.save_interval == 0
@@ -105,17 +105,16 @@ class Saver:
             self.finish()
             command = f"python train.py --init_from=resume --out_dir={config.out_dir}"
             print0(self.run, f"stopped at update {it}, saved; to go on: {command}")
-            exit_stopped(self.signals.received)
+            # As the shell expects. A process may have got none while another did.
+            sys.exit(128 + (self.signals.received or signal.SIGTERM))
 
     def save(self) -> None:
-        run = self.run
-        if run.processes.is_first:
-            state = collect_state(self.progress, run.model, run.optimizers, run.scaler)
-            if run.config.rank:
-                self.write(save_checkpoint, run.config.out_dir, state)
-            else:  # a copy would be three times the model
-                self.finish()
-                save_checkpoint(run.config.out_dir, state)
+        out_dir = self.run.config.out_dir
+        if self.run.config.rank:
+            self.write(save_checkpoint, out_dir, collect_state(self.run, self.progress))
+        elif self.run.processes.is_first:  # a copy would be three times the model
+            self.finish()
+            save_checkpoint(out_dir, collect_state(self.run, self.progress))
         self.start()
         self.saved_it = self.progress.iter
 

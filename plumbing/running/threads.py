@@ -1,10 +1,8 @@
 """Set before torch is imported, which takes seconds: how OpenMP's threads wait, and what Ctrl-C does meanwhile.
 
-The threads, which share each product, soon sleep while they wait for one another.
-
-By default they spin through 300,000 tests first. Where another program keeps one core busy, all of them then wait for
-the one that is not running, and training is many times slower. Imported before torch, which reads the settings once.
-They change no result. What you set yourself stays.
+The threads, which share each product, soon sleep while they wait for one another. By default they spin through
+300,000 tests first: where another program keeps one core busy, all of them wait for the one that is not running, and
+training is many times slower. torch reads the settings once. They change no result. What you set yourself stays.
 """
 
 import os
@@ -23,12 +21,11 @@ if IS_OURS:
 def stop_while_importing(number, frame):
     """For SIGINT: an import that C++ code began would end in an abort, so the program ends here, without cleaning up.
     Nothing is begun yet."""
-    at = frame
-    while at:
-        if at.f_code.co_filename.startswith("<frozen importlib"):
-            end_quietly(KeyboardInterrupt, None, None)
-        at = at.f_back
-    signal.default_int_handler(number, frame)
+    while frame and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    if frame:
+        end_quietly(KeyboardInterrupt, None, None)
+    raise KeyboardInterrupt
 
 
 def end_quietly(kind, error, trace):
@@ -40,9 +37,7 @@ def end_quietly(kind, error, trace):
 
 
 program = getattr(sys.modules["__main__"], "__file__", None) or ""
-if (
-    os.path.realpath(program).startswith(ROOT + os.sep)
-    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-):
+is_ours = os.path.realpath(program).startswith(ROOT + os.sep)
+if is_ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     sys.excepthook = end_quietly
     signal.signal(signal.SIGINT, stop_while_importing)

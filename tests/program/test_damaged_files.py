@@ -22,7 +22,7 @@ from model import GPT, GPTConfig
 from plumbing.adapters.peft_format import load_adapter
 from plumbing.adapters.trainable import lora_state_dict
 from plumbing.data import token_cache
-from plumbing.running.checkpoint import load_checkpoint
+from plumbing.running.checkpoint import begin_or_resume
 
 
 @pytest.fixture(scope="module")
@@ -121,11 +121,11 @@ def test_damaged_checkpoint(place, tmp_path):
 
     def read():
         model = train.build_model(config, "cpu", torch.float32)
-        optimizers = train.build_optimizers(config, model)
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        progress = load_checkpoint(config.out_dir, model, optimizers, scaler, train.Processes(config))
+        run = train.make_run(config, train.Processes(config), torch.float32, None, model)
+        progress = begin_or_resume(run)
         state = numpy({n: p for n, p in model.named_parameters() if p.requires_grad})
-        moments = {f"{i} {k}": np.array(v) for i, s in enumerate(optimizers[0].state.values()) for k, v in s.items()}
+        saved = run.optimizers[0].state.values()
+        moments = {f"{i} {k}": np.array(v) for i, s in enumerate(saved) for k, v in s.items()}
         return state | moments | {"iter": np.array(progress.iter)}
 
     expected, data = read(), path.read_bytes()

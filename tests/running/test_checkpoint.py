@@ -12,7 +12,7 @@ import torch
 from conftest import finish, flags, here, one_line_of, read_checkpoint, resume, start
 from filelock import FileLock, SoftFileLock
 
-from plumbing.running.checkpoint import hash_state, lock_folder
+from plumbing.running.checkpoint import hash_state, locked_folder
 
 
 def test_a_second_run_in_the_same_folder_is_refused(place):
@@ -42,7 +42,8 @@ def test_a_file_system_without_locks_is_no_obstacle(place, monkeypatch, capsys, 
         raise error
 
     monkeypatch.setattr(FileLock, "acquire", acquire)
-    lock_folder(str(place / "unlocked"))
+    with locked_folder(str(place / "unlocked")):
+        pass
     out = capsys.readouterr().out
     assert out.startswith("note: ") and str(place / "unlocked") in out and out.count("\n") == 1
 
@@ -53,7 +54,8 @@ def test_a_lock_file_that_no_process_holds_is_no_obstacle(place, monkeypatch, ca
     out_dir.mkdir()
     (out_dir / ".lock").write_text("a killed run's")
     monkeypatch.setattr("plumbing.running.checkpoint.FileLock", SoftFileLock)
-    lock_folder(str(out_dir))
+    with locked_folder(str(out_dir)):
+        pass
     assert "its file system has no locks" in capsys.readouterr().out
 
 

@@ -352,9 +352,11 @@ def test_the_vendor_where_there_is_no_proc(monkeypatch):
         raise FileNotFoundError
 
     monkeypatch.setattr(machine, "open", refuse, raising=False)
-    for processor, expected in (("Intel64 Family 6 Model 207, GenuineIntel", True), ("AMD64 Family 25", False)):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    for processor, expected in (("Intel64 Family 6 Model 207, GenuineIntel", False), ("AMD64 Family 25", True)):
         monkeypatch.setattr(machine.platform, "processor", lambda processor=processor: processor)
-        assert machine.is_intel() == expected
+        assert machine.is_cpu_fast_at_bfloat16() == expected
 
 
 def test_a_seed_gives_the_numbers_of_torchs_own_call():

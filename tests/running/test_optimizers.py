@@ -22,8 +22,8 @@ from transformers import GPT2LMHeadModel
 import train
 from configurator import Config, configure
 from plumbing.running import machine
-from plumbing.running.adamw import AdamW
 from plumbing.running.machine import Processes
+from plumbing.running.optimizers import AdamW
 
 
 def test_adamw_is_torchs(place):

@@ -205,24 +205,24 @@ def test_a_run_cannot_end_before_where_it_is(place, capsys):
 )
 def test_a_run_goes_on_where_the_machine_has_another_dtype(place, monkeypatch, capsys, began, has, goes_on):
     """Otherwise a run that began on one of Colab's machines ends in a traceback on the next, or changes its
-    arithmetic without a word. A machine is what `find_dtype` says of it."""
+    arithmetic without a word. A machine is what `pick_dtype` says of it."""
 
     def machine_with(*dtypes):
-        def find_dtype(device, dtype, mixed):
+        def pick_dtype(device, dtype, layer):
             picked = dtypes[0] if dtype == "auto" else dtype
             if picked not in dtypes:
                 raise ValueError(f"no {picked}")
             return getattr(torch, picked)
 
-        return find_dtype
+        return pick_dtype
 
     name = f"{began}-{has}"
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(machine, "find_dtype", machine_with(began))
+        patch.setattr(machine, "pick_dtype", machine_with(began))
         stop_after(patch, 2)
         here(flags(place, name, rank=2, alpha=8, max_iters=4, dtype="auto"))
     capsys.readouterr()
-    monkeypatch.setattr(machine, "find_dtype", machine_with(has, "float32"))
+    monkeypatch.setattr(machine, "pick_dtype", machine_with(has, "float32"))
     here(resume(place, name))
     out = capsys.readouterr().out
     assert f"cpu {goes_on}, " in out
