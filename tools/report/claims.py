@@ -49,7 +49,7 @@ from tools.runs.run import MEASURES
 # --- the trainings ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Setting:
     """What a training has of its own. lr, alpha, batch and length are multiples: of the configuration's learning rate
     (without LoRA, of the sweep's for full fine-tuning), of the alpha that its scale gives r = 16, of the task's batch
@@ -68,13 +68,11 @@ class Setting:
     lora_plus: float = 1
     task: str = "text"
 
-    @property
-    def name(self) -> str:
+    def __repr__(self) -> str:
         words = [self.task, f"r{self.rank}" if self.rank else "full"]
         words += [f"{key}{getattr(self, key):g}" for key in ("lr", "alpha", "batch", "length")]
         words += [place for place, setting in PLACES.items() if self.targets and setting.targets == self.targets]
-        words += ["rslora"] * self.rslora
-        words += ["plus"] * (self.lora_plus != 1)
+        words += ["rslora"] * self.rslora + ["plus"] * (self.lora_plus != 1)
         return "-".join(words)
 
 
@@ -123,7 +121,7 @@ def list_settings() -> list[Setting]:
 
 
 def run_name(setting: Setting, seed: int) -> str:
-    return f"claims-{setting.name}-seed{seed}"
+    return f"claims-{setting}-seed{seed}"
 
 
 def make_settings(setting: Setting, config, full_lr: float, scale: float) -> dict:
@@ -142,10 +140,8 @@ def make_settings(setting: Setting, config, full_lr: float, scale: float) -> dic
     settings |= {"max_iters": n_updates, "eval_interval": n_updates, "warmup_iters": n_updates // 10}
     settings["eval_iters"] = 1  # it only tells the last weights from the first
     settings["loss_on"] = "all" if setting.task == "text" else "label"
-    if setting.targets:
-        settings["lora_targets"] = setting.targets
-    if not setting.rank:
-        settings["dropout"] = 0.0
+    settings["lora_targets"] = setting.targets or config.lora_targets
+    settings["dropout"] = config.dropout if setting.rank else 0.0
     return settings
 
 
@@ -184,23 +180,29 @@ class Results:
     turns: dict[str, list[float]] = field(default_factory=dict)  # {"base", "merged", "unmerged"}: tokens/s
 
     def seeds(self, *settings: Setting) -> list[int]:
-        """The seeds that all of these settings have. Raises KeyError for a setting without any."""
-        found = [{n for s, n in self.measures if s == setting} for setting in settings]
-        for setting, seeds in zip(settings, found):
-            if not seeds:
-                raise KeyError(setting)
-        shared = set.intersection(*found)
-        if not shared:
-            raise KeyError(settings[0])
-        return sorted(shared)
+        """The seeds that all of these settings have. Raises KeyError for a setting that has none, or too few."""
+        found = {s: {n for known, n in self.measures if known == s} for s in settings}
+        if shared := set.intersection(*found.values()):
+            return sorted(shared)
+        raise KeyError(min(settings, key=lambda s: len(found[s])))
 
     def losses(self, *settings: Setting, what: str = "") -> dict[Setting, np.ndarray]:
         """{setting: (seeds, examples)}. what: "text", "label" or, by default, what its training was scored by."""
         seeds = self.seeds(*settings)
         return {s: np.stack([self.measures[s, n][what or s.task] for n in seeds]) for s in settings}
 
-    def estimate(self, statistic: Callable, *settings: Setting, what: str = "") -> Estimate:
-        return estimate(statistic, self.losses(*settings, what=what))
+    def means(self, *settings: Setting) -> dict[Setting, float]:
+        return {s: float(x.mean()) for s, x in self.losses(*settings).items()}
+
+    def rate(self, setting: Setting) -> float:
+        return setting.lr * (self.lr if setting.rank else self.full_lr)
+
+    # --- the best of a curve
+
+    def best(self, curve: list[Setting]) -> Setting:
+        """That of the lowest loss."""
+        means = self.means(*curve)
+        return min(curve, key=means.get)
 
     def vertex(self, curve: list[Setting]) -> Vertex:
         found = Vertex.of(curve, self.losses(*curve))
@@ -215,16 +217,32 @@ class Results:
             )
         return found
 
+    def place(self, curve: list[Setting]) -> float:
+        """log2 of the curve's best rate over its first."""
+        return float(self.vertex(curve).place(self.means(*curve)))
+
+    def best_rate(self, curve: list[Setting]) -> float:
+        return self.rate(curve[0]) * 2 ** self.place(curve)
+
     def lowest(self, curve: list[Setting]) -> float:
         """The lowest loss of a curve."""
         return float(self.vertex(curve).loss(self.means(*curve)))
 
-    def means(self, *settings: Setting, what: str = "") -> dict[Setting, float]:
-        return {s: float(x.mean()) for s, x in self.losses(*settings, what=what).items()}
+    def margin(self, task: str = "text") -> float:
+        """A difference of losses that matters: MARGIN of what full fine-tuning gains on words, or of its loss on
+        labels, where nearly all of the gain is to learn which words are labels at all."""
+        if task == "label":
+            return MARGIN * self.lowest(LABEL_FULL)
+        return MARGIN * (float(self.base.mean()) - self.lowest(FULL))
 
-    def nearest(self, curve: list[Setting]) -> Setting:
-        """The setting of a curve that is nearest to its best rate."""
-        return curve[round(self.vertex(curve).place(self.means(*curve)))]
+    # --- comparisons
+
+    def estimate(self, statistic: Callable, *settings: Setting) -> Estimate:
+        return estimate(statistic, self.losses(*settings))
+
+    def gap(self, setting: Setting, other: Setting) -> Estimate:
+        """The setting's loss minus the other's."""
+        return self.estimate(lambda m: m[setting] - m[other], setting, other)
 
     def compare_lowest(self, curve: list[Setting], other: list[Setting]) -> Estimate:
         """The lowest loss of a curve minus the other's."""
@@ -237,25 +255,7 @@ class Results:
         apart = math.log2(self.rate(curve[0]) / self.rate(other[0]))
         return self.estimate(lambda m: a.place(m) - b.place(m) + apart, *curve, *other)
 
-    def gap(self, setting: Setting, other: Setting) -> Estimate:
-        """The setting's loss minus the other's."""
-        return self.estimate(lambda m: m[setting] - m[other], setting, other)
-
-    def loss(self, setting: Setting, what: str = "") -> float:
-        return float(self.losses(setting, what=what)[setting].mean())
-
-    def best(self, curve: list[Setting]) -> Setting:
-        return min(curve, key=self.loss)
-
-    def rate(self, setting: Setting) -> float:
-        return setting.lr * (self.lr if setting.rank else self.full_lr)
-
-    def margin(self, task: str = "text") -> float:
-        """A difference of losses that matters: MARGIN of what full fine-tuning gains on words, or of its loss on
-        labels, where nearly all of the gain is to learn which words are labels at all."""
-        if task == "label":
-            return MARGIN * self.lowest(LABEL_FULL)
-        return MARGIN * (float(self.base.mean()) - self.lowest(FULL))
+    # --- pictures
 
     def paint_over_rank(self, lines: dict[str, dict[int, Setting]]) -> Callable:
         """How to paint the losses of {name: {rank: setting}}."""
@@ -265,14 +265,10 @@ class Results:
     def paint_curves(self, curves: dict[str, list[Setting]]) -> Callable:
         """How to paint the losses of {name: settings} over their learning rates."""
         lines = {}
-        for name, settings in curves.items():
-            losses = self.losses(*settings)
-            points = [(self.rate(s), float(losses[s].mean())) for s in settings]
-            lines[name] = (points, self.best_rate(settings))
+        for name, curve in curves.items():
+            points = [(self.rate(s), loss) for s, loss in self.means(*curve).items()]
+            lines[name] = (points, self.best_rate(curve))
         return partial(paint_rates, lines=lines)
-
-    def best_rate(self, curve: list[Setting]) -> float:
-        return self.rate(curve[0]) * 2 ** float(self.vertex(curve).place(self.means(*curve)))
 
 
 def gather(runs: dict, seeds: list[int], config, full_lr: float, base: np.ndarray, turns: dict) -> Results:
@@ -296,65 +292,64 @@ DOUBLING = 1.0  # the margin of a learning rate, as log2: twice or half
 
 @dataclass
 class Finding:
-    """What a rule says: the parts that all must hold, the margin to which each must be known, the measurement in
-    words, with a function that writes an estimate at the claim's level, and how to paint it at that level."""
+    """What a rule says. parts: they all must hold, each be known to the margin. here: the measurement in words, with
+    {} in the place of each of the figures. Their picture, on an axis with a name, is that of the claim, where there
+    is no other to paint. write: how figures are written, as in `show`."""
 
     parts: list[Part]
     margin: float
-    here: Callable[[Callable], str]
-    paint: Callable[[float], Callable]
+    here: str
+    figures: dict[str, Estimate]
+    axis: str = "difference of the losses"
+    paint: Callable | None = None
+    write: int | Callable = 4
     size: tuple = (5.4, 3.6)  # inches
     panels: int = 1
+
+    def tell(self, level: float) -> str:
+        """The measurement, with intervals at this level."""
+        return self.here.format(*(show(e, self.write, level) for e in self.figures.values()))
+
+    def draw(self, level: float, plot: Callable, *words: str) -> tuple:
+        """The picture, with intervals at this level. words: its file and what it shows."""
+        if self.paint:
+            return plot(*words, self.paint, panels=self.panels, size=self.size)
+        rows = [(name, e.value, *e.interval(level)) for name, e in self.figures.items()]
+        return plot(*words, partial(paint_differences, rows=rows, what=self.axis), size=(5.4, 1 + 0.6 * len(rows)))
 
 
 @dataclass
 class Claim:
-    """words: what it says. source: who says so. paper: what was measured there, and how this differs. rule: Results
-    -> Finding. noise: the standard deviation by which a seed moves the figure, that which the examples leave, and the
-    margin, all seen with the shipped configuration: from these the plan says what it will be able to see."""
+    """words: what it says. source: who says so. paper: what was measured there, and how this differs. noise: the
+    standard deviation by which a seed moves the figure, that which the examples leave, and the margin, all seen with
+    the shipped configuration: from these the plan says what it will be able to see. rule: Results -> Finding."""
 
     number: str
     words: str
     source: str
     paper: str
-    rule: Callable
     noise: tuple[float, float, float]
+    rule: Callable
 
 
 CLAIMS = []
 
 
-def claim(number: str, words: str, source: str, paper: str, noise: tuple = (0, 0, 0)):
+def claim(*about, noise: tuple):
     """Puts a rule on the list of claims."""
 
     def register(rule):
-        CLAIMS.append(Claim(number, words, source, paper, rule, noise))
+        CLAIMS.append(Claim(*about, noise, rule))
         return rule
 
     return register
 
 
-def difference(rows: dict[str, Estimate], margin: float, here, what: str, **bounds) -> Finding:
-    """A claim on differences, each of which must lie within the bounds."""
-
-    def paint(level):
-        return partial(
-            paint_differences, rows=[(name, e.value, *e.interval(level)) for name, e in rows.items()], what=what
-        )
-
-    parts = [Part(e, **bounds) for e in rows.values()]
-    return Finding(parts, margin, here, paint, (5.4, 1 + 0.6 * len(rows)))
-
-
 def compare_places(results, place: str, other: str, words: str) -> Finding:
     """A claim that a place for adapters is better than another one. words: what is compared."""
     gap = results.gap(PLACES[place], PLACES[other])
-
-    def here(show):
-        return f"Loss of {words}: {show(gap)}."
-
-    rows = {f"{place} minus {other}": gap}
-    return difference(rows, results.margin(), here, "difference of the losses", at_most=0)
+    parts = [Part(gap, at_most=0)]
+    return Finding(parts, results.margin(), f"Loss of {words}: {{}}.", {f"{place} minus {other}": gap})
 
 
 def compare_growth(results, pairs: dict, names: dict[float, str], whose: str, than: str, until: str) -> Finding:
@@ -368,19 +363,15 @@ def compare_growth(results, pairs: dict, names: dict[float, str], whose: str, th
         return after - before
 
     growth = results.estimate(grow, *itertools.chain(*(c for curves in pairs.values() for c in curves)))
-
-    def here(show):
-        shown = ", ".join(f"{name}: {show(e)}" for name, e in gaps.items())
-        return f"{whose} lowest loss minus {than}, {shown}; {until}: {show(growth)}."
-
-    finding = difference(gaps | {"growth": growth}, results.margin(), here, f"{whose} loss minus {than}")
-    finding.parts = [Part(growth, at_least=0)]
-    return finding
+    shown = ", ".join(f"{name}: {{}}" for name in gaps)
+    here = f"{whose} lowest loss minus {than}, {shown}; {until}: {{}}."
+    figures = gaps | {"growth": growth}
+    return Finding([Part(growth, at_least=0)], results.margin(), here, figures, f"{whose} loss minus {than}")
 
 
-def show_times(show, e: Estimate) -> str:
+def write_times(exponent: float) -> str:
     """A ratio whose log2 is estimated."""
-    return show(e, lambda x: f"{2**x:.2g}")
+    return f"{2**exponent:.2g}"
 
 
 HU = "Hu et al. 2021"
@@ -400,11 +391,8 @@ def reaches_full(results):
     gap = results.compare_lowest(LABEL_LORA, LABEL_FULL)
     margin = results.margin("label")
     lora, full = map(results.lowest, (LABEL_LORA, LABEL_FULL))
-
-    def here(show):
-        return f"Lowest losses: LoRA {lora:.4f}, full fine-tuning {full:.4f}; the difference: {show(gap)}."
-
-    return difference({"LoRA minus full": gap}, margin, here, "difference of the losses", at_most=margin)
+    here = f"Lowest losses: LoRA {lora:.4f}, full fine-tuning {full:.4f}; the difference: {{}}."
+    return Finding([Part(gap, at_most=margin)], margin, here, {"LoRA minus full": gap})
 
 
 @claim(
@@ -418,12 +406,9 @@ def reaches_full(results):
 def small_rank_is_enough(results):
     gap = results.compare_lowest(SAME_ALPHA[1], LORA)
     margin = results.margin()
-
-    def here(show):
-        return f"r = 1's lowest loss minus that of r = 16, alpha the same: {show(gap)}."
-
+    here = "r = 1's lowest loss minus that of r = 16, alpha the same: {}."
     lines = {"LoRA, each at its best rate": {r: results.best(c) for r, c in SAME_ALPHA.items()}}
-    return Finding([Part(gap, at_most=margin)], margin, here, lambda level: results.paint_over_rank(lines))
+    return Finding([Part(gap, at_most=margin)], margin, here, {"gap": gap}, paint=results.paint_over_rank(lines))
 
 
 @claim(
@@ -461,25 +446,21 @@ def mlp_beats_attention(results):
 )
 def ten_times_the_rate(results):
     times = results.compare_rates(LORA, FULL)
-
-    def here(show):
-        rates = (write_rate(results.best_rate(c)) for c in (LORA, FULL))
-        return "Best rate with r = 16: {}, without LoRA: {}; ".format(*rates) + f"{show_times(show, times)} times."
-
     paint = results.paint_curves({"r = 16": LORA, "full": FULL})
-    return Finding([Part(times, math.log2(5), math.log2(20))], DOUBLING, here, lambda level: paint)
+    rates = (write_rate(results.best_rate(c)) for c in (LORA, FULL))
+    here = "Best rate with r = 16: {}, without LoRA: {}; {{}} times.".format(*rates)
+    parts = [Part(times, math.log2(5), math.log2(20))]
+    return Finding(parts, DOUBLING, here, {"times": times}, paint=paint, write=write_times)
 
 
-def rates_over_rank(results, curves, words, **bounds):
+def rates_over_rank(results, curves, **bounds):
     """A claim on how many times the best rate of r = 64 is that of r = 4."""
     times = results.compare_rates(curves[64], curves[4])
-
-    def here(show):
-        rates = ", ".join(f"r = {r}: {write_rate(results.best_rate(c))}" for r, c in curves.items() if r > 1)
-        return f"Best rates: {rates}; that of r = 64 is {show_times(show, times)} times that of r = 4.{words}"
-
-    paint = results.paint_curves({f"r = {r}": c for r, c in curves.items() if r > 1})
-    return Finding([Part(times, **bounds)], DOUBLING, here, lambda level: paint)
+    named = {f"r = {r}": c for r, c in curves.items() if r > 1}
+    paint = results.paint_curves(named)
+    rates = ", ".join(f"{name}: {write_rate(results.best_rate(c))}" for name, c in named.items())
+    here = f"Best rates: {rates}; that of r = 64 is {{}} times that of r = 4."
+    return Finding([Part(times, **bounds)], DOUBLING, here, {"times": times}, paint=paint, write=write_times)
 
 
 @claim(
@@ -491,7 +472,7 @@ def rates_over_rank(results, curves, words, **bounds):
     noise=(0.086, 0.0031, 1),
 )
 def rate_stays(results):
-    return rates_over_rank(results, SAME_ALPHA, "", at_least=-1, at_most=1)
+    return rates_over_rank(results, SAME_ALPHA, at_least=-1, at_most=1)
 
 
 @claim(
@@ -502,7 +483,7 @@ def rate_stays(results):
     noise=(0.099, 0, 1),
 )
 def rate_falls(results):
-    return rates_over_rank(results, SAME_SCALE, "", at_most=0)
+    return rates_over_rank(results, SAME_SCALE, at_most=0)
 
 
 @claim(
@@ -519,13 +500,10 @@ def rate_is_alpha(results):
         raise Undecided("The learning rate alone, halved or doubled, moves the loss by less than the margin.")
     gaps = {f"lr x {s.lr / 2:g}, alpha x {s.alpha:g}": results.gap(s, Setting()) for s in TRADES}
     margin = results.margin()
-
-    def here(show):
-        shown = "; ".join(f"{name}: {show(e)}" for name, e in gaps.items())
-        return f"Loss minus the configuration's: {shown}. With the rate alone: {alone[0]:+.4f} and {alone[1]:+.4f}."
-
-    bounds = {"at_least": -margin, "at_most": margin}
-    return difference(gaps, margin, here, "loss minus the configuration's", **bounds)
+    shown = "; ".join(f"{name}: {{}}" for name in gaps)
+    here = f"Loss minus the configuration's: {shown}. With the rate alone: {alone[0]:+.4f} and {alone[1]:+.4f}."
+    parts = [Part(gap, -margin, margin) for gap in gaps.values()]
+    return Finding(parts, margin, here, gaps, "loss minus the configuration's")
 
 
 @claim(
@@ -551,22 +529,16 @@ def large_batches(results):
     noise=(0.0052, 0.00066, 0.019),
 )
 def stable_ranks(results):
-    stable, plain = (results.gap(ranks[64], ranks[4]) for ranks in (STABLE, PLAIN))
+    gaps = {name: results.gap(ranks[64], ranks[4]) for name, ranks in (("stable", STABLE), ("plain", PLAIN))}
     four = [*STABLE.values(), *PLAIN.values()]
     more = results.estimate(lambda m: m[STABLE[64]] - m[STABLE[4]] - (m[PLAIN[64]] - m[PLAIN[4]]), *four)
-
-    def here(show):
-        return (
-            f"r = 64's loss minus r = 4's: {show(stable)} with alpha / sqrt(r), {show(plain)} with alpha / r; the "
-            f"difference of the two: {show(more)}."
-        )
-
+    here = "r = 64's loss minus r = 4's: {} with alpha / sqrt(r), {} with alpha / r; the difference of the two: {}."
     lines = {
         "alpha / sqrt(r)": {4: STABLE[4], 16: Setting(), 64: STABLE[64]},
         "alpha / r": {4: PLAIN[4], 16: Setting(), 64: PLAIN[64]},
     }
     paint = results.paint_over_rank(lines)
-    return Finding([Part(more, at_most=0)], results.margin(), here, lambda level: paint)
+    return Finding([Part(more, at_most=0)], results.margin(), here, gaps | {"more": more}, paint=paint)
 
 
 @claim(
@@ -579,12 +551,9 @@ def stable_ranks(results):
 )
 def plus_is_faster(results):
     gap = results.compare_lowest(PLUS, LORA)
-
-    def here(show):
-        return f"The lowest loss of ratio 16 minus that of ratio 1: {show(gap)}."
-
+    here = "The lowest loss of ratio 16 minus that of ratio 1: {}."
     paint = results.paint_curves({"ratio 1": LORA, "ratio 16": PLUS})
-    return Finding([Part(gap, at_most=0)], results.margin(), here, lambda level: paint)
+    return Finding([Part(gap, at_most=0)], results.margin(), here, {"gap": gap}, paint=paint)
 
 
 @claim(
@@ -598,14 +567,9 @@ def plus_is_faster(results):
 def merged_is_free(results):
     turns = results.turns
     speed = {name: estimate_mean(np.log(np.divide(turns[name], turns["base"]))) for name in ("merged", "unmerged")}
-
-    def here(show):
-        shown = (f"{name} {show(e, lambda x: f'{math.exp(x):.3f}')}" for name, e in speed.items())
-        return f"Tokens a second over the base's: {', '.join(shown)}."
-
-    finding = difference(speed, 0.05, here, "log of the speed over the base's")
-    finding.parts = [Part(speed["merged"], at_least=math.log(0.95))]
-    return finding
+    here = "Tokens a second over the base's: merged {}, unmerged {}."
+    parts = [Part(speed["merged"], at_least=math.log(0.95))]
+    return Finding(parts, 0.05, here, speed, "log of the speed over the base's", write=lambda x: f"{math.exp(x):.3f}")
 
 
 @claim(
@@ -628,17 +592,15 @@ def shared_directions(results):
         # 8 phi(8, 8) is what all eight share with the other's first eight, phi(1, 8) what the first does.
         others.append(mean(float(8 * x.similarity_A[7, 7] - x.similarity_A[0, 7]) / 7 for x in found))
     first, others = estimate_mean(first), estimate_mean(others)
-
-    def here(show):
-        return (
-            f"Similarity of A's first directions at r = 8 and r = 64, mean over layers: {show(first, 2)}, "
-            f"of directions 2 to 8 with the other's first 8: {show(others, 2)}. Shared: above 0.5."
-        )
-
-    maps = [(name, phi) for name, phi in directions.mean_similarity(layers, 8, 64)]
+    here = (
+        "Similarity of A's first directions at r = 8 and r = 64, mean over layers: {}, of directions 2 to 8 with the "
+        "other's first 8: {}. Shared: above 0.5."
+    )
+    maps = directions.mean_similarity(layers, 8, 64)
     paint = partial(paint_similarity, maps=maps, rows="first i of r = 8", columns="first j of r = 64")
     parts = [Part(first, at_least=0.5), Part(others, at_most=0.5)]
-    return Finding(parts, 0.1, here, lambda level: paint, (5.4, 2.4), 3)
+    figures = {"first": first, "others": others}
+    return Finding(parts, 0.1, here, figures, paint=paint, write=2, size=(5.4, 2.4), panels=3)
 
 
 @claim(
@@ -654,15 +616,13 @@ def not_stressed(results):
     more = estimate_mean([mean(math.log(x.stressed / x.random) for x in layers) for layers in per_seed])
     nearer = [mean(math.log(x.own / x.stressed) - math.log(x.stressed / x.random) for x in ls) for ls in per_seed]
     nearer = estimate_mean(nearer)
-
-    def here(show):
-        return (
-            f"|U^T W0 V| along the update's directions over that along random ones, as a logarithm: {show(more, 2)}; "
-            f"how much nearer it is to random than to W0's own: {show(nearer, 2)}."
-        )
-
+    here = (
+        "|U^T W0 V| along the update's directions over that along random ones, as a logarithm: {}; how much nearer "
+        "it is to random than to W0's own: {}."
+    )
     paint = partial(paint_stress, layers=[(x.own, x.stressed, x.random) for x in per_seed[0]])
-    return Finding([Part(more, at_least=0), Part(nearer, at_least=0)], 0.2, here, lambda level: paint)
+    figures = {"more": more, "nearer": nearer}
+    return Finding([Part(e, at_least=0) for e in figures.values()], 0.2, here, figures, paint=paint, write=2)
 
 
 @claim(
@@ -684,32 +644,30 @@ def forgets_less(results):
     labels = results.losses(*LABEL_LORA, *LABEL_FULL)
     words = results.losses(*LABEL_LORA, *LABEL_FULL, what="text")
     vertices = {name: results.vertex(curve) for name, curve in curves.items()}
-
-    def lose(name, seeds):
-        """The loss of words at the best rate for labels."""
-        place = vertices[name].place({s: labels[s][seeds].mean() for s in curves[name]})
-        return float(np.interp(place, range(len(curves[name])), [words[s][seeds].mean() for s in curves[name]]))
-
-    everyone = np.arange(len(words[LABEL_LORA[0]]))
+    seeds = np.arange(len(words[LABEL_LORA[0]]))
     base = float(results.base.mean())
-    lost = {name: lose(name, everyone) - base for name in curves}
+
+    def forget(name, seeds):
+        """The loss of words at the best rate for labels, above the untuned model's."""
+        at = vertices[name].place({s: labels[s][seeds].mean() for s in curves[name]})
+        return float(np.interp(at, range(len(curves[name])), [words[s][seeds].mean() for s in curves[name]])) - base
+
+    lost = {name: forget(name, seeds) for name in curves}
     if max(lost.values()) <= 0:
         raise Undecided("Neither forgets.")
-    without = [lose("LoRA", np.delete(everyone, n)) - lose("full", np.delete(everyone, n)) for n in everyone]
-    n_seeds = len(everyone)
+    without = [forget("LoRA", others) - forget("full", others) for others in (np.delete(seeds, n) for n in seeds)]
+    n_seeds = len(seeds)
     gap = estimate_mean([n_seeds * (lost["LoRA"] - lost["full"]) - (n_seeds - 1) * x for x in without])
-
-    def here(show):
-        shown = ", ".join(f"{name} {x:+.2f}" for name, x in lost.items())
-        return f"Words' loss above the untuned model's {base:.2f}: {shown}; LoRA's minus full's: {show(gap)}."
-
-    return difference({"LoRA minus full": gap}, MARGIN * base, here, "difference of the words' losses", at_most=0)
+    shown = ", ".join(f"{name} {x:+.2f}" for name, x in lost.items())
+    here = f"Words' loss above the untuned model's {base:.2f}: {shown}; LoRA's minus full's: {{}}."
+    figures = {"LoRA minus full": gap}
+    return Finding([Part(gap, at_most=0)], MARGIN * base, here, figures, "difference of the words' losses")
 
 
 def count_at_best(results, key: str) -> tuple[np.ndarray, np.ndarray]:
     """A count of measured_run.py's of LoRA and of full fine-tuning, each near its best rate: the mean over layers of
     each seed."""
-    pair = [results.nearest(curve) for curve in (LORA, FULL)]
+    pair = [curve[round(results.place(curve))] for curve in (LORA, FULL)]
     seeds = results.seeds(*pair)
     return tuple(np.array([results.measures[s, n][key].mean() for n in seeds]) for s in pair)
 
@@ -725,12 +683,9 @@ def count_at_best(results, key: str) -> tuple[np.ndarray, np.ndarray]:
 def rank_of_update(results):
     lora, full = count_at_best(results, "directions")
     times = estimate_mean(np.log10(full / 16))
-
-    def here(show):
-        shown = show(times, lambda x: f"{10**x:.1f}")
-        return f"Mean over layers: full {full.mean():.1f}, {shown} times 16. LoRA itself uses {lora.mean():.1f}."
-
-    return difference({"full over 16": times}, 0.5, here, "log10 of the ratio", at_least=1, at_most=2)
+    here = f"Mean over layers: full {full.mean():.1f}, {{}} times 16. LoRA itself uses {lora.mean():.1f}."
+    figures = {"full over 16": times}
+    return Finding([Part(times, 1, 2)], 0.5, here, figures, "log10 of the ratio", write=lambda x: f"{10**x:.1f}")
 
 
 @claim(
@@ -743,13 +698,9 @@ def rank_of_update(results):
 )
 def intruders(results):
     lora, full = (estimate_mean(counts, floor=1 / 24) for counts in count_at_best(results, "intruders"))
-
-    def here(show):
-        return f"Of ten a layer: LoRA {show(lora, 2)}, full fine-tuning {show(full, 2)}. Some: 0.25 or more."
-
-    finding = difference({"LoRA": lora, "full": full}, 0.25, here, "intruders, of ten a layer")
-    finding.parts = [Part(lora, at_least=0.25), Part(full, at_most=0.25)]
-    return finding
+    here = "Of ten a layer: LoRA {}, full fine-tuning {}. Some: 0.25 or more."
+    parts = [Part(lora, at_least=0.25), Part(full, at_most=0.25)]
+    return Finding(parts, 0.25, here, {"LoRA": lora, "full": full}, "intruders, of ten a layer", write=2)
 
 
 @claim(
@@ -810,9 +761,7 @@ def judge_all(results: Results, level: float = LEVEL) -> list[Verdict]:
         except Undecided as e:
             verdicts.append(Verdict(one, OPEN, str(e)))
         except KeyError as e:
-            key = e.args[0]
-            what = getattr(key[0] if isinstance(key, tuple) else key, "name", key)
-            verdicts.append(Verdict(one, MISSING, f"{what} is not there."))
+            verdicts.append(Verdict(one, MISSING, f"{e.args[0]} is not there."))
         except (ValueError, OSError) as e:  # a base that is gone, say: one claim must not cost the others
             verdicts.append(Verdict(one, MISSING, first_line(e)))
     measured = [v for v in verdicts if v.finding]
@@ -821,7 +770,7 @@ def judge_all(results: Results, level: float = LEVEL) -> list[Verdict]:
         v.level = at
         v.verdict = verdict if p <= at else OPEN
         v.width = max(part.estimate.half_width(at) for part in v.finding.parts)
-        v.here = v.finding.here(partial(show, level=at))
+        v.here = v.finding.tell(at)
         if v.verdict == OPEN and v.is_small:
             v.here += " No difference as large as the margin."
     return verdicts
@@ -856,11 +805,8 @@ def describe_plan(n_seeds: int) -> list[str]:
     """A line for each claim: what so many seeds will show, by the noise seen with the shipped configuration."""
     lines = []
     for one in CLAIMS:
-        of_seed, of_examples, margin = one.noise
-        says = "its noise is not known"
-        if of_seed:
-            says = f"shows {visible(of_seed, of_examples, n_seeds):.2g}, where {margin:.2g} matters"
-        lines.append(f"{one.number:>3} {one.words}: {says}")
+        *noise, margin = one.noise
+        lines.append(f"{one.number:>3} {one.words}: shows {visible(*noise, n_seeds):.2g}, where {margin:.2g} matters")
     return lines
 
 
@@ -907,8 +853,7 @@ def write_chapter(verdicts: list[Verdict], results: Results, minutes: float, plo
     for v in verdicts:
         if v.finding:
             parts.append(("h3", f"{v.claim.number}. {v.claim.words}: {v.verdict}"))
-            paint, f = v.finding.paint(v.level), v.finding
-            parts.append(plot(f"claim-{v.claim.number}.svg", v.claim.words, paint, panels=f.panels, size=f.size))
+            parts.append(v.finding.draw(v.level, plot, f"claim-{v.claim.number}.svg", v.claim.words))
     return parts
 
 
@@ -918,11 +863,9 @@ def tell_width(v: Verdict, minutes: float) -> str:
         return ""
     margin = v.finding.margin
     text = f"{v.width:.2g} at {100 * (1 - v.level):.1f} %, {margin:.2g}"
-    if not v.is_sharp:
-        needed = [part.estimate.count_seeds(margin, v.level) for part in v.finding.parts]
-        text += "; more examples would do, not seeds"
-        if None not in needed:
-            text = (
-                f"{text.partition(';')[0]}; about {max(needed)} seeds would do, {minutes * max(needed):.0f} minutes"
-            )
-    return text
+    if v.is_sharp:
+        return text
+    needed = [part.estimate.count_seeds(margin, v.level) for part in v.finding.parts]
+    if None in needed:
+        return f"{text}; more examples would do, not seeds"
+    return f"{text}; about {max(needed)} seeds would do, {minutes * max(needed):.0f} minutes"
