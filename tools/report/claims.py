@@ -335,11 +335,12 @@ class Claim:
 CLAIMS = []
 
 
-def claim(*about, noise: tuple):
-    """Puts a rule on the list of claims."""
+def claim(number: str, source: str, noise: tuple[float, float, float]):
+    """Puts a rule on the list of claims. Its docstring holds the words and, below them, what the paper measured."""
 
     def register(rule):
-        CLAIMS.append(Claim(*about, noise, rule))
+        words, paper = rule.__doc__.split(".\n\n")
+        CLAIMS.append(Claim(number, words, source, " ".join(paper.split()), noise, rule))
         return rule
 
     return register
@@ -369,9 +370,20 @@ def compare_growth(results, pairs: dict, names: dict[float, str], whose: str, th
     return Finding([Part(growth, at_least=0)], results.margin(), here, figures, f"{whose} loss minus {than}")
 
 
-def write_times(exponent: float) -> str:
-    """A ratio whose log2 is estimated."""
-    return f"{2**exponent:.2g}"
+def compare_best_rates(results, curves: dict[str, list[Setting]], pair: tuple, here: str, **bounds) -> Finding:
+    """A claim on how many times the best rate of the first of a pair of curves is that of the second. curves: {name:
+    one to paint}. here: words with {} for the best rate of each, and for the ratio."""
+    times = results.compare_rates(*pair)
+    paint = results.paint_curves(curves)
+    here = here.format(*(write_rate(results.best_rate(c)) for c in curves.values()), "{}")
+    parts = [Part(times, **bounds)]
+    return Finding(parts, DOUBLING, here, {"times": times}, paint=paint, write=lambda x: f"{2**x:.2g}")
+
+
+def compare_rates_over_rank(results, curves: dict[int, list[Setting]], **bounds) -> Finding:
+    named = {f"r = {r}": curves[r] for r in (4, 16, 64)}
+    here = "Best rates: r = 4: {}, r = 16: {}, r = 64: {}; that of r = 64 is {} times that of r = 4."
+    return compare_best_rates(results, named, (curves[64], curves[4]), here, **bounds)
 
 
 HU = "Hu et al. 2021"
@@ -379,15 +391,12 @@ SCHULMAN = "Schulman et al. 2025, LoRA Without Regret"
 BIDERMAN = "Biderman et al. 2024, LoRA Learns Less and Forgets Less"
 
 
-@claim(
-    "1",
-    "LoRA reaches full fine-tuning",
-    f"{HU}, section 5; {SCHULMAN}",
-    "Accuracy or BLEU of RoBERTa to GPT-3 on GLUE, E2E and others after full training. Here: the label's loss after "
-    "equally many updates, each at the lowest point of three learning rates.",
-    noise=(0.0018, 0.00075, 0.01),
-)
+@claim("1", f"{HU}, section 5; {SCHULMAN}", noise=(0.0018, 0.00075, 0.01))
 def reaches_full(results):
+    """LoRA reaches full fine-tuning.
+
+    Accuracy or BLEU of RoBERTa to GPT-3 on GLUE, E2E and others after full training. Here: the label's loss
+    after equally many updates, each at the lowest point of three learning rates."""
     gap = results.compare_lowest(LABEL_LORA, LABEL_FULL)
     margin = results.margin("label")
     lora, full = map(results.lowest, (LABEL_LORA, LABEL_FULL))
@@ -395,15 +404,12 @@ def reaches_full(results):
     return Finding([Part(gap, at_most=margin)], margin, here, {"LoRA minus full": gap})
 
 
-@claim(
-    "2",
-    "A very small rank is enough",
-    f"{HU}, section 7.2, table 6",
-    "WikiSQL and MultiNLI with GPT-3, where r = 1 is about as accurate as r = 64. Here: the loss of a review's own "
-    "words, which hold more than a label's one bit.",
-    noise=(0.0036, 0, 0.019),
-)
+@claim("2", f"{HU}, section 7.2, table 6", noise=(0.0036, 0, 0.019))
 def small_rank_is_enough(results):
+    """A very small rank is enough.
+
+    WikiSQL and MultiNLI with GPT-3, where r = 1 is about as accurate as r = 64. Here: the loss of a review's
+    own words, which hold more than a label's one bit."""
     gap = results.compare_lowest(SAME_ALPHA[1], LORA)
     margin = results.margin()
     here = "r = 1's lowest loss minus that of r = 16, alpha the same: {}."
@@ -411,90 +417,59 @@ def small_rank_is_enough(results):
     return Finding([Part(gap, at_most=margin)], margin, here, {"gap": gap}, paint=results.paint_over_rank(lines))
 
 
-@claim(
-    "3a",
-    "Several attention matrices with a small rank beat one with a large rank",
-    f"{HU}, section 7.1, table 5",
-    "Query, key, value, output and combinations of them in GPT-3. Here: GPT-2 holds query, key and value in one "
-    "matrix with one A, so all four, r = 16, are compared with the output alone, r = 48: as many parameters, at one "
-    "learning rate.",
-    noise=(0.0046, 0.0021, 0.019),
-)
+@claim("3a", f"{HU}, section 7.1, table 5", noise=(0.0046, 0.0021, 0.019))
 def several_beat_one(results):
+    """Several attention matrices with a small rank beat one with a large rank.
+
+    Query, key, value, output and combinations of them in GPT-3. Here: GPT-2 holds query, key and value in one
+    matrix with one A, so all four, r = 16, are compared with the output alone, r = 48: as many parameters, at
+    one learning rate."""
     return compare_places(results, "attention", "output", "all of attention minus that of its output alone")
 
 
-@claim(
-    "3b",
-    "The MLP matters more than attention",
-    SCHULMAN,
-    "Llama and Qwen, LoRA on the MLP against LoRA on attention, also at equal parameters. Here: r = 10 against r = "
-    "16, at one learning rate.",
-    noise=(0.0093, 0.0041, 0.019),
-)
+@claim("3b", SCHULMAN, noise=(0.0093, 0.0041, 0.019))
 def mlp_beats_attention(results):
+    """The MLP matters more than attention.
+
+    Llama and Qwen, LoRA on the MLP against LoRA on attention, also at equal parameters. Here: r = 10 against r
+    = 16, at one learning rate."""
     return compare_places(results, "MLP", "attention", "the MLP alone minus that of attention alone")
 
 
-@claim(
-    "4a",
-    "LoRA's best learning rate is about 10 times that of full fine-tuning",
-    SCHULMAN,
-    "A factor of 9.8 over 14 models, and about 15 in trainings of under a hundred updates. Here: one model, and 40 "
-    "updates with the shipped configuration. About 10 is taken as 5 to 20.",
-    noise=(0.077, 0.036, 1),
-)
+@claim("4a", SCHULMAN, noise=(0.077, 0.036, 1))
 def ten_times_the_rate(results):
-    times = results.compare_rates(LORA, FULL)
-    paint = results.paint_curves({"r = 16": LORA, "full": FULL})
-    rates = (write_rate(results.best_rate(c)) for c in (LORA, FULL))
-    here = "Best rate with r = 16: {}, without LoRA: {}; {{}} times.".format(*rates)
-    parts = [Part(times, math.log2(5), math.log2(20))]
-    return Finding(parts, DOUBLING, here, {"times": times}, paint=paint, write=write_times)
+    """LoRA's best learning rate is about 10 times that of full fine-tuning.
+
+    A factor of 9.8 over 14 models, and about 15 in trainings of under a hundred updates. Here: one model, and
+    40 updates with the shipped configuration. About 10 is taken as 5 to 20."""
+    curves = {"r = 16": LORA, "full": FULL}
+    here = "Best rate with r = 16: {}, without LoRA: {}; {} times."
+    return compare_best_rates(results, curves, (LORA, FULL), here, at_least=math.log2(5), at_most=math.log2(20))
 
 
-def rates_over_rank(results, curves, **bounds):
-    """A claim on how many times the best rate of r = 64 is that of r = 4."""
-    times = results.compare_rates(curves[64], curves[4])
-    named = {f"r = {r}": c for r, c in curves.items() if r > 1}
-    paint = results.paint_curves(named)
-    rates = ", ".join(f"{name}: {write_rate(results.best_rate(c))}" for name, c in named.items())
-    here = f"Best rates: {rates}; that of r = 64 is {{}} times that of r = 4."
-    return Finding([Part(times, **bounds)], DOUBLING, here, {"times": times}, paint=paint, write=write_times)
-
-
-@claim(
-    "4b",
-    "With alpha / r and one alpha the best learning rate hardly depends on the rank",
-    SCHULMAN,
-    "Ranks 1 to 512, with 1 / r argued for the first updates and seen later on. Here: r = 4 and 64 in short "
-    "trainings. Hardly: by less than twice.",
-    noise=(0.086, 0.0031, 1),
-)
+@claim("4b", SCHULMAN, noise=(0.086, 0.0031, 1))
 def rate_stays(results):
-    return rates_over_rank(results, SAME_ALPHA, at_least=-1, at_most=1)
+    """With alpha / r and one alpha the best learning rate hardly depends on the rank.
+
+    Ranks 1 to 512, with 1 / r argued for the first updates and seen later on. Here: r = 4 and 64 in short
+    trainings. Hardly: by less than twice."""
+    return compare_rates_over_rank(results, SAME_ALPHA, at_least=-1, at_most=1)
 
 
-@claim(
-    "4c",
-    "With one alpha / r the best learning rate falls with the rank",
-    "follows from 4b",
-    "Not measured there. It follows: at the same alpha / r a larger rank moves the weight further in one step.",
-    noise=(0.099, 0, 1),
-)
+@claim("4c", "follows from 4b", noise=(0.099, 0, 1))
 def rate_falls(results):
-    return rates_over_rank(results, SAME_SCALE, at_most=0)
+    """With one alpha / r the best learning rate falls with the rank.
+
+    Not measured there. It follows: at the same alpha / r a larger rank moves the weight further in one step."""
+    return compare_rates_over_rank(results, SAME_SCALE, at_most=0)
 
 
-@claim(
-    "5",
-    "Learning rate and alpha are nearly redundant",
-    f"{HU}, section 4.1; the assignment, question 2.9",
-    "With Adam, and the initialization scaled, they call tuning alpha roughly the same as tuning the rate. The "
-    "assignment asks what happens if one is doubled and the other halved. Here: both ways round.",
-    noise=(0.0048, 0.00071, 0.019),
-)
+@claim("5", f"{HU}, section 4.1; the assignment, question 2.9", noise=(0.0048, 0.00071, 0.019))
 def rate_is_alpha(results):
+    """Learning rate and alpha are nearly redundant.
+
+    With Adam, and the initialization scaled, they call tuning alpha roughly the same as tuning the rate. The
+    assignment asks what happens if one is doubled and the other halved. Here: both ways round."""
     alone = [results.gap(s, Setting()).value for s in (LORA[0], LORA[2])]  # half and twice the rate, alpha as it was
     if max(map(abs, alone)) < results.margin():
         raise Undecided("The learning rate alone, halved or doubled, moves the loss by less than the margin.")
@@ -506,29 +481,24 @@ def rate_is_alpha(results):
     return Finding(parts, margin, here, gaps, "loss minus the configuration's")
 
 
-@claim(
-    "6",
-    "LoRA tolerates large batches less well than full fine-tuning",
-    SCHULMAN,
-    "In some scenarios, and a higher rank does not help. Measured there: the loss over batch sizes on reasoning "
-    "data. Here: r = 16, equally many examples, so 16 times as many updates with the small batch, each at the lowest "
-    "point of three rates.",
-    noise=(0.012, 0.0029, 0.019),
-)
+@claim("6", SCHULMAN, noise=(0.012, 0.0029, 0.019))
 def large_batches(results):
+    """LoRA tolerates large batches less well than full fine-tuning.
+
+    In some scenarios, and a higher rank does not help. Measured there: the loss over batch sizes on reasoning
+    data. Here: r = 16, equally many examples, so 16 times as many updates with the small batch, each at the
+    lowest point of three rates."""
     names = {size: f"batch {round(size * results.batch / 2)}" for size in BATCHES}
     return compare_growth(results, BATCHES, names, "LoRA's", "full's", "from the small to the large batch")
 
 
-@claim(
-    "7",
-    "With alpha / sqrt(r) a higher rank gains more than with alpha / r",
-    "Kalajdzievski 2023, rsLoRA",
-    "Llama 2 over ranks 4 to 2,048 at one learning rate: with alpha / r they end alike, with alpha / sqrt(r) higher "
-    "ranks end lower. Here: r = 4 and 64 at one rate, which need not be the best, both scales equal at r = 16.",
-    noise=(0.0052, 0.00066, 0.019),
-)
+@claim("7", "Kalajdzievski 2023, rsLoRA", noise=(0.0052, 0.00066, 0.019))
 def stable_ranks(results):
+    """With alpha / sqrt(r) a higher rank gains more than with alpha / r.
+
+    Llama 2 over ranks 4 to 2,048 at one learning rate: with alpha / r they end alike, with alpha / sqrt(r)
+    higher ranks end lower. Here: r = 4 and 64 at one rate, which need not be the best, both scales equal at r =
+    16."""
     gaps = {name: results.gap(ranks[64], ranks[4]) for name, ranks in (("stable", STABLE), ("plain", PLAIN))}
     four = [*STABLE.values(), *PLAIN.values()]
     more = results.estimate(lambda m: m[STABLE[64]] - m[STABLE[4]] - (m[PLAIN[64]] - m[PLAIN[4]]), *four)
@@ -541,15 +511,12 @@ def stable_ranks(results):
     return Finding([Part(more, at_most=0)], results.margin(), here, gaps | {"more": more}, paint=paint)
 
 
-@claim(
-    "8",
-    "A higher learning rate for B than for A speeds learning up",
-    "Hayou et al. 2024, LoRA+",
-    "Up to twice the speed, to equal accuracy, for RoBERTa, GPT-2 and Llama. Here: the loss after equally few "
-    "updates, ratio 16 against 1, each at the lowest point of four rates.",
-    noise=(0.0047, 0.0009, 0.019),
-)
+@claim("8", "Hayou et al. 2024, LoRA+", noise=(0.0047, 0.0009, 0.019))
 def plus_is_faster(results):
+    """A higher learning rate for B than for A speeds learning up.
+
+    Up to twice the speed, to equal accuracy, for RoBERTa, GPT-2 and Llama. Here: the loss after equally few
+    updates, ratio 16 against 1, each at the lowest point of four rates."""
     gap = results.compare_lowest(PLUS, LORA)
     here = "The lowest loss of ratio 16 minus that of ratio 1: {}."
     paint = results.paint_curves({"ratio 1": LORA, "ratio 16": PLUS})
@@ -557,14 +524,13 @@ def plus_is_faster(results):
 
 
 @claim(
-    "9",
-    "No added latency once merged",
-    f"{HU}, section 4.1; the assignment, question 2.1",
-    "By construction. Here: tokens a second of generation, base and merged by turns, on a machine that does nothing "
-    "beside it. None: less than 5 %.",
-    noise=(0.001, 0.017, 0.05),  # that of turns, not of seeds
-)
+    "9", f"{HU}, section 4.1; the assignment, question 2.1", noise=(0.001, 0.017, 0.05)
+)  # that of turns, not of seeds
 def merged_is_free(results):
+    """No added latency once merged.
+
+    By construction. Here: tokens a second of generation, base and merged by turns, on a machine that does
+    nothing beside it. None: less than 5 %."""
     turns = results.turns
     speed = {name: estimate_mean(np.log(np.divide(turns[name], turns["base"]))) for name in ("merged", "unmerged")}
     here = "Tokens a second over the base's: merged {}, unmerged {}."
@@ -572,15 +538,12 @@ def merged_is_free(results):
     return Finding(parts, 0.05, here, speed, "log of the speed over the base's", write=lambda x: f"{math.exp(x):.3f}")
 
 
-@claim(
-    "10",
-    "Two ranks find one direction in common, and share the others less",
-    f"{HU}, section 7.2, figure 3",
-    "GPT-3, query and value: A's first direction of r = 8 and that of r = 64 have a similarity above 0.5, the others "
-    "do not. Here: all adapted layers, with two seeds, so that the two A begin with different numbers.",
-    noise=(0.012, 0, 0.1),
-)
+@claim("10", f"{HU}, section 7.2, figure 3", noise=(0.012, 0, 0.1))
 def shared_directions(results):
+    """Two ranks find one direction in common, and share the others less.
+
+    GPT-3, query and value: A's first direction of r = 8 and that of r = 64 have a similarity above 0.5, the
+    others do not. Here: all adapted layers, with two seeds, so that the two A begin with different numbers."""
     seeds = results.seeds(SMALL, LARGE)
     if len(seeds) < 3:
         raise Undecided("It takes three seeds: with two, both pairs are of the same two.")
@@ -603,15 +566,12 @@ def shared_directions(results):
     return Finding(parts, 0.1, here, figures, paint=paint, write=2, size=(5.4, 2.4), panels=3)
 
 
-@claim(
-    "11",
-    "LoRA's update lies along directions that W0 has, but not along those it stresses",
-    f"{HU}, section 7.3, table 7",
-    "GPT-3's query: W0 is larger along the update's directions than along random ones, and much smaller than along "
-    "its own. Here: all adapted layers, as logarithms of ratios.",
-    noise=(0.013, 0, 0.2),
-)
+@claim("11", f"{HU}, section 7.3, table 7", noise=(0.013, 0, 0.2))
 def not_stressed(results):
+    """LoRA's update lies along directions that W0 has, but not along those it stresses.
+
+    GPT-3's query: W0 is larger along the update's directions than along random ones, and much smaller than
+    along its own. Here: all adapted layers, as logarithms of ratios."""
     per_seed = [study(results.folders[Setting(), n]) for n in results.seeds(Setting())]
     more = estimate_mean([mean(math.log(x.stressed / x.random) for x in layers) for layers in per_seed])
     nearer = [mean(math.log(x.own / x.stressed) - math.log(x.stressed / x.random) for x in ls) for ls in per_seed]
@@ -625,41 +585,37 @@ def not_stressed(results):
     return Finding([Part(e, at_least=0) for e in figures.values()], 0.2, here, figures, paint=paint, write=2)
 
 
-@claim(
-    "12",
-    "LoRA forgets less than full fine-tuning",
-    BIDERMAN,
-    "Llama 2 after code and mathematics, scored on other tasks. Here: what models that were trained on labels alone "
-    "still know of the reviews' words, where both reach the same loss on labels.",
-    noise=(2.4, 0, 0.22),
-)
+@claim("12", BIDERMAN, noise=(2.4, 0, 0.22))
 def forgets_less(results):
+    """LoRA forgets less than full fine-tuning.
+
+    Llama 2 after code and mathematics, scored on other tasks. Here: what models that were trained on labels
+    alone still know of the reviews' words, where both reach the same loss on labels."""
     apart = results.compare_lowest(LABEL_LORA, LABEL_FULL)
     margin = results.margin("label")
     if max(map(abs, apart.interval())) > margin:
         raise Undecided(
             f"It is not known that both reach the same loss on labels, to {margin:.4f}: {show(apart)} at 95 %."
         )
-    curves = {"LoRA": LABEL_LORA, "full": LABEL_FULL}
     labels = results.losses(*LABEL_LORA, *LABEL_FULL)
     words = results.losses(*LABEL_LORA, *LABEL_FULL, what="text")
-    vertices = {name: results.vertex(curve) for name, curve in curves.items()}
-    seeds = np.arange(len(words[LABEL_LORA[0]]))
     base = float(results.base.mean())
 
-    def forget(name, seeds):
+    def forget(curve, seeds):
         """The loss of words at the best rate for labels, above the untuned model's."""
-        at = vertices[name].place({s: labels[s][seeds].mean() for s in curves[name]})
-        return float(np.interp(at, range(len(curves[name])), [words[s][seeds].mean() for s in curves[name]])) - base
+        at = results.vertex(curve).place({s: labels[s][seeds].mean() for s in curve})
+        return float(np.interp(at, range(len(curve)), [words[s][seeds].mean() for s in curve])) - base
 
-    lost = {name: forget(name, seeds) for name in curves}
-    if max(lost.values()) <= 0:
+    n_seeds = len(words[LABEL_LORA[0]])
+    seeds = np.arange(n_seeds)
+    lora, full = (forget(curve, seeds) for curve in (LABEL_LORA, LABEL_FULL))
+    if max(lora, full) <= 0:
         raise Undecided("Neither forgets.")
-    without = [forget("LoRA", others) - forget("full", others) for others in (np.delete(seeds, n) for n in seeds)]
-    n_seeds = len(seeds)
-    gap = estimate_mean([n_seeds * (lost["LoRA"] - lost["full"]) - (n_seeds - 1) * x for x in without])
-    shown = ", ".join(f"{name} {x:+.2f}" for name, x in lost.items())
-    here = f"Words' loss above the untuned model's {base:.2f}: {shown}; LoRA's minus full's: {{}}."
+    others = [np.delete(seeds, n) for n in seeds]
+    without = [forget(LABEL_LORA, rest) - forget(LABEL_FULL, rest) for rest in others]
+    gap = estimate_mean([n_seeds * (lora - full) - (n_seeds - 1) * x for x in without])
+    here = f"Words' loss above the untuned model's {base:.2f}: LoRA {lora:+.2f}, full {full:+.2f}; "
+    here += "LoRA's minus full's: {}."
     figures = {"LoRA minus full": gap}
     return Finding([Part(gap, at_most=0)], MARGIN * base, here, figures, "difference of the words' losses")
 
@@ -672,15 +628,13 @@ def count_at_best(results, key: str) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.array([results.measures[s, n][key].mean() for n in seeds]) for s in pair)
 
 
-@claim(
-    "13",
-    "Full fine-tuning's update has 10 to 100 times the rank that LoRA is given",
-    BIDERMAN,
-    "The directions that hold 90 % of the update's variance, in Llama 2 after billions of tokens, over usual ranks. "
-    "Here: that number over r = 16, in short trainings. A matrix of gpt2-mini has 256 directions at most.",
-    noise=(0.0032, 0, 0.5),
-)
+@claim("13", BIDERMAN, noise=(0.0032, 0, 0.5))
 def rank_of_update(results):
+    """Full fine-tuning's update has 10 to 100 times the rank that LoRA is given.
+
+    The directions that hold 90 % of the update's variance, in Llama 2 after billions of tokens, over usual
+    ranks. Here: that number over r = 16, in short trainings. A matrix of gpt2-mini has 256 directions at
+    most."""
     lora, full = count_at_best(results, "directions")
     times = estimate_mean(np.log10(full / 16))
     here = f"Mean over layers: full {full.mean():.1f}, {{}} times 16. LoRA itself uses {lora.mean():.1f}."
@@ -688,30 +642,24 @@ def rank_of_update(results):
     return Finding([Part(times, 1, 2)], 0.5, here, figures, "log10 of the ratio", write=lambda x: f"{10**x:.1f}")
 
 
-@claim(
-    "14",
-    "LoRA leaves intruder dimensions, full fine-tuning does not",
-    "Shuttleworth et al. 2024, LoRA vs Full Fine-tuning: An Illusion of Equivalence",
-    "First singular vectors of the tuned weight that are near to none of W0's, in RoBERTa and Llama after long "
-    "trainings. Here: of the first ten of each layer those with no cosine above 0.6, after short trainings.",
-    noise=(0.042, 0, 0.25),
-)
+@claim("14", "Shuttleworth et al. 2024, LoRA vs Full Fine-tuning: An Illusion of Equivalence", noise=(0.042, 0, 0.25))
 def intruders(results):
+    """LoRA leaves intruder dimensions, full fine-tuning does not.
+
+    First singular vectors of the tuned weight that are near to none of W0's, in RoBERTa and Llama after long
+    trainings. Here: of the first ten of each layer those with no cosine above 0.6, after short trainings."""
     lora, full = (estimate_mean(counts, floor=1 / 24) for counts in count_at_best(results, "intruders"))
     here = "Of ten a layer: LoRA {}, full fine-tuning {}. Some: 0.25 or more."
     parts = [Part(lora, at_least=0.25), Part(full, at_most=0.25)]
     return Finding(parts, 0.25, here, {"LoRA": lora, "full": full}, "intruders, of ten a layer", write=2)
 
 
-@claim(
-    "15",
-    "A small rank falls behind as the data grow",
-    f"{SCHULMAN}; {BIDERMAN}",
-    "Ranks 1 to 512 leave the curve of full fine-tuning one after the other, over up to about a million examples. "
-    "Here: r = 1 beside r = 16 after a quarter and after all of a short training.",
-    noise=(0.047, 0, 0.019),
-)
+@claim("15", f"{SCHULMAN}; {BIDERMAN}", noise=(0.047, 0, 0.019))
 def capacity(results):
+    """A small rank falls behind as the data grow.
+
+    Ranks 1 to 512 leave the curve of full fine-tuning one after the other, over up to about a million examples.
+    Here: r = 1 beside r = 16 after a quarter and after all of a short training."""
     names = {length: f"{100 * length:.0f} % of the examples" for length in LENGTHS}
     return compare_growth(results, LENGTHS, names, "r = 1's", "that of r = 16", "growth")
 
@@ -844,17 +792,15 @@ def write_chapter(verdicts: list[Verdict], results: Results, minutes: float, plo
         "learning rate; 5 % of the speed; a tenth of the similarity's scale; a ratio of 1.2 in claim 11; half of the "
         "range that claims 13 and 14 speak of."
     )
-    parts = [("h2", "What the papers claim, and what these runs say"), ("p", text)]
     table = [["claim", "the paper, and here", "measured", "half of its interval, margin", "verdict"]]
+    pictures = []
     for v in verdicts:
-        words = f"{v.claim.number}. {v.claim.words} ({v.claim.source})"
-        table.append([words, v.claim.paper, v.here, tell_width(v, minutes), v.verdict])
-    parts.append(("table", table))
-    for v in verdicts:
+        title = f"{v.claim.number}. {v.claim.words}"
+        table.append([f"{title} ({v.claim.source})", v.claim.paper, v.here, tell_width(v, minutes), v.verdict])
         if v.finding:
-            parts.append(("h3", f"{v.claim.number}. {v.claim.words}: {v.verdict}"))
-            parts.append(v.finding.draw(v.level, plot, f"claim-{v.claim.number}.svg", v.claim.words))
-    return parts
+            picture = v.finding.draw(v.level, plot, f"claim-{v.claim.number}.svg", v.claim.words)
+            pictures += [("h3", f"{title}: {v.verdict}"), picture]
+    return [("h2", "What the papers claim, and what these runs say"), ("p", text), ("table", table), *pictures]
 
 
 def tell_width(v: Verdict, minutes: float) -> str:
