@@ -113,11 +113,10 @@ LABEL_FULL = curve(1, 2, 4, rank=0, task="label")
 
 def list_settings() -> list[Setting]:
     """Every training of the claims, once; each is made with every seed."""
-    settings = [*LABEL_LORA, *LABEL_FULL, *LORA, *FULL, *PLUS, *TRADES, *PLACES.values(), SMALL, LARGE]
-    settings += [*STABLE.values(), *PLAIN.values()]
-    settings += [s for curves in (SAME_ALPHA, SAME_SCALE) for group in curves.values() for s in group]
-    settings += [s for pairs in (BATCHES, LENGTHS) for pair in pairs.values() for group in pair for s in group]
-    return list(dict.fromkeys(settings))
+    groups = [LABEL_LORA, LABEL_FULL, LORA, FULL, PLUS, TRADES, PLACES.values(), [SMALL, LARGE]]
+    groups += [STABLE.values(), PLAIN.values(), *SAME_ALPHA.values(), *SAME_SCALE.values()]
+    groups += [*itertools.chain(*BATCHES.values(), *LENGTHS.values())]
+    return list(dict.fromkeys(itertools.chain(*groups)))
 
 
 def run_name(setting: Setting, seed: int) -> str:
@@ -318,32 +317,26 @@ class Finding:
         return plot(*words, partial(paint_differences, rows=rows, what=self.axis), size=(5.4, 1 + 0.6 * len(rows)))
 
 
-@dataclass
-class Claim:
-    """words: what it says. source: who says so. paper: what was measured there, and how this differs. noise: the
-    standard deviation by which a seed moves the figure, that which the examples leave, and the margin, all seen with
-    the shipped configuration: from these the plan says what it will be able to see. rule: Results -> Finding."""
-
-    number: str
-    words: str
-    source: str
-    paper: str
-    noise: tuple[float, float, float]
-    rule: Callable
-
-
 CLAIMS = []
 
 
-def claim(number: str, source: str, noise: tuple[float, float, float]):
-    """Puts a rule on the list of claims. Its docstring holds the words and, below them, what the paper measured."""
+@dataclass
+class Claim:
+    """Decorates a rule, Results -> Finding, and puts it on the list of claims. The rule's docstring is what the claim
+    says and, below that, what the paper measured and how this differs. source: who says so. noise: the standard
+    deviation by which a seed moves the figure, that which the examples leave, and the margin, all seen with the
+    shipped configuration: from these the plan says what it will be able to see."""
 
-    def register(rule):
-        words, paper = rule.__doc__.split(".\n\n")
-        CLAIMS.append(Claim(number, words, source, " ".join(paper.split()), noise, rule))
+    number: str
+    source: str
+    noise: tuple[float, float, float]
+
+    def __call__(self, rule: Callable) -> Callable:
+        self.words, paper = rule.__doc__.split(".\n\n")
+        self.paper = " ".join(paper.split())
+        self.rule = rule
+        CLAIMS.append(self)
         return rule
-
-    return register
 
 
 def compare_places(results, place: str, other: str, words: str) -> Finding:
@@ -391,7 +384,7 @@ SCHULMAN = "Schulman et al. 2025, LoRA Without Regret"
 BIDERMAN = "Biderman et al. 2024, LoRA Learns Less and Forgets Less"
 
 
-@claim("1", f"{HU}, section 5; {SCHULMAN}", noise=(0.0018, 0.00075, 0.01))
+@Claim("1", f"{HU}, section 5; {SCHULMAN}", noise=(0.0018, 0.00075, 0.01))
 def reaches_full(results):
     """LoRA reaches full fine-tuning.
 
@@ -404,7 +397,7 @@ def reaches_full(results):
     return Finding([Part(gap, at_most=margin)], margin, here, {"LoRA minus full": gap})
 
 
-@claim("2", f"{HU}, section 7.2, table 6", noise=(0.0036, 0, 0.019))
+@Claim("2", f"{HU}, section 7.2, table 6", noise=(0.0036, 0, 0.019))
 def small_rank_is_enough(results):
     """A very small rank is enough.
 
@@ -417,7 +410,7 @@ def small_rank_is_enough(results):
     return Finding([Part(gap, at_most=margin)], margin, here, {"gap": gap}, paint=results.paint_over_rank(lines))
 
 
-@claim("3a", f"{HU}, section 7.1, table 5", noise=(0.0046, 0.0021, 0.019))
+@Claim("3a", f"{HU}, section 7.1, table 5", noise=(0.0046, 0.0021, 0.019))
 def several_beat_one(results):
     """Several attention matrices with a small rank beat one with a large rank.
 
@@ -427,7 +420,7 @@ def several_beat_one(results):
     return compare_places(results, "attention", "output", "all of attention minus that of its output alone")
 
 
-@claim("3b", SCHULMAN, noise=(0.0093, 0.0041, 0.019))
+@Claim("3b", SCHULMAN, noise=(0.0093, 0.0041, 0.019))
 def mlp_beats_attention(results):
     """The MLP matters more than attention.
 
@@ -436,7 +429,7 @@ def mlp_beats_attention(results):
     return compare_places(results, "MLP", "attention", "the MLP alone minus that of attention alone")
 
 
-@claim("4a", SCHULMAN, noise=(0.077, 0.036, 1))
+@Claim("4a", SCHULMAN, noise=(0.077, 0.036, 1))
 def ten_times_the_rate(results):
     """LoRA's best learning rate is about 10 times that of full fine-tuning.
 
@@ -447,7 +440,7 @@ def ten_times_the_rate(results):
     return compare_best_rates(results, curves, (LORA, FULL), here, at_least=math.log2(5), at_most=math.log2(20))
 
 
-@claim("4b", SCHULMAN, noise=(0.086, 0.0031, 1))
+@Claim("4b", SCHULMAN, noise=(0.086, 0.0031, 1))
 def rate_stays(results):
     """With alpha / r and one alpha the best learning rate hardly depends on the rank.
 
@@ -456,7 +449,7 @@ def rate_stays(results):
     return compare_rates_over_rank(results, SAME_ALPHA, at_least=-1, at_most=1)
 
 
-@claim("4c", "follows from 4b", noise=(0.099, 0, 1))
+@Claim("4c", "follows from 4b", noise=(0.099, 0, 1))
 def rate_falls(results):
     """With one alpha / r the best learning rate falls with the rank.
 
@@ -464,7 +457,7 @@ def rate_falls(results):
     return compare_rates_over_rank(results, SAME_SCALE, at_most=0)
 
 
-@claim("5", f"{HU}, section 4.1; the assignment, question 2.9", noise=(0.0048, 0.00071, 0.019))
+@Claim("5", f"{HU}, section 4.1; the assignment, question 2.9", noise=(0.0048, 0.00071, 0.019))
 def rate_is_alpha(results):
     """Learning rate and alpha are nearly redundant.
 
@@ -481,7 +474,7 @@ def rate_is_alpha(results):
     return Finding(parts, margin, here, gaps, "loss minus the configuration's")
 
 
-@claim("6", SCHULMAN, noise=(0.012, 0.0029, 0.019))
+@Claim("6", SCHULMAN, noise=(0.012, 0.0029, 0.019))
 def large_batches(results):
     """LoRA tolerates large batches less well than full fine-tuning.
 
@@ -492,7 +485,7 @@ def large_batches(results):
     return compare_growth(results, BATCHES, names, "LoRA's", "full's", "from the small to the large batch")
 
 
-@claim("7", "Kalajdzievski 2023, rsLoRA", noise=(0.0052, 0.00066, 0.019))
+@Claim("7", "Kalajdzievski 2023, rsLoRA", noise=(0.0052, 0.00066, 0.019))
 def stable_ranks(results):
     """With alpha / sqrt(r) a higher rank gains more than with alpha / r.
 
@@ -511,7 +504,7 @@ def stable_ranks(results):
     return Finding([Part(more, at_most=0)], results.margin(), here, gaps | {"more": more}, paint=paint)
 
 
-@claim("8", "Hayou et al. 2024, LoRA+", noise=(0.0047, 0.0009, 0.019))
+@Claim("8", "Hayou et al. 2024, LoRA+", noise=(0.0047, 0.0009, 0.019))
 def plus_is_faster(results):
     """A higher learning rate for B than for A speeds learning up.
 
@@ -523,7 +516,7 @@ def plus_is_faster(results):
     return Finding([Part(gap, at_most=0)], results.margin(), here, {"gap": gap}, paint=paint)
 
 
-@claim(
+@Claim(
     "9", f"{HU}, section 4.1; the assignment, question 2.1", noise=(0.001, 0.017, 0.05)
 )  # that of turns, not of seeds
 def merged_is_free(results):
@@ -538,7 +531,7 @@ def merged_is_free(results):
     return Finding(parts, 0.05, here, speed, "log of the speed over the base's", write=lambda x: f"{math.exp(x):.3f}")
 
 
-@claim("10", f"{HU}, section 7.2, figure 3", noise=(0.012, 0, 0.1))
+@Claim("10", f"{HU}, section 7.2, figure 3", noise=(0.012, 0, 0.1))
 def shared_directions(results):
     """Two ranks find one direction in common, and share the others less.
 
@@ -566,7 +559,7 @@ def shared_directions(results):
     return Finding(parts, 0.1, here, figures, paint=paint, write=2, size=(5.4, 2.4), panels=3)
 
 
-@claim("11", f"{HU}, section 7.3, table 7", noise=(0.013, 0, 0.2))
+@Claim("11", f"{HU}, section 7.3, table 7", noise=(0.013, 0, 0.2))
 def not_stressed(results):
     """LoRA's update lies along directions that W0 has, but not along those it stresses.
 
@@ -585,7 +578,7 @@ def not_stressed(results):
     return Finding([Part(e, at_least=0) for e in figures.values()], 0.2, here, figures, paint=paint, write=2)
 
 
-@claim("12", BIDERMAN, noise=(2.4, 0, 0.22))
+@Claim("12", BIDERMAN, noise=(2.4, 0, 0.22))
 def forgets_less(results):
     """LoRA forgets less than full fine-tuning.
 
@@ -628,7 +621,7 @@ def count_at_best(results, key: str) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.array([results.measures[s, n][key].mean() for n in seeds]) for s in pair)
 
 
-@claim("13", BIDERMAN, noise=(0.0032, 0, 0.5))
+@Claim("13", BIDERMAN, noise=(0.0032, 0, 0.5))
 def rank_of_update(results):
     """Full fine-tuning's update has 10 to 100 times the rank that LoRA is given.
 
@@ -642,7 +635,7 @@ def rank_of_update(results):
     return Finding([Part(times, 1, 2)], 0.5, here, figures, "log10 of the ratio", write=lambda x: f"{10**x:.1f}")
 
 
-@claim("14", "Shuttleworth et al. 2024, LoRA vs Full Fine-tuning: An Illusion of Equivalence", noise=(0.042, 0, 0.25))
+@Claim("14", "Shuttleworth et al. 2024, LoRA vs Full Fine-tuning: An Illusion of Equivalence", noise=(0.042, 0, 0.25))
 def intruders(results):
     """LoRA leaves intruder dimensions, full fine-tuning does not.
 
@@ -654,7 +647,7 @@ def intruders(results):
     return Finding(parts, 0.25, here, {"LoRA": lora, "full": full}, "intruders, of ten a layer", write=2)
 
 
-@claim("15", f"{SCHULMAN}; {BIDERMAN}", noise=(0.047, 0, 0.019))
+@Claim("15", f"{SCHULMAN}; {BIDERMAN}", noise=(0.047, 0, 0.019))
 def capacity(results):
     """A small rank falls behind as the data grow.
 
@@ -805,7 +798,7 @@ def write_chapter(verdicts: list[Verdict], results: Results, minutes: float, plo
 
 def tell_width(v: Verdict, minutes: float) -> str:
     """Half of the interval beside the margin and, where it is wider, about what would make it as narrow."""
-    if not v.finding or not math.isfinite(v.width):
+    if not math.isfinite(v.width):
         return ""
     margin = v.finding.margin
     text = f"{v.width:.2g} at {100 * (1 - v.level):.1f} %, {margin:.2g}"

@@ -77,19 +77,14 @@ def write_report(config, runs: list[PlannedRun], failed: dict, speeds: dict | No
     head = [("h1", "LoRA fine-tuning: the report")]
     if summary:
         head.append(("p", " ".join(summary)))
-    head.append(("p", describe_sweep(results)))
-    for name in ("report.md", "report.html"):
-        write_page(os.path.join(config.sweep_dir, name), head + parts)
-
-
-def describe_sweep(results):
-    config = results.config
-    text = f"{config.init_from} on {config.dataset}"
-    if results.runs:
+    made = f"{config.init_from} on {config.dataset}"
+    if runs:
         examples = config.batch_size * config.gradient_accumulation_steps
         seeds = ", ".join(config.seeds.split(","))
-        text += f", seeds {seeds}; {config.max_iters} updates of {examples} examples"
-    return f"{text}. What is said of runs is read from their own files."
+        made += f", seeds {seeds}; {config.max_iters} updates of {examples} examples"
+    head.append(("p", f"{made}. What is said of runs is read from their own files."))
+    for name in ("report.md", "report.html"):
+        write_page(os.path.join(config.sweep_dir, name), head + parts)
 
 
 # --- the questions, in their order -----------------------------------------------------------------
@@ -174,9 +169,9 @@ def answer_rank(results):
     accuracies = {rank: [100 * run.accuracy for run in group] for rank, group in results.lora.items()}
     levels = {method: 100 * mean_accuracy(results.of(method)) for method in (FULL, UNTUNED) if results.of(method)}
     paint = partial(paint_over_rank, lines={LORA: accuracies}, levels=levels, what="test accuracy (%)")
-    best = round(max(map(mean_accuracy, results.lora.values())), 3)  # as it is shown
-    top = [str(rank) for rank, group in results.lora.items() if round(mean_accuracy(group), 3) == best]
-    text = f"r = {' and '.join(top)}: {percent(best)}"
+    top = highest(results.lora.values())
+    best = mean_accuracy(top[0])
+    text = f"r = {' and '.join(str(group[0].config.rank) for group in top)}: {percent(best)}"
     if len(results.lora) > len(top):
         text += ", the highest of these ranks"
     if results.of(FULL):
@@ -228,38 +223,28 @@ def answer_lr_alpha(results):
 
 def summarize(results):
     """The report in three sentences: the best accuracy, what it cost, LoRA beside full fine-tuning."""
-    groups = [group for group in (*results.lora.values(), results.of(FULL)) if group]
+    full = results.of(FULL)
+    groups = [group for group in (*results.lora.values(), full) if group]
     if not groups:
         return []
-    top = max(groups, key=lambda group: round(mean_accuracy(group), 3))
-    tied = [name_of(group) for group in groups if percent(mean_accuracy(group)) == percent(mean_accuracy(top))]
+    best = highest(groups)
+    top = best[0]
     trained, total = count_parameters(top[0].config)
     sentences = [
-        f"Best is {' and '.join(tied)}: {percent(mean_accuracy(top))} of {top[0].score['n']} test examples (95 % "
-        f"interval {show_interval(top)}).",
-        f"{'It' if len(tied) == 1 else 'The first'} trains {trained:,} of {total:,} parameters "
-        f"({percent(trained / total)}) in "
-        f"{mean(run.minutes for run in top):.1f} minutes.",
+        f"Best is {' and '.join(map(name_of, best))}: {percent(mean_accuracy(top))} of {top[0].score['n']} test "
+        f"examples (95 % interval {show_interval(top)}).",
+        f"{'It' if len(best) == 1 else 'The first'} trains {trained:,} of {total:,} parameters "
+        f"({percent(trained / total)}) in {mean(run.minutes for run in top):.1f} minutes.",
     ]
-    full = results.of(FULL)
     if results.lora and full:
         lora = max(results.lora.values(), key=mean_accuracy)
         trained, _ = count_parameters(lora[0].config)
-        loss = compare(mean_loss(lora), mean_loss(full))
         sentences.append(
             f"{name_of(lora)} is {compare_points(mean_accuracy(lora), mean_accuracy(full))} full fine-tuning "
             f"({percent(mean_accuracy(full))}) at {percent(trained / total, 2)} of its parameters; its best "
-            f"validation loss is {loss} full fine-tuning's."
+            f"validation loss is {compare(mean_loss(lora), mean_loss(full))} full fine-tuning's."
         )
     return sentences
-
-
-def compare_points(accuracy, other):
-    """How an accuracy compares with another one, as both are shown: to a tenth of a point."""
-    gap = round(100 * accuracy, 1) - round(100 * other, 1)
-    if abs(gap) < 0.05:
-        return "the same as"
-    return f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'}"
 
 
 def compare_losses(results):
@@ -335,10 +320,15 @@ def describe_curve(run, other=None):
     return text
 
 
-def compare(loss, other):
+def compare(value, other, digits=4, unit=""):
     """How a loss compares with another one, as both are shown."""
-    gap = round(loss, 4) - round(other, 4)
-    return f"{abs(gap):.4f} {'above' if gap > 0 else 'below'}" if abs(gap) > 5e-5 else "the same as"
+    gap = round(value, digits) - round(other, digits)
+    size = f"{abs(gap):.{digits}f}"
+    return f"{size}{unit} {'above' if gap > 0 else 'below'}" if float(size) else "the same as"
+
+
+def compare_points(accuracy, other):
+    return compare(100 * accuracy, 100 * other, 1, " points")
 
 
 HEAD = ["method", "r", "alpha", "lr", "trained", "share", "validation loss", "test accuracy", "95 % interval"]
@@ -389,6 +379,12 @@ def name_of(group):
 
 def mean_accuracy(group):
     return mean(run.accuracy for run in group)
+
+
+def highest(groups):
+    """Those whose mean accuracy is the highest, as it is shown."""
+    shown = [round(100 * mean_accuracy(group), 1) for group in groups]
+    return [group for group, points in zip(groups, shown) if points == max(shown)]
 
 
 def mean_loss(group):
