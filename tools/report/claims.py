@@ -552,7 +552,7 @@ def shared_directions(results):
         "Similarity of A's first directions at r = 8 and r = 64, mean over layers: {}, of directions 2 to 8 with the "
         "other's first 8: {}. Shared: above 0.5."
     )
-    maps = directions.mean_similarity(layers, 8, 64)
+    maps = directions.mean_similarity(layers)
     paint = partial(paint_similarity, maps=maps, rows="first i of r = 8", columns="first j of r = 64")
     parts = [Part(first, at_least=0.5), Part(others, at_most=0.5)]
     figures = {"first": first, "others": others}

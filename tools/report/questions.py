@@ -206,15 +206,15 @@ def answer_lr_alpha(results):
     picture = results.plot_curves("lr-alpha.svg", "validation loss, learning rate against alpha", groups)
     apart = np.ptp([run.best_loss for run in three.values()])
     gained = own[0].curve[0][1] - own[0].best_loss
-    text = f"Their best losses lie {apart:.4f} apart"
-    text += f", {percent(apart / gained, 2)} of what training gained." if gained > 0 else "."
     seeds = [run.best_loss for run in results.default]
-    if len(seeds) > 1:
-        text += f" Of the first, {len(seeds)} seeds lie {np.ptp(seeds):.4f} apart."
     text = (
         "B starts at zero and AdamW's steps have the size of lr whatever the gradient's, so alpha B grows as alpha "
-        f"times lr, which is the same in the three: to first order they should do the same. {text}"
+        "times lr, which is the same in the three: to first order they should do the same. Their best losses lie "
+        f"{apart:.4f} apart"
     )
+    text += f", {percent(apart / gained, 2)} of what training gained." if gained > 0 else "."
+    if len(seeds) > 1:
+        text += f" Of the first, {len(seeds)} seeds lie {np.ptp(seeds):.4f} apart."
     return [("table", [["run", "best validation loss", "test accuracy"], *rows]), picture, ("p", text)]
 
 
