@@ -18,16 +18,7 @@ import numpy as np
 from dataloader import make_loader
 from plumbing.gpt2.files import context_size
 from plumbing.program.errors import UserError, first_line
-from tools.report import directions
-from tools.report.paint import (
-    LOSS,
-    paint_differences,
-    paint_over_rank,
-    paint_rates,
-    paint_similarity,
-    paint_stress,
-    write_rate,
-)
+from tools.report import directions, paint
 from tools.report.verdicts import (
     FAILS,
     HOLDS,
@@ -212,27 +203,19 @@ class Results:
             what = f"r = {best.rank}" if best.rank else "full fine-tuning"
             raise Undecided(
                 f"With {what}{batch} the best of the learning rates tried is the {end}, "
-                f"{write_rate(self.rate(best))}. {wanted} ones would decide."
+                f"{paint.write_rate(self.rate(best))}. {wanted} ones would decide."
             )
         return found
 
-    def place(self, curve: list[Setting]) -> float:
-        """log2 of the curve's best rate over its first."""
-        return float(self.vertex(curve).place(self.means(*curve)))
-
     def best_rate(self, curve: list[Setting]) -> float:
-        return self.rate(curve[0]) * 2 ** self.place(curve)
-
-    def lowest(self, curve: list[Setting]) -> float:
-        """The lowest loss of a curve."""
-        return float(self.vertex(curve).loss(self.means(*curve)))
+        return self.rate(curve[0]) * 2 ** self.vertex(curve).place()
 
     def margin(self, task: str = "text") -> float:
         """A difference of losses that matters: MARGIN of what full fine-tuning gains on words, or of its loss on
         labels, where nearly all of the gain is to learn which words are labels at all."""
         if task == "label":
-            return MARGIN * self.lowest(LABEL_FULL)
-        return MARGIN * (float(self.base.mean()) - self.lowest(FULL))
+            return MARGIN * self.vertex(LABEL_FULL).loss()
+        return MARGIN * (float(self.base.mean()) - self.vertex(FULL).loss())
 
     # --- comparisons
 
@@ -259,7 +242,7 @@ class Results:
     def paint_over_rank(self, lines: dict[str, dict[int, Setting]]) -> Callable:
         """How to paint the losses of {name: {rank: setting}}."""
         losses = {name: {r: self.losses(s)[s].mean(axis=1) for r, s in line.items()} for name, line in lines.items()}
-        return partial(paint_over_rank, lines=losses, levels={}, what=LOSS)
+        return partial(paint.paint_over_rank, lines=losses, levels={}, what=paint.LOSS)
 
     def paint_curves(self, curves: dict[str, list[Setting]]) -> Callable:
         """How to paint the losses of {name: settings} over their learning rates."""
@@ -267,7 +250,7 @@ class Results:
         for name, curve in curves.items():
             points = [(self.rate(s), loss) for s, loss in self.means(*curve).items()]
             lines[name] = (points, self.best_rate(curve))
-        return partial(paint_rates, lines=lines)
+        return partial(paint.paint_rates, lines=lines)
 
 
 def gather(runs: dict, seeds: list[int], config, full_lr: float, base: np.ndarray, turns: dict) -> Results:
@@ -302,8 +285,7 @@ class Finding:
     axis: str = "difference of the losses"
     paint: Callable | None = None
     write: int | Callable = 4
-    size: tuple = (5.4, 3.6)  # inches
-    panels: int = 1
+    options: dict = field(default_factory=dict)  # paint.draw's
 
     def tell(self, level: float) -> str:
         """The measurement, with intervals at this level."""
@@ -312,9 +294,10 @@ class Finding:
     def draw(self, level: float, plot: Callable, *words: str) -> tuple:
         """The picture, with intervals at this level. words: its file and what it shows."""
         if self.paint:
-            return plot(*words, self.paint, panels=self.panels, size=self.size)
+            return plot(*words, self.paint, **self.options)
         rows = [(name, e.value, *e.interval(level)) for name, e in self.figures.items()]
-        return plot(*words, partial(paint_differences, rows=rows, what=self.axis), size=(5.4, 1 + 0.6 * len(rows)))
+        differences = partial(paint.paint_differences, rows=rows, what=self.axis)
+        return plot(*words, differences, size=(5.4, 1 + 0.6 * len(rows)))
 
 
 CLAIMS = []
@@ -339,13 +322,6 @@ class Claim:
         return rule
 
 
-def compare_places(results, place: str, other: str, words: str) -> Finding:
-    """A claim that a place for adapters is better than another one. words: what is compared."""
-    gap = results.gap(PLACES[place], PLACES[other])
-    parts = [Part(gap, at_most=0)]
-    return Finding(parts, results.margin(), f"Loss of {words}: {{}}.", {f"{place} minus {other}": gap})
-
-
 def compare_growth(results, pairs: dict, names: dict[float, str], whose: str, than: str, until: str) -> Finding:
     """A claim that the lowest loss of one curve falls behind another's from the first pair of curves to the second.
     pairs: {size: (curve, other)}. names: {size: its words}. until: the words of the growth."""
@@ -367,10 +343,10 @@ def compare_best_rates(results, curves: dict[str, list[Setting]], pair: tuple, h
     """A claim on how many times the best rate of the first of a pair of curves is that of the second. curves: {name:
     one to paint}. here: words with {} for the best rate of each, and for the ratio."""
     times = results.compare_rates(*pair)
-    paint = results.paint_curves(curves)
-    here = here.format(*(write_rate(results.best_rate(c)) for c in curves.values()), "{}")
+    picture = results.paint_curves(curves)
+    here = here.format(*(paint.write_rate(results.best_rate(c)) for c in curves.values()), "{}")
     parts = [Part(times, **bounds)]
-    return Finding(parts, DOUBLING, here, {"times": times}, paint=paint, write=lambda x: f"{2**x:.2g}")
+    return Finding(parts, DOUBLING, here, {"times": times}, paint=picture, write=lambda x: f"{2**x:.2g}")
 
 
 def compare_rates_over_rank(results, curves: dict[int, list[Setting]], **bounds) -> Finding:
@@ -392,7 +368,7 @@ def reaches_full(results):
     after equally many updates, each at the lowest point of three learning rates."""
     gap = results.compare_lowest(LABEL_LORA, LABEL_FULL)
     margin = results.margin("label")
-    lora, full = map(results.lowest, (LABEL_LORA, LABEL_FULL))
+    lora, full = (results.vertex(curve).loss() for curve in (LABEL_LORA, LABEL_FULL))
     here = f"Lowest losses: LoRA {lora:.4f}, full fine-tuning {full:.4f}; the difference: {{}}."
     return Finding([Part(gap, at_most=margin)], margin, here, {"LoRA minus full": gap})
 
@@ -417,7 +393,9 @@ def several_beat_one(results):
     Query, key, value, output and combinations of them in GPT-3. Here: GPT-2 holds query, key and value in one
     matrix with one A, so all four, r = 16, are compared with the output alone, r = 48: as many parameters, at
     one learning rate."""
-    return compare_places(results, "attention", "output", "all of attention minus that of its output alone")
+    gap = results.gap(PLACES["attention"], PLACES["output"])
+    here = "Loss of all of attention minus that of its output alone: {}."
+    return Finding([Part(gap, at_most=0)], results.margin(), here, {"attention minus output": gap})
 
 
 @Claim("3b", SCHULMAN, noise=(0.0093, 0.0041, 0.019))
@@ -426,7 +404,9 @@ def mlp_beats_attention(results):
 
     Llama and Qwen, LoRA on the MLP against LoRA on attention, also at equal parameters. Here: r = 10 against r
     = 16, at one learning rate."""
-    return compare_places(results, "MLP", "attention", "the MLP alone minus that of attention alone")
+    gap = results.gap(PLACES["MLP"], PLACES["attention"])
+    here = "Loss of the MLP alone minus that of attention alone: {}."
+    return Finding([Part(gap, at_most=0)], results.margin(), here, {"MLP minus attention": gap})
 
 
 @Claim("4a", SCHULMAN, noise=(0.077, 0.036, 1))
@@ -500,8 +480,8 @@ def stable_ranks(results):
         "alpha / sqrt(r)": {4: STABLE[4], 16: Setting(), 64: STABLE[64]},
         "alpha / r": {4: PLAIN[4], 16: Setting(), 64: PLAIN[64]},
     }
-    paint = results.paint_over_rank(lines)
-    return Finding([Part(more, at_most=0)], results.margin(), here, gaps | {"more": more}, paint=paint)
+    picture = results.paint_over_rank(lines)
+    return Finding([Part(more, at_most=0)], results.margin(), here, gaps | {"more": more}, paint=picture)
 
 
 @Claim("8", "Hayou et al. 2024, LoRA+", noise=(0.0047, 0.0009, 0.019))
@@ -512,8 +492,8 @@ def plus_is_faster(results):
     updates, ratio 16 against 1, each at the lowest point of four rates."""
     gap = results.compare_lowest(PLUS, LORA)
     here = "The lowest loss of ratio 16 minus that of ratio 1: {}."
-    paint = results.paint_curves({"ratio 1": LORA, "ratio 16": PLUS})
-    return Finding([Part(gap, at_most=0)], results.margin(), here, {"gap": gap}, paint=paint)
+    picture = results.paint_curves({"ratio 1": LORA, "ratio 16": PLUS})
+    return Finding([Part(gap, at_most=0)], results.margin(), here, {"gap": gap}, paint=picture)
 
 
 @Claim(
@@ -552,11 +532,12 @@ def shared_directions(results):
         "Similarity of A's first directions at r = 8 and r = 64, mean over layers: {}, of directions 2 to 8 with the "
         "other's first 8: {}. Shared: above 0.5."
     )
-    maps = directions.mean_similarity(layers)
-    paint = partial(paint_similarity, maps=maps, rows="first i of r = 8", columns="first j of r = 64")
+    words = {"rows": "first i of r = 8", "columns": "first j of r = 64"}
+    picture = partial(paint.paint_similarity, maps=directions.mean_similarity(layers), **words)
+    options = {"panels": 3, "size": (5.4, 2.4)}
     parts = [Part(first, at_least=0.5), Part(others, at_most=0.5)]
     figures = {"first": first, "others": others}
-    return Finding(parts, 0.1, here, figures, paint=paint, write=2, size=(5.4, 2.4), panels=3)
+    return Finding(parts, 0.1, here, figures, paint=picture, write=2, options=options)
 
 
 @Claim("11", f"{HU}, section 7.3, table 7", noise=(0.013, 0, 0.2))
@@ -573,9 +554,9 @@ def not_stressed(results):
         "|U^T W0 V| along the update's directions over that along random ones, as a logarithm: {}; how much nearer "
         "it is to random than to W0's own: {}."
     )
-    paint = partial(paint_stress, layers=[(x.own, x.stressed, x.random) for x in per_seed[0]])
+    picture = partial(paint.paint_stress, layers=[(x.own, x.stressed, x.random) for x in per_seed[0]])
     figures = {"more": more, "nearer": nearer}
-    return Finding([Part(e, at_least=0) for e in figures.values()], 0.2, here, figures, paint=paint, write=2)
+    return Finding([Part(e, at_least=0) for e in figures.values()], 0.2, here, figures, paint=picture, write=2)
 
 
 @Claim("12", BIDERMAN, noise=(2.4, 0, 0.22))
@@ -616,7 +597,7 @@ def forgets_less(results):
 def count_at_best(results, key: str) -> tuple[np.ndarray, np.ndarray]:
     """A count of measured_run.py's of LoRA and of full fine-tuning, each near its best rate: the mean over layers of
     each seed."""
-    pair = [curve[round(results.place(curve))] for curve in (LORA, FULL)]
+    pair = [curve[round(results.vertex(curve).place())] for curve in (LORA, FULL)]
     seeds = results.seeds(*pair)
     return tuple(np.array([results.measures[s, n][key].mean() for n in seeds]) for s in pair)
 
@@ -692,7 +673,7 @@ class Verdict:
         return not more and 0 in (part.at_least, part.at_most) and max(ends) <= self.finding.margin
 
 
-def judge_all(results: Results, level: float = LEVEL) -> list[Verdict]:
+def judge_all(results: Results) -> list[Verdict]:
     """The verdict of each claim, Holm's correction over all of them. A claim whose trainings are not all there is not
     measured."""
     verdicts = []
@@ -707,7 +688,7 @@ def judge_all(results: Results, level: float = LEVEL) -> list[Verdict]:
             verdicts.append(Verdict(one, MISSING, first_line(e)))
     measured = [v for v in verdicts if v.finding]
     judged = [judge(v.finding.parts) for v in measured]
-    for v, (verdict, p), at in zip(measured, judged, correct([p for _, p in judged], len(CLAIMS), level)):
+    for v, (verdict, p), at in zip(measured, judged, correct([p for _, p in judged], len(CLAIMS))):
         v.level = at
         v.verdict = verdict if p <= at else OPEN
         v.width = max(part.estimate.half_width(at) for part in v.finding.parts)
