@@ -49,8 +49,8 @@ def anatomy_rows(layers):
     for x in layers:
         largest = " ".join(f"{s:.2f}" for s in x.singular_values[:4])
         row = [x.name, f"{x.w0_norm:.2f}", f"{x.norm:.3f}", f"{100 * x.norm / x.w0_norm:.1f} %", largest]
-        row += [f"{x.n_directions} of {len(x.singular_values)}", f"{x.stressed:.3f}", f"{x.own:.2f}"]
-        rows.append([*row, f"{x.random:.3f}", f"{x.amplification:.1f}"])
+        row += [f"{x.n_directions} of {len(x.singular_values)}"]
+        rows.append([*row, f"{x.stressed:.3f}", f"{x.own:.2f}", f"{x.random:.3f}", f"{x.amplification:.1f}"])
     return rows
 
 

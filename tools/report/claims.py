@@ -117,19 +117,17 @@ def run_name(setting: Setting, seed: int) -> str:
 def make_settings(setting: Setting, config, full_lr: float, scale: float) -> dict:
     """The keys of Config of a training. On words it takes a sixteenth of the configuration's updates with half of its
     batch; on labels, a quarter of its updates."""
-    batch = config.batch_size * config.gradient_accumulation_steps
-    n_updates = config.max_iters // 4
-    if setting.task == "text":
-        batch, n_updates = batch // 2, config.max_iters // 16
-    batch, n_updates = batch * setting.batch, n_updates / setting.batch * setting.length
-    steps = max(1, round(batch / config.batch_size))
+    on_words = setting.task == "text"
+    batch = config.batch_size * config.gradient_accumulation_steps // (2 if on_words else 1) * setting.batch
+    n_updates = config.max_iters // (16 if on_words else 4) / setting.batch * setting.length
     n_updates = max(2, round(n_updates))
+    steps = max(1, round(batch / config.batch_size))
     settings = {"rank": setting.rank, "rslora": setting.rslora, "lora_plus": setting.lora_plus}
     settings |= {"lr": setting.lr * (config.lr if setting.rank else full_lr), "alpha": setting.alpha * scale * 16}
     settings |= {"batch_size": max(1, round(batch / steps)), "gradient_accumulation_steps": steps}
     settings |= {"max_iters": n_updates, "eval_interval": n_updates, "warmup_iters": n_updates // 10}
     settings["eval_iters"] = 1  # it only tells the last weights from the first
-    settings["loss_on"] = "all" if setting.task == "text" else "label"
+    settings["loss_on"] = "all" if on_words else "label"
     settings["lora_targets"] = setting.targets or config.lora_targets
     settings["dropout"] = config.dropout if setting.rank else 0.0
     return settings
@@ -315,24 +313,25 @@ class Claim:
     noise: tuple[float, float, float]
 
     def __call__(self, rule: Callable) -> Callable:
-        self.words, paper = rule.__doc__.split(".\n\n")
+        text = rule.__doc__ or rule.__name__.replace("_", " ")  # python -OO leaves out docstrings
+        self.words, _, paper = text.partition(".\n\n")
         self.paper = " ".join(paper.split())
         self.rule = rule
         CLAIMS.append(self)
         return rule
 
 
-def compare_growth(results, pairs: dict, names: dict[float, str], whose: str, than: str, until: str) -> Finding:
+def compare_growth(results, pairs: dict[str, tuple], whose: str, than: str, until: str) -> Finding:
     """A claim that the lowest loss of one curve falls behind another's from the first pair of curves to the second.
-    pairs: {size: (curve, other)}. names: {size: its words}. until: the words of the growth."""
+    pairs: {name: (curve, other)}. until: the words of the growth."""
     vertices = [tuple(map(results.vertex, curves)) for curves in pairs.values()]
-    gaps = {names[size]: results.compare_lowest(*curves) for size, curves in pairs.items()}
+    gaps = {name: results.compare_lowest(*curves) for name, curves in pairs.items()}
 
     def grow(m):
         before, after = (one.loss(m) - other.loss(m) for one, other in vertices)
         return after - before
 
-    growth = results.estimate(grow, *itertools.chain(*(c for curves in pairs.values() for c in curves)))
+    growth = results.estimate(grow, *itertools.chain(*itertools.chain(*pairs.values())))
     shown = ", ".join(f"{name}: {{}}" for name in gaps)
     here = f"{whose} lowest loss minus {than}, {shown}; {until}: {{}}."
     figures = gaps | {"growth": growth}
@@ -461,8 +460,8 @@ def large_batches(results):
     In some scenarios, and a higher rank does not help. Measured there: the loss over batch sizes on reasoning
     data. Here: r = 16, equally many examples, so 16 times as many updates with the small batch, each at the
     lowest point of three rates."""
-    names = {size: f"batch {round(size * results.batch / 2)}" for size in BATCHES}
-    return compare_growth(results, BATCHES, names, "LoRA's", "full's", "from the small to the large batch")
+    pairs = {f"batch {round(size * results.batch / 2)}": curves for size, curves in BATCHES.items()}
+    return compare_growth(results, pairs, "LoRA's", "full's", "from the small to the large batch")
 
 
 @Claim("7", "Kalajdzievski 2023, rsLoRA", noise=(0.0052, 0.00066, 0.019))
@@ -634,8 +633,8 @@ def capacity(results):
 
     Ranks 1 to 512 leave the curve of full fine-tuning one after the other, over up to about a million examples.
     Here: r = 1 beside r = 16 after a quarter and after all of a short training."""
-    names = {length: f"{100 * length:.0f} % of the examples" for length in LENGTHS}
-    return compare_growth(results, LENGTHS, names, "r = 1's", "that of r = 16", "growth")
+    pairs = {f"{100 * length:.0f} % of the examples": curves for length, curves in LENGTHS.items()}
+    return compare_growth(results, pairs, "r = 1's", "that of r = 16", "growth")
 
 
 def study(folder, other=None):

@@ -251,41 +251,38 @@ def compare_losses(results):
     """LoRA's validation losses minus those of full fine-tuning, over the same examples."""
     config = results.config
     full = {run.config.seed: run for run in results.of(FULL)}
-    pairs = {  # {rank: [(a run, full fine-tuning's with its seed)]}
-        r: [(run, full[run.config.seed]) for run in group if run.config.seed in full]
-        for r, group in results.lora.items()
-    }
-    pairs = {r: group for r, group in pairs.items() if len(group) > 1}
-    if not pairs:
+    paired = {r: [run for run in group if run.config.seed in full] for r, group in results.lora.items()}
+    paired = {r: group for r, group in paired.items() if len(group) > 1}
+    if not paired:
         return "Losses are compared over two seeds or more that both have: type --seeds=1,2,3."
-    gaps = {}
+    gaps = []
     try:
         if claims.draws_validation(config):
             return "The seed draws the validation split, so validation losses are not compared example by example."
-        for rank, group in pairs.items():
-            lora, other = (
-                np.stack([losses_of_run(run.folder, config.device) for run in runs]) for runs in zip(*group)
-            )
-            gaps[rank] = estimate(lambda means: means[LORA] - means[FULL], {LORA: lora, FULL: other})
+        for rank, group in paired.items():
+            pair = {LORA: group, FULL: [full[run.config.seed] for run in group]}
+            losses = {x: np.stack([losses_of_run(run, config.device) for run in runs]) for x, runs in pair.items()}
+            gap = estimate(lambda means: means[LORA] - means[FULL], losses)
+            gaps.append(f"r = {rank} {claims.show(gap)}")
     except (ValueError, OSError, RuntimeError) as e:  # data that is gone, or no memory: the rest needs neither
         return f"Validation losses could not be compared example by example here: {first_line(e)}"
     return (
         "LoRA's validation loss minus full fine-tuning's, seed by seed and example by example, with the 95 % "
-        "interval that these leave: " + ", ".join(f"r = {r} {claims.show(gap)}" for r, gap in gaps.items()) + "."
+        f"interval that these leave: {', '.join(gaps)}."
     )
 
 
-def losses_of_run(folder, device):
+def losses_of_run(run, device):
     """The validation losses of a finished run's best weights, example by example; kept in its folder as
     val_losses.npy."""
-    path = os.path.join(folder, "val_losses.npy")
-    weights = [os.path.join(folder, name) for name in (ADAPTER_WEIGHTS, "model.safetensors")]
+    path = run.path("val_losses.npy")
+    weights = [run.path(name) for name in (ADAPTER_WEIGHTS, "model.safetensors")]
     written = max(os.path.getmtime(file) for file in weights if os.path.exists(file))
     if not os.path.exists(path) or os.path.getmtime(path) < written:
-        sampler = ModelSampler(folder, device=device)
+        sampler = ModelSampler(run.folder, device=device)
         sampler.load_model()
         loader = make_loader(sampler.config, sampler.block_size, wanted=("validation",))
-        losses = losses_of(sampler, loader, "validation", range(len(loader.splits["validation"])))
+        losses = losses_of(sampler, loader, "validation")
         with whole_file(path) as f:
             np.save(f, losses)
     return np.load(path)
@@ -340,7 +337,7 @@ def describe_group(group, failed):
     method = group[0].method
     config = group[0].config
     done = [run for run in group if run.done()]
-    lost = "; ".join(f"{run.name}: {failed.get(run.name, 'not run')}" for run in group if not run.done())
+    lost = "; ".join(f"{run.name}: {failed.get(run.name, 'not run')}" for run in group if run not in done)
     row = {"method": method, "test accuracy": lost}
     if method == LORA:
         row |= {"r": str(config.rank), "alpha": f"{config.alpha:g}"}
