@@ -272,9 +272,9 @@ DOUBLING = 1.0  # the margin of a learning rate, as log2: twice or half
 
 @dataclass
 class Finding:
-    """What a rule says. parts: they all must hold, each be known to the margin. here: the measurement in words, with
-    {} in the place of each of the figures. Their picture, on an axis with a name, is that of the claim, where there
-    is no other to paint. write: how figures are written, as in `show`."""
+    """What a rule says. parts: what must hold, each figure known to the margin. here: the measurement in words, with
+    {} in the place of each of the figures {name: estimate}. write: how these are written, as in `show`. paint: how to
+    paint the claim's picture; without it, that is of the figures with their intervals, over an axis of this name."""
 
     parts: list[Part]
     margin: float
