@@ -133,7 +133,6 @@ def find_merges(tokens: list[bytes]) -> list[tuple[bytes, bytes]]:
 
 def make_card(config, prompt: Prompt, name: str) -> str:
     """README.md: what the model is, what it has read, how good it is, how to load it, whose licences bind it."""
-    whole = dataclasses.replace(config, rank=0)  # for the hub a merged model is as one that had no adapters
     result = read_result(config)
     task = f"text-{'classification' if prompt.classify else 'generation'}"
     code = 'print(model("A joy.", top_k=None, truncation=True))'
@@ -141,7 +140,7 @@ def make_card(config, prompt: Prompt, name: str) -> str:
         code = f"prompt = {json.dumps(write_prompt(prompt.template, '{text}'))}.replace('{{text}}', 'A joy.')\n"
         code += 'print(model(prompt, return_full_text=False)[0]["generated_text"])'
     parts = [
-        front_matter(whole),
+        front_matter(dataclasses.replace(config, rank=0)),  # for the hub a merged model had no adapters
         f"# {name}",
         f"A GPT-2 trained from `{base_name(config)}` with nanoLoRA, in one piece: adapters are merged in.",
         data_section(config, prompt),

@@ -18,16 +18,7 @@ import numpy as np
 from dataloader import make_loader
 from plumbing.gpt2.files import context_size
 from plumbing.program.errors import UserError, first_line
-from tools.report import directions
-from tools.report.paint import (
-    LOSS,
-    paint_differences,
-    paint_over_rank,
-    paint_rates,
-    paint_similarity,
-    paint_stress,
-    write_rate,
-)
+from tools.report import directions, paint
 from tools.report.verdicts import (
     FAILS,
     HOLDS,
@@ -49,7 +40,7 @@ from tools.runs.run import MEASURES
 # --- the trainings ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Setting:
     """What a training has of its own. lr, alpha, batch and length are multiples: of the configuration's learning rate
     (without LoRA, of the sweep's for full fine-tuning), of the alpha that its scale gives r = 16, of the task's batch
@@ -68,13 +59,11 @@ class Setting:
     lora_plus: float = 1
     task: str = "text"
 
-    @property
-    def name(self) -> str:
+    def __repr__(self) -> str:
         words = [self.task, f"r{self.rank}" if self.rank else "full"]
         words += [f"{key}{getattr(self, key):g}" for key in ("lr", "alpha", "batch", "length")]
         words += [place for place, setting in PLACES.items() if self.targets and setting.targets == self.targets]
-        words += ["rslora"] * self.rslora
-        words += ["plus"] * (self.lora_plus != 1)
+        words += ["rslora"] * self.rslora + ["plus"] * (self.lora_plus != 1)
         return "-".join(words)
 
 
@@ -115,37 +104,32 @@ LABEL_FULL = curve(1, 2, 4, rank=0, task="label")
 
 def list_settings() -> list[Setting]:
     """Every training of the claims, once; each is made with every seed."""
-    settings = [*LABEL_LORA, *LABEL_FULL, *LORA, *FULL, *PLUS, *TRADES, *PLACES.values(), SMALL, LARGE]
-    settings += [*STABLE.values(), *PLAIN.values()]
-    settings += [s for curves in (SAME_ALPHA, SAME_SCALE) for group in curves.values() for s in group]
-    settings += [s for pairs in (BATCHES, LENGTHS) for pair in pairs.values() for group in pair for s in group]
-    return list(dict.fromkeys(settings))
+    groups = [LABEL_LORA, LABEL_FULL, LORA, FULL, PLUS, TRADES, PLACES.values(), [SMALL, LARGE]]
+    groups += [STABLE.values(), PLAIN.values(), *SAME_ALPHA.values(), *SAME_SCALE.values()]
+    groups += [*itertools.chain(*BATCHES.values(), *LENGTHS.values())]
+    return list(dict.fromkeys(itertools.chain(*groups)))
 
 
 def run_name(setting: Setting, seed: int) -> str:
-    return f"claims-{setting.name}-seed{seed}"
+    return f"claims-{setting}-seed{seed}"
 
 
 def make_settings(setting: Setting, config, full_lr: float, scale: float) -> dict:
     """The keys of Config of a training. On words it takes a sixteenth of the configuration's updates with half of its
     batch; on labels, a quarter of its updates."""
-    batch = config.batch_size * config.gradient_accumulation_steps
-    n_updates = config.max_iters // 4
-    if setting.task == "text":
-        batch, n_updates = batch // 2, config.max_iters // 16
-    batch, n_updates = batch * setting.batch, n_updates / setting.batch * setting.length
-    steps = max(1, round(batch / config.batch_size))
+    on_words = setting.task == "text"
+    batch = config.batch_size * config.gradient_accumulation_steps // (2 if on_words else 1) * setting.batch
+    n_updates = config.max_iters // (16 if on_words else 4) / setting.batch * setting.length
     n_updates = max(2, round(n_updates))
+    steps = max(1, round(batch / config.batch_size))
     settings = {"rank": setting.rank, "rslora": setting.rslora, "lora_plus": setting.lora_plus}
     settings |= {"lr": setting.lr * (config.lr if setting.rank else full_lr), "alpha": setting.alpha * scale * 16}
     settings |= {"batch_size": max(1, round(batch / steps)), "gradient_accumulation_steps": steps}
     settings |= {"max_iters": n_updates, "eval_interval": n_updates, "warmup_iters": n_updates // 10}
     settings["eval_iters"] = 1  # it only tells the last weights from the first
-    settings["loss_on"] = "all" if setting.task == "text" else "label"
-    if setting.targets:
-        settings["lora_targets"] = setting.targets
-    if not setting.rank:
-        settings["dropout"] = 0.0
+    settings["loss_on"] = "all" if on_words else "label"
+    settings["lora_targets"] = setting.targets or config.lora_targets
+    settings["dropout"] = config.dropout if setting.rank else 0.0
     return settings
 
 
@@ -184,23 +168,29 @@ class Results:
     turns: dict[str, list[float]] = field(default_factory=dict)  # {"base", "merged", "unmerged"}: tokens/s
 
     def seeds(self, *settings: Setting) -> list[int]:
-        """The seeds that all of these settings have. Raises KeyError for a setting without any."""
-        found = [{n for s, n in self.measures if s == setting} for setting in settings]
-        for setting, seeds in zip(settings, found):
-            if not seeds:
-                raise KeyError(setting)
-        shared = set.intersection(*found)
-        if not shared:
-            raise KeyError(settings[0])
-        return sorted(shared)
+        """The seeds that all of these settings have. Raises KeyError for a setting that has none, or too few."""
+        found = {s: {n for known, n in self.measures if known == s} for s in settings}
+        if shared := set.intersection(*found.values()):
+            return sorted(shared)
+        raise KeyError(min(settings, key=lambda s: len(found[s])))
 
     def losses(self, *settings: Setting, what: str = "") -> dict[Setting, np.ndarray]:
         """{setting: (seeds, examples)}. what: "text", "label" or, by default, what its training was scored by."""
         seeds = self.seeds(*settings)
         return {s: np.stack([self.measures[s, n][what or s.task] for n in seeds]) for s in settings}
 
-    def estimate(self, statistic: Callable, *settings: Setting, what: str = "") -> Estimate:
-        return estimate(statistic, self.losses(*settings, what=what))
+    def means(self, *settings: Setting) -> dict[Setting, float]:
+        return {s: float(x.mean()) for s, x in self.losses(*settings).items()}
+
+    def rate(self, setting: Setting) -> float:
+        return setting.lr * (self.lr if setting.rank else self.full_lr)
+
+    # --- the best of a curve
+
+    def best(self, curve: list[Setting]) -> Setting:
+        """That of the lowest loss."""
+        means = self.means(*curve)
+        return min(curve, key=means.get)
 
     def vertex(self, curve: list[Setting]) -> Vertex:
         found = Vertex.of(curve, self.losses(*curve))
@@ -211,20 +201,28 @@ class Results:
             what = f"r = {best.rank}" if best.rank else "full fine-tuning"
             raise Undecided(
                 f"With {what}{batch} the best of the learning rates tried is the {end}, "
-                f"{write_rate(self.rate(best))}. {wanted} ones would decide."
+                f"{paint.write_rate(self.rate(best))}. {wanted} ones would decide."
             )
         return found
 
-    def lowest(self, curve: list[Setting]) -> float:
-        """The lowest loss of a curve."""
-        return float(self.vertex(curve).loss(self.means(*curve)))
+    def best_rate(self, curve: list[Setting]) -> float:
+        return self.rate(curve[0]) * 2 ** self.vertex(curve).place()
 
-    def means(self, *settings: Setting, what: str = "") -> dict[Setting, float]:
-        return {s: float(x.mean()) for s, x in self.losses(*settings, what=what).items()}
+    def margin(self, task: str = "text") -> float:
+        """A difference of losses that matters: MARGIN of what full fine-tuning gains on words, or of its loss on
+        labels, where nearly all of the gain is to learn which words are labels at all."""
+        if task == "label":
+            return MARGIN * self.vertex(LABEL_FULL).loss()
+        return MARGIN * (float(self.base.mean()) - self.vertex(FULL).loss())
 
-    def nearest(self, curve: list[Setting]) -> Setting:
-        """The setting of a curve that is nearest to its best rate."""
-        return curve[round(self.vertex(curve).place(self.means(*curve)))]
+    # --- comparisons
+
+    def estimate(self, statistic: Callable, *settings: Setting) -> Estimate:
+        return estimate(statistic, self.losses(*settings))
+
+    def gap(self, setting: Setting, other: Setting) -> Estimate:
+        """The setting's loss minus the other's."""
+        return self.estimate(lambda m: m[setting] - m[other], setting, other)
 
     def compare_lowest(self, curve: list[Setting], other: list[Setting]) -> Estimate:
         """The lowest loss of a curve minus the other's."""
@@ -237,42 +235,20 @@ class Results:
         apart = math.log2(self.rate(curve[0]) / self.rate(other[0]))
         return self.estimate(lambda m: a.place(m) - b.place(m) + apart, *curve, *other)
 
-    def gap(self, setting: Setting, other: Setting) -> Estimate:
-        """The setting's loss minus the other's."""
-        return self.estimate(lambda m: m[setting] - m[other], setting, other)
-
-    def loss(self, setting: Setting, what: str = "") -> float:
-        return float(self.losses(setting, what=what)[setting].mean())
-
-    def best(self, curve: list[Setting]) -> Setting:
-        return min(curve, key=self.loss)
-
-    def rate(self, setting: Setting) -> float:
-        return setting.lr * (self.lr if setting.rank else self.full_lr)
-
-    def margin(self, task: str = "text") -> float:
-        """A difference of losses that matters: MARGIN of what full fine-tuning gains on words, or of its loss on
-        labels, where nearly all of the gain is to learn which words are labels at all."""
-        if task == "label":
-            return MARGIN * self.lowest(LABEL_FULL)
-        return MARGIN * (float(self.base.mean()) - self.lowest(FULL))
+    # --- pictures
 
     def paint_over_rank(self, lines: dict[str, dict[int, Setting]]) -> Callable:
         """How to paint the losses of {name: {rank: setting}}."""
         losses = {name: {r: self.losses(s)[s].mean(axis=1) for r, s in line.items()} for name, line in lines.items()}
-        return partial(paint_over_rank, lines=losses, levels={}, what=LOSS)
+        return partial(paint.paint_over_rank, lines=losses, levels={}, what=paint.LOSS)
 
     def paint_curves(self, curves: dict[str, list[Setting]]) -> Callable:
         """How to paint the losses of {name: settings} over their learning rates."""
         lines = {}
-        for name, settings in curves.items():
-            losses = self.losses(*settings)
-            points = [(self.rate(s), float(losses[s].mean())) for s in settings]
-            lines[name] = (points, self.best_rate(settings))
-        return partial(paint_rates, lines=lines)
-
-    def best_rate(self, curve: list[Setting]) -> float:
-        return self.rate(curve[0]) * 2 ** float(self.vertex(curve).place(self.means(*curve)))
+        for name, curve in curves.items():
+            points = [(self.rate(s), loss) for s, loss in self.means(*curve).items()]
+            lines[name] = (points, self.best_rate(curve))
+        return partial(paint.paint_rates, lines=lines)
 
 
 def gather(runs: dict, seeds: list[int], config, full_lr: float, base: np.ndarray, turns: dict) -> Results:
@@ -296,91 +272,86 @@ DOUBLING = 1.0  # the margin of a learning rate, as log2: twice or half
 
 @dataclass
 class Finding:
-    """What a rule says: the parts that all must hold, the margin to which each must be known, the measurement in
-    words, with a function that writes an estimate at the claim's level, and how to paint it at that level."""
+    """What a rule says. parts: what must hold, each figure known to the margin. here: the measurement in words, with
+    {} in the place of each of the figures {name: estimate}. write: how these are written, as in `show`. paint: how to
+    paint the claim's picture; without it, that is of the figures with their intervals, over an axis of this name."""
 
     parts: list[Part]
     margin: float
-    here: Callable[[Callable], str]
-    paint: Callable[[float], Callable]
-    size: tuple = (5.4, 3.6)  # inches
-    panels: int = 1
+    here: str
+    figures: dict[str, Estimate]
+    axis: str = "difference of the losses"
+    paint: Callable | None = None
+    write: int | Callable = 4
+    options: dict = field(default_factory=dict)  # paint.draw's
 
+    def tell(self, level: float) -> str:
+        """The measurement, with intervals at this level."""
+        return self.here.format(*(show(e, self.write, level) for e in self.figures.values()))
 
-@dataclass
-class Claim:
-    """words: what it says. source: who says so. paper: what was measured there, and how this differs. rule: Results
-    -> Finding. noise: the standard deviation by which a seed moves the figure, that which the examples leave, and the
-    margin, all seen with the shipped configuration: from these the plan says what it will be able to see."""
-
-    number: str
-    words: str
-    source: str
-    paper: str
-    rule: Callable
-    noise: tuple[float, float, float]
+    def draw(self, level: float, plot: Callable, *words: str) -> tuple:
+        """The picture, with intervals at this level. words: its file and what it shows."""
+        if self.paint:
+            return plot(*words, self.paint, **self.options)
+        rows = [(name, e.value, *e.interval(level)) for name, e in self.figures.items()]
+        differences = partial(paint.paint_differences, rows=rows, what=self.axis)
+        return plot(*words, differences, size=(5.4, 1 + 0.6 * len(rows)))
 
 
 CLAIMS = []
 
 
-def claim(number: str, words: str, source: str, paper: str, noise: tuple = (0, 0, 0)):
-    """Puts a rule on the list of claims."""
+@dataclass
+class Claim:
+    """Decorates a rule, Results -> Finding, and puts it on the list of claims. The rule's docstring is what the claim
+    says and, below that, what the paper measured and how this differs. source: who says so. noise: the standard
+    deviation by which a seed moves the figure, that which the examples leave, and the margin, all seen with the
+    shipped configuration: from these the plan says what it will be able to see."""
 
-    def register(rule):
-        CLAIMS.append(Claim(number, words, source, paper, rule, noise))
+    number: str
+    source: str
+    noise: tuple[float, float, float]
+
+    def __call__(self, rule: Callable) -> Callable:
+        text = rule.__doc__ or rule.__name__.replace("_", " ")  # python -OO leaves out docstrings
+        self.words, _, paper = text.partition(".\n\n")
+        self.paper = " ".join(paper.split())
+        self.rule = rule
+        CLAIMS.append(self)
         return rule
 
-    return register
 
-
-def difference(rows: dict[str, Estimate], margin: float, here, what: str, **bounds) -> Finding:
-    """A claim on differences, each of which must lie within the bounds."""
-
-    def paint(level):
-        return partial(
-            paint_differences, rows=[(name, e.value, *e.interval(level)) for name, e in rows.items()], what=what
-        )
-
-    parts = [Part(e, **bounds) for e in rows.values()]
-    return Finding(parts, margin, here, paint, (5.4, 1 + 0.6 * len(rows)))
-
-
-def compare_places(results, place: str, other: str, words: str) -> Finding:
-    """A claim that a place for adapters is better than another one. words: what is compared."""
-    gap = results.gap(PLACES[place], PLACES[other])
-
-    def here(show):
-        return f"Loss of {words}: {show(gap)}."
-
-    rows = {f"{place} minus {other}": gap}
-    return difference(rows, results.margin(), here, "difference of the losses", at_most=0)
-
-
-def compare_growth(results, pairs: dict, names: dict[float, str], whose: str, than: str, until: str) -> Finding:
+def compare_growth(results, pairs: dict[str, tuple], whose: str, than: str, until: str) -> Finding:
     """A claim that the lowest loss of one curve falls behind another's from the first pair of curves to the second.
-    pairs: {size: (curve, other)}. names: {size: its words}. until: the words of the growth."""
+    pairs: {name: (curve, other)}. until: the words of the growth."""
     vertices = [tuple(map(results.vertex, curves)) for curves in pairs.values()]
-    gaps = {names[size]: results.compare_lowest(*curves) for size, curves in pairs.items()}
+    gaps = {name: results.compare_lowest(*curves) for name, curves in pairs.items()}
 
     def grow(m):
         before, after = (one.loss(m) - other.loss(m) for one, other in vertices)
         return after - before
 
-    growth = results.estimate(grow, *itertools.chain(*(c for curves in pairs.values() for c in curves)))
-
-    def here(show):
-        shown = ", ".join(f"{name}: {show(e)}" for name, e in gaps.items())
-        return f"{whose} lowest loss minus {than}, {shown}; {until}: {show(growth)}."
-
-    finding = difference(gaps | {"growth": growth}, results.margin(), here, f"{whose} loss minus {than}")
-    finding.parts = [Part(growth, at_least=0)]
-    return finding
+    growth = results.estimate(grow, *itertools.chain(*itertools.chain(*pairs.values())))
+    shown = ", ".join(f"{name}: {{}}" for name in gaps)
+    here = f"{whose} lowest loss minus {than}, {shown}; {until}: {{}}."
+    figures = gaps | {"growth": growth}
+    return Finding([Part(growth, at_least=0)], results.margin(), here, figures, f"{whose} loss minus {than}")
 
 
-def show_times(show, e: Estimate) -> str:
-    """A ratio whose log2 is estimated."""
-    return show(e, lambda x: f"{2**x:.2g}")
+def compare_best_rates(results, curves: dict[str, list[Setting]], pair: tuple, here: str, **bounds) -> Finding:
+    """A claim on how many times the best rate of the first of a pair of curves is that of the second. curves: {name:
+    one to paint}. here: words with {} for the best rate of each, and for the ratio."""
+    times = results.compare_rates(*pair)
+    picture = results.paint_curves(curves)
+    here = here.format(*(paint.write_rate(results.best_rate(c)) for c in curves.values()), "{}")
+    parts = [Part(times, **bounds)]
+    return Finding(parts, DOUBLING, here, {"times": times}, paint=picture, write=lambda x: f"{2**x:.2g}")
+
+
+def compare_rates_over_rank(results, curves: dict[int, list[Setting]], **bounds) -> Finding:
+    named = {f"r = {r}": curves[r] for r in (4, 16, 64)}
+    here = "Best rates: r = 4: {}, r = 16: {}, r = 64: {}; that of r = 64 is {} times that of r = 4."
+    return compare_best_rates(results, named, (curves[64], curves[4]), here, **bounds)
 
 
 HU = "Hu et al. 2021"
@@ -388,235 +359,163 @@ SCHULMAN = "Schulman et al. 2025, LoRA Without Regret"
 BIDERMAN = "Biderman et al. 2024, LoRA Learns Less and Forgets Less"
 
 
-@claim(
-    "1",
-    "LoRA reaches full fine-tuning",
-    f"{HU}, section 5; {SCHULMAN}",
-    "Accuracy or BLEU of RoBERTa to GPT-3 on GLUE, E2E and others after full training. Here: the label's loss after "
-    "equally many updates, each at the lowest point of three learning rates.",
-    noise=(0.0018, 0.00075, 0.01),
-)
+@Claim("1", f"{HU}, section 5; {SCHULMAN}", noise=(0.0018, 0.00075, 0.01))
 def reaches_full(results):
+    """LoRA reaches full fine-tuning.
+
+    Accuracy or BLEU of RoBERTa to GPT-3 on GLUE, E2E and others after full training. Here: the label's loss
+    after equally many updates, each at the lowest point of three learning rates."""
     gap = results.compare_lowest(LABEL_LORA, LABEL_FULL)
     margin = results.margin("label")
-    lora, full = map(results.lowest, (LABEL_LORA, LABEL_FULL))
-
-    def here(show):
-        return f"Lowest losses: LoRA {lora:.4f}, full fine-tuning {full:.4f}; the difference: {show(gap)}."
-
-    return difference({"LoRA minus full": gap}, margin, here, "difference of the losses", at_most=margin)
+    lora, full = (results.vertex(curve).loss() for curve in (LABEL_LORA, LABEL_FULL))
+    here = f"Lowest losses: LoRA {lora:.4f}, full fine-tuning {full:.4f}; the difference: {{}}."
+    return Finding([Part(gap, at_most=margin)], margin, here, {"LoRA minus full": gap})
 
 
-@claim(
-    "2",
-    "A very small rank is enough",
-    f"{HU}, section 7.2, table 6",
-    "WikiSQL and MultiNLI with GPT-3, where r = 1 is about as accurate as r = 64. Here: the loss of a review's own "
-    "words, which hold more than a label's one bit.",
-    noise=(0.0036, 0, 0.019),
-)
+@Claim("2", f"{HU}, section 7.2, table 6", noise=(0.0036, 0, 0.019))
 def small_rank_is_enough(results):
+    """A very small rank is enough.
+
+    WikiSQL and MultiNLI with GPT-3, where r = 1 is about as accurate as r = 64. Here: the loss of a review's
+    own words, which hold more than a label's one bit."""
     gap = results.compare_lowest(SAME_ALPHA[1], LORA)
     margin = results.margin()
-
-    def here(show):
-        return f"r = 1's lowest loss minus that of r = 16, alpha the same: {show(gap)}."
-
+    here = "r = 1's lowest loss minus that of r = 16, alpha the same: {}."
     lines = {"LoRA, each at its best rate": {r: results.best(c) for r, c in SAME_ALPHA.items()}}
-    return Finding([Part(gap, at_most=margin)], margin, here, lambda level: results.paint_over_rank(lines))
+    return Finding([Part(gap, at_most=margin)], margin, here, {"gap": gap}, paint=results.paint_over_rank(lines))
 
 
-@claim(
-    "3a",
-    "Several attention matrices with a small rank beat one with a large rank",
-    f"{HU}, section 7.1, table 5",
-    "Query, key, value, output and combinations of them in GPT-3. Here: GPT-2 holds query, key and value in one "
-    "matrix with one A, so all four, r = 16, are compared with the output alone, r = 48: as many parameters, at one "
-    "learning rate.",
-    noise=(0.0046, 0.0021, 0.019),
-)
+@Claim("3a", f"{HU}, section 7.1, table 5", noise=(0.0046, 0.0021, 0.019))
 def several_beat_one(results):
-    return compare_places(results, "attention", "output", "all of attention minus that of its output alone")
+    """Several attention matrices with a small rank beat one with a large rank.
+
+    Query, key, value, output and combinations of them in GPT-3. Here: GPT-2 holds query, key and value in one
+    matrix with one A, so all four, r = 16, are compared with the output alone, r = 48: as many parameters, at
+    one learning rate."""
+    gap = results.gap(PLACES["attention"], PLACES["output"])
+    here = "Loss of all of attention minus that of its output alone: {}."
+    return Finding([Part(gap, at_most=0)], results.margin(), here, {"attention minus output": gap})
 
 
-@claim(
-    "3b",
-    "The MLP matters more than attention",
-    SCHULMAN,
-    "Llama and Qwen, LoRA on the MLP against LoRA on attention, also at equal parameters. Here: r = 10 against r = "
-    "16, at one learning rate.",
-    noise=(0.0093, 0.0041, 0.019),
-)
+@Claim("3b", SCHULMAN, noise=(0.0093, 0.0041, 0.019))
 def mlp_beats_attention(results):
-    return compare_places(results, "MLP", "attention", "the MLP alone minus that of attention alone")
+    """The MLP matters more than attention.
+
+    Llama and Qwen, LoRA on the MLP against LoRA on attention, also at equal parameters. Here: r = 10 against r
+    = 16, at one learning rate."""
+    gap = results.gap(PLACES["MLP"], PLACES["attention"])
+    here = "Loss of the MLP alone minus that of attention alone: {}."
+    return Finding([Part(gap, at_most=0)], results.margin(), here, {"MLP minus attention": gap})
 
 
-@claim(
-    "4a",
-    "LoRA's best learning rate is about 10 times that of full fine-tuning",
-    SCHULMAN,
-    "A factor of 9.8 over 14 models, and about 15 in trainings of under a hundred updates. Here: one model, and 40 "
-    "updates with the shipped configuration. About 10 is taken as 5 to 20.",
-    noise=(0.077, 0.036, 1),
-)
+@Claim("4a", SCHULMAN, noise=(0.077, 0.036, 1))
 def ten_times_the_rate(results):
-    times = results.compare_rates(LORA, FULL)
+    """LoRA's best learning rate is about 10 times that of full fine-tuning.
 
-    def here(show):
-        rates = (write_rate(results.best_rate(c)) for c in (LORA, FULL))
-        return "Best rate with r = 16: {}, without LoRA: {}; ".format(*rates) + f"{show_times(show, times)} times."
-
-    paint = results.paint_curves({"r = 16": LORA, "full": FULL})
-    return Finding([Part(times, math.log2(5), math.log2(20))], DOUBLING, here, lambda level: paint)
-
-
-def rates_over_rank(results, curves, words, **bounds):
-    """A claim on how many times the best rate of r = 64 is that of r = 4."""
-    times = results.compare_rates(curves[64], curves[4])
-
-    def here(show):
-        rates = ", ".join(f"r = {r}: {write_rate(results.best_rate(c))}" for r, c in curves.items() if r > 1)
-        return f"Best rates: {rates}; that of r = 64 is {show_times(show, times)} times that of r = 4.{words}"
-
-    paint = results.paint_curves({f"r = {r}": c for r, c in curves.items() if r > 1})
-    return Finding([Part(times, **bounds)], DOUBLING, here, lambda level: paint)
+    A factor of 9.8 over 14 models, and about 15 in trainings of under a hundred updates. Here: one model, and
+    40 updates with the shipped configuration. About 10 is taken as 5 to 20."""
+    curves = {"r = 16": LORA, "full": FULL}
+    here = "Best rate with r = 16: {}, without LoRA: {}; {} times."
+    return compare_best_rates(results, curves, (LORA, FULL), here, at_least=math.log2(5), at_most=math.log2(20))
 
 
-@claim(
-    "4b",
-    "With alpha / r and one alpha the best learning rate hardly depends on the rank",
-    SCHULMAN,
-    "Ranks 1 to 512, with 1 / r argued for the first updates and seen later on. Here: r = 4 and 64 in short "
-    "trainings. Hardly: by less than twice.",
-    noise=(0.086, 0.0031, 1),
-)
+@Claim("4b", SCHULMAN, noise=(0.086, 0.0031, 1))
 def rate_stays(results):
-    return rates_over_rank(results, SAME_ALPHA, "", at_least=-1, at_most=1)
+    """With alpha / r and one alpha the best learning rate hardly depends on the rank.
+
+    Ranks 1 to 512, with 1 / r argued for the first updates and seen later on. Here: r = 4 and 64 in short
+    trainings. Hardly: by less than twice."""
+    return compare_rates_over_rank(results, SAME_ALPHA, at_least=-1, at_most=1)
 
 
-@claim(
-    "4c",
-    "With one alpha / r the best learning rate falls with the rank",
-    "follows from 4b",
-    "Not measured there. It follows: at the same alpha / r a larger rank moves the weight further in one step.",
-    noise=(0.099, 0, 1),
-)
+@Claim("4c", "follows from 4b", noise=(0.099, 0, 1))
 def rate_falls(results):
-    return rates_over_rank(results, SAME_SCALE, "", at_most=0)
+    """With one alpha / r the best learning rate falls with the rank.
+
+    Not measured there. It follows: at the same alpha / r a larger rank moves the weight further in one step."""
+    return compare_rates_over_rank(results, SAME_SCALE, at_most=0)
 
 
-@claim(
-    "5",
-    "Learning rate and alpha are nearly redundant",
-    f"{HU}, section 4.1; the assignment, question 2.9",
-    "With Adam, and the initialization scaled, they call tuning alpha roughly the same as tuning the rate. The "
-    "assignment asks what happens if one is doubled and the other halved. Here: both ways round.",
-    noise=(0.0048, 0.00071, 0.019),
-)
+@Claim("5", f"{HU}, section 4.1; the assignment, question 2.9", noise=(0.0048, 0.00071, 0.019))
 def rate_is_alpha(results):
+    """Learning rate and alpha are nearly redundant.
+
+    With Adam, and the initialization scaled, they call tuning alpha roughly the same as tuning the rate. The
+    assignment asks what happens if one is doubled and the other halved. Here: both ways round."""
     alone = [results.gap(s, Setting()).value for s in (LORA[0], LORA[2])]  # half and twice the rate, alpha as it was
     if max(map(abs, alone)) < results.margin():
         raise Undecided("The learning rate alone, halved or doubled, moves the loss by less than the margin.")
     gaps = {f"lr x {s.lr / 2:g}, alpha x {s.alpha:g}": results.gap(s, Setting()) for s in TRADES}
     margin = results.margin()
-
-    def here(show):
-        shown = "; ".join(f"{name}: {show(e)}" for name, e in gaps.items())
-        return f"Loss minus the configuration's: {shown}. With the rate alone: {alone[0]:+.4f} and {alone[1]:+.4f}."
-
-    bounds = {"at_least": -margin, "at_most": margin}
-    return difference(gaps, margin, here, "loss minus the configuration's", **bounds)
+    shown = "; ".join(f"{name}: {{}}" for name in gaps)
+    here = f"Loss minus the configuration's: {shown}. With the rate alone: {alone[0]:+.4f} and {alone[1]:+.4f}."
+    parts = [Part(gap, -margin, margin) for gap in gaps.values()]
+    return Finding(parts, margin, here, gaps, "loss minus the configuration's")
 
 
-@claim(
-    "6",
-    "LoRA tolerates large batches less well than full fine-tuning",
-    SCHULMAN,
-    "In some scenarios, and a higher rank does not help. Measured there: the loss over batch sizes on reasoning "
-    "data. Here: r = 16, equally many examples, so 16 times as many updates with the small batch, each at the lowest "
-    "point of three rates.",
-    noise=(0.012, 0.0029, 0.019),
-)
+@Claim("6", SCHULMAN, noise=(0.012, 0.0029, 0.019))
 def large_batches(results):
-    names = {size: f"batch {round(size * results.batch / 2)}" for size in BATCHES}
-    return compare_growth(results, BATCHES, names, "LoRA's", "full's", "from the small to the large batch")
+    """LoRA tolerates large batches less well than full fine-tuning.
+
+    In some scenarios, and a higher rank does not help. Measured there: the loss over batch sizes on reasoning
+    data. Here: r = 16, equally many examples, so 16 times as many updates with the small batch, each at the
+    lowest point of three rates."""
+    pairs = {f"batch {round(size * results.batch / 2)}": curves for size, curves in BATCHES.items()}
+    return compare_growth(results, pairs, "LoRA's", "full's", "from the small to the large batch")
 
 
-@claim(
-    "7",
-    "With alpha / sqrt(r) a higher rank gains more than with alpha / r",
-    "Kalajdzievski 2023, rsLoRA",
-    "Llama 2 over ranks 4 to 2,048 at one learning rate: with alpha / r they end alike, with alpha / sqrt(r) higher "
-    "ranks end lower. Here: r = 4 and 64 at one rate, which need not be the best, both scales equal at r = 16.",
-    noise=(0.0052, 0.00066, 0.019),
-)
+@Claim("7", "Kalajdzievski 2023, rsLoRA", noise=(0.0052, 0.00066, 0.019))
 def stable_ranks(results):
-    stable, plain = (results.gap(ranks[64], ranks[4]) for ranks in (STABLE, PLAIN))
+    """With alpha / sqrt(r) a higher rank gains more than with alpha / r.
+
+    Llama 2 over ranks 4 to 2,048 at one learning rate: with alpha / r they end alike, with alpha / sqrt(r)
+    higher ranks end lower. Here: r = 4 and 64 at one rate, which need not be the best, both scales equal at r =
+    16."""
+    gaps = {name: results.gap(ranks[64], ranks[4]) for name, ranks in (("stable", STABLE), ("plain", PLAIN))}
     four = [*STABLE.values(), *PLAIN.values()]
     more = results.estimate(lambda m: m[STABLE[64]] - m[STABLE[4]] - (m[PLAIN[64]] - m[PLAIN[4]]), *four)
-
-    def here(show):
-        return (
-            f"r = 64's loss minus r = 4's: {show(stable)} with alpha / sqrt(r), {show(plain)} with alpha / r; the "
-            f"difference of the two: {show(more)}."
-        )
-
+    here = "r = 64's loss minus r = 4's: {} with alpha / sqrt(r), {} with alpha / r; the difference of the two: {}."
     lines = {
         "alpha / sqrt(r)": {4: STABLE[4], 16: Setting(), 64: STABLE[64]},
         "alpha / r": {4: PLAIN[4], 16: Setting(), 64: PLAIN[64]},
     }
-    paint = results.paint_over_rank(lines)
-    return Finding([Part(more, at_most=0)], results.margin(), here, lambda level: paint)
+    picture = results.paint_over_rank(lines)
+    return Finding([Part(more, at_most=0)], results.margin(), here, gaps | {"more": more}, paint=picture)
 
 
-@claim(
-    "8",
-    "A higher learning rate for B than for A speeds learning up",
-    "Hayou et al. 2024, LoRA+",
-    "Up to twice the speed, to equal accuracy, for RoBERTa, GPT-2 and Llama. Here: the loss after equally few "
-    "updates, ratio 16 against 1, each at the lowest point of four rates.",
-    noise=(0.0047, 0.0009, 0.019),
-)
+@Claim("8", "Hayou et al. 2024, LoRA+", noise=(0.0047, 0.0009, 0.019))
 def plus_is_faster(results):
+    """A higher learning rate for B than for A speeds learning up.
+
+    Up to twice the speed, to equal accuracy, for RoBERTa, GPT-2 and Llama. Here: the loss after equally few
+    updates, ratio 16 against 1, each at the lowest point of four rates."""
     gap = results.compare_lowest(PLUS, LORA)
-
-    def here(show):
-        return f"The lowest loss of ratio 16 minus that of ratio 1: {show(gap)}."
-
-    paint = results.paint_curves({"ratio 1": LORA, "ratio 16": PLUS})
-    return Finding([Part(gap, at_most=0)], results.margin(), here, lambda level: paint)
+    here = "The lowest loss of ratio 16 minus that of ratio 1: {}."
+    picture = results.paint_curves({"ratio 1": LORA, "ratio 16": PLUS})
+    return Finding([Part(gap, at_most=0)], results.margin(), here, {"gap": gap}, paint=picture)
 
 
-@claim(
-    "9",
-    "No added latency once merged",
-    f"{HU}, section 4.1; the assignment, question 2.1",
-    "By construction. Here: tokens a second of generation, base and merged by turns, on a machine that does nothing "
-    "beside it. None: less than 5 %.",
-    noise=(0.001, 0.017, 0.05),  # that of turns, not of seeds
-)
+@Claim(
+    "9", f"{HU}, section 4.1; the assignment, question 2.1", noise=(0.001, 0.017, 0.05)
+)  # that of turns, not of seeds
 def merged_is_free(results):
+    """No added latency once merged.
+
+    By construction. Here: tokens a second of generation, base and merged by turns, on a machine that does
+    nothing beside it. None: less than 5 %."""
     turns = results.turns
     speed = {name: estimate_mean(np.log(np.divide(turns[name], turns["base"]))) for name in ("merged", "unmerged")}
-
-    def here(show):
-        shown = (f"{name} {show(e, lambda x: f'{math.exp(x):.3f}')}" for name, e in speed.items())
-        return f"Tokens a second over the base's: {', '.join(shown)}."
-
-    finding = difference(speed, 0.05, here, "log of the speed over the base's")
-    finding.parts = [Part(speed["merged"], at_least=math.log(0.95))]
-    return finding
+    here = "Tokens a second over the base's: merged {}, unmerged {}."
+    parts = [Part(speed["merged"], at_least=math.log(0.95))]
+    return Finding(parts, 0.05, here, speed, "log of the speed over the base's", write=lambda x: f"{math.exp(x):.3f}")
 
 
-@claim(
-    "10",
-    "Two ranks find one direction in common, and share the others less",
-    f"{HU}, section 7.2, figure 3",
-    "GPT-3, query and value: A's first direction of r = 8 and that of r = 64 have a similarity above 0.5, the others "
-    "do not. Here: all adapted layers, with two seeds, so that the two A begin with different numbers.",
-    noise=(0.012, 0, 0.1),
-)
+@Claim("10", f"{HU}, section 7.2, figure 3", noise=(0.012, 0, 0.1))
 def shared_directions(results):
+    """Two ranks find one direction in common, and share the others less.
+
+    GPT-3, query and value: A's first direction of r = 8 and that of r = 64 have a similarity above 0.5, the
+    others do not. Here: all adapted layers, with two seeds, so that the two A begin with different numbers."""
     seeds = results.seeds(SMALL, LARGE)
     if len(seeds) < 3:
         raise Undecided("It takes three seeds: with two, both pairs are of the same two.")
@@ -628,141 +527,114 @@ def shared_directions(results):
         # 8 phi(8, 8) is what all eight share with the other's first eight, phi(1, 8) what the first does.
         others.append(mean(float(8 * x.similarity_A[7, 7] - x.similarity_A[0, 7]) / 7 for x in found))
     first, others = estimate_mean(first), estimate_mean(others)
-
-    def here(show):
-        return (
-            f"Similarity of A's first directions at r = 8 and r = 64, mean over layers: {show(first, 2)}, "
-            f"of directions 2 to 8 with the other's first 8: {show(others, 2)}. Shared: above 0.5."
-        )
-
-    maps = [(name, phi) for name, phi in directions.mean_similarity(layers, 8, 64)]
-    paint = partial(paint_similarity, maps=maps, rows="first i of r = 8", columns="first j of r = 64")
+    here = (
+        "Similarity of A's first directions at r = 8 and r = 64, mean over layers: {}, of directions 2 to 8 with the "
+        "other's first 8: {}. Shared: above 0.5."
+    )
+    words = {"rows": "first i of r = 8", "columns": "first j of r = 64"}
+    picture = partial(paint.paint_similarity, maps=directions.mean_similarity(layers), **words)
+    options = {"panels": 3, "size": (5.4, 2.4)}
     parts = [Part(first, at_least=0.5), Part(others, at_most=0.5)]
-    return Finding(parts, 0.1, here, lambda level: paint, (5.4, 2.4), 3)
+    figures = {"first": first, "others": others}
+    return Finding(parts, 0.1, here, figures, paint=picture, write=2, options=options)
 
 
-@claim(
-    "11",
-    "LoRA's update lies along directions that W0 has, but not along those it stresses",
-    f"{HU}, section 7.3, table 7",
-    "GPT-3's query: W0 is larger along the update's directions than along random ones, and much smaller than along "
-    "its own. Here: all adapted layers, as logarithms of ratios.",
-    noise=(0.013, 0, 0.2),
-)
+@Claim("11", f"{HU}, section 7.3, table 7", noise=(0.013, 0, 0.2))
 def not_stressed(results):
+    """LoRA's update lies along directions that W0 has, but not along those it stresses.
+
+    GPT-3's query: W0 is larger along the update's directions than along random ones, and much smaller than
+    along its own. Here: all adapted layers, as logarithms of ratios."""
     per_seed = [study(results.folders[Setting(), n]) for n in results.seeds(Setting())]
     more = estimate_mean([mean(math.log(x.stressed / x.random) for x in layers) for layers in per_seed])
     nearer = [mean(math.log(x.own / x.stressed) - math.log(x.stressed / x.random) for x in ls) for ls in per_seed]
     nearer = estimate_mean(nearer)
-
-    def here(show):
-        return (
-            f"|U^T W0 V| along the update's directions over that along random ones, as a logarithm: {show(more, 2)}; "
-            f"how much nearer it is to random than to W0's own: {show(nearer, 2)}."
-        )
-
-    paint = partial(paint_stress, layers=[(x.own, x.stressed, x.random) for x in per_seed[0]])
-    return Finding([Part(more, at_least=0), Part(nearer, at_least=0)], 0.2, here, lambda level: paint)
+    here = (
+        "|U^T W0 V| along the update's directions over that along random ones, as a logarithm: {}; how much nearer "
+        "it is to random than to W0's own: {}."
+    )
+    picture = partial(paint.paint_stress, layers=[(x.own, x.stressed, x.random) for x in per_seed[0]])
+    figures = {"more": more, "nearer": nearer}
+    return Finding([Part(e, at_least=0) for e in figures.values()], 0.2, here, figures, paint=picture, write=2)
 
 
-@claim(
-    "12",
-    "LoRA forgets less than full fine-tuning",
-    BIDERMAN,
-    "Llama 2 after code and mathematics, scored on other tasks. Here: what models that were trained on labels alone "
-    "still know of the reviews' words, where both reach the same loss on labels.",
-    noise=(2.4, 0, 0.22),
-)
+@Claim("12", BIDERMAN, noise=(2.4, 0, 0.22))
 def forgets_less(results):
+    """LoRA forgets less than full fine-tuning.
+
+    Llama 2 after code and mathematics, scored on other tasks. Here: what models that were trained on labels
+    alone still know of the reviews' words, where both reach the same loss on labels."""
     apart = results.compare_lowest(LABEL_LORA, LABEL_FULL)
     margin = results.margin("label")
     if max(map(abs, apart.interval())) > margin:
         raise Undecided(
             f"It is not known that both reach the same loss on labels, to {margin:.4f}: {show(apart)} at 95 %."
         )
-    curves = {"LoRA": LABEL_LORA, "full": LABEL_FULL}
     labels = results.losses(*LABEL_LORA, *LABEL_FULL)
     words = results.losses(*LABEL_LORA, *LABEL_FULL, what="text")
-    vertices = {name: results.vertex(curve) for name, curve in curves.items()}
-
-    def lose(name, seeds):
-        """The loss of words at the best rate for labels."""
-        place = vertices[name].place({s: labels[s][seeds].mean() for s in curves[name]})
-        return float(np.interp(place, range(len(curves[name])), [words[s][seeds].mean() for s in curves[name]]))
-
-    everyone = np.arange(len(words[LABEL_LORA[0]]))
     base = float(results.base.mean())
-    lost = {name: lose(name, everyone) - base for name in curves}
-    if max(lost.values()) <= 0:
+
+    def forget(curve, seeds):
+        """The loss of words at the best rate for labels, above the untuned model's."""
+        at = results.vertex(curve).place({s: labels[s][seeds].mean() for s in curve})
+        return float(np.interp(at, range(len(curve)), [words[s][seeds].mean() for s in curve])) - base
+
+    n_seeds = len(words[LABEL_LORA[0]])
+    seeds = np.arange(n_seeds)
+    lora, full = (forget(curve, seeds) for curve in (LABEL_LORA, LABEL_FULL))
+    if max(lora, full) <= 0:
         raise Undecided("Neither forgets.")
-    without = [lose("LoRA", np.delete(everyone, n)) - lose("full", np.delete(everyone, n)) for n in everyone]
-    n_seeds = len(everyone)
-    gap = estimate_mean([n_seeds * (lost["LoRA"] - lost["full"]) - (n_seeds - 1) * x for x in without])
-
-    def here(show):
-        shown = ", ".join(f"{name} {x:+.2f}" for name, x in lost.items())
-        return f"Words' loss above the untuned model's {base:.2f}: {shown}; LoRA's minus full's: {show(gap)}."
-
-    return difference({"LoRA minus full": gap}, MARGIN * base, here, "difference of the words' losses", at_most=0)
+    others = [np.delete(seeds, n) for n in seeds]
+    without = [forget(LABEL_LORA, rest) - forget(LABEL_FULL, rest) for rest in others]
+    gap = estimate_mean([n_seeds * (lora - full) - (n_seeds - 1) * x for x in without])
+    here = f"Words' loss above the untuned model's {base:.2f}: LoRA {lora:+.2f}, full {full:+.2f}; "
+    here += "LoRA's minus full's: {}."
+    figures = {"LoRA minus full": gap}
+    return Finding([Part(gap, at_most=0)], MARGIN * base, here, figures, "difference of the words' losses")
 
 
 def count_at_best(results, key: str) -> tuple[np.ndarray, np.ndarray]:
     """A count of measured_run.py's of LoRA and of full fine-tuning, each near its best rate: the mean over layers of
     each seed."""
-    pair = [results.nearest(curve) for curve in (LORA, FULL)]
+    pair = [curve[round(results.vertex(curve).place())] for curve in (LORA, FULL)]
     seeds = results.seeds(*pair)
     return tuple(np.array([results.measures[s, n][key].mean() for n in seeds]) for s in pair)
 
 
-@claim(
-    "13",
-    "Full fine-tuning's update has 10 to 100 times the rank that LoRA is given",
-    BIDERMAN,
-    "The directions that hold 90 % of the update's variance, in Llama 2 after billions of tokens, over usual ranks. "
-    "Here: that number over r = 16, in short trainings. A matrix of gpt2-mini has 256 directions at most.",
-    noise=(0.0032, 0, 0.5),
-)
+@Claim("13", BIDERMAN, noise=(0.0032, 0, 0.5))
 def rank_of_update(results):
+    """Full fine-tuning's update has 10 to 100 times the rank that LoRA is given.
+
+    The directions that hold 90 % of the update's variance, in Llama 2 after billions of tokens, over usual
+    ranks. Here: that number over r = 16, in short trainings. A matrix of gpt2-mini has 256 directions at
+    most."""
     lora, full = count_at_best(results, "directions")
     times = estimate_mean(np.log10(full / 16))
-
-    def here(show):
-        shown = show(times, lambda x: f"{10**x:.1f}")
-        return f"Mean over layers: full {full.mean():.1f}, {shown} times 16. LoRA itself uses {lora.mean():.1f}."
-
-    return difference({"full over 16": times}, 0.5, here, "log10 of the ratio", at_least=1, at_most=2)
+    here = f"Mean over layers: full {full.mean():.1f}, {{}} times 16. LoRA itself uses {lora.mean():.1f}."
+    figures = {"full over 16": times}
+    return Finding([Part(times, 1, 2)], 0.5, here, figures, "log10 of the ratio", write=lambda x: f"{10**x:.1f}")
 
 
-@claim(
-    "14",
-    "LoRA leaves intruder dimensions, full fine-tuning does not",
-    "Shuttleworth et al. 2024, LoRA vs Full Fine-tuning: An Illusion of Equivalence",
-    "First singular vectors of the tuned weight that are near to none of W0's, in RoBERTa and Llama after long "
-    "trainings. Here: of the first ten of each layer those with no cosine above 0.6, after short trainings.",
-    noise=(0.042, 0, 0.25),
-)
+@Claim("14", "Shuttleworth et al. 2024, LoRA vs Full Fine-tuning: An Illusion of Equivalence", noise=(0.042, 0, 0.25))
 def intruders(results):
+    """LoRA leaves intruder dimensions, full fine-tuning does not.
+
+    First singular vectors of the tuned weight that are near to none of W0's, in RoBERTa and Llama after long
+    trainings. Here: of the first ten of each layer those with no cosine above 0.6, after short trainings."""
     lora, full = (estimate_mean(counts, floor=1 / 24) for counts in count_at_best(results, "intruders"))
-
-    def here(show):
-        return f"Of ten a layer: LoRA {show(lora, 2)}, full fine-tuning {show(full, 2)}. Some: 0.25 or more."
-
-    finding = difference({"LoRA": lora, "full": full}, 0.25, here, "intruders, of ten a layer")
-    finding.parts = [Part(lora, at_least=0.25), Part(full, at_most=0.25)]
-    return finding
+    here = "Of ten a layer: LoRA {}, full fine-tuning {}. Some: 0.25 or more."
+    parts = [Part(lora, at_least=0.25), Part(full, at_most=0.25)]
+    return Finding(parts, 0.25, here, {"LoRA": lora, "full": full}, "intruders, of ten a layer", write=2)
 
 
-@claim(
-    "15",
-    "A small rank falls behind as the data grow",
-    f"{SCHULMAN}; {BIDERMAN}",
-    "Ranks 1 to 512 leave the curve of full fine-tuning one after the other, over up to about a million examples. "
-    "Here: r = 1 beside r = 16 after a quarter and after all of a short training.",
-    noise=(0.047, 0, 0.019),
-)
+@Claim("15", f"{SCHULMAN}; {BIDERMAN}", noise=(0.047, 0, 0.019))
 def capacity(results):
-    names = {length: f"{100 * length:.0f} % of the examples" for length in LENGTHS}
-    return compare_growth(results, LENGTHS, names, "r = 1's", "that of r = 16", "growth")
+    """A small rank falls behind as the data grow.
+
+    Ranks 1 to 512 leave the curve of full fine-tuning one after the other, over up to about a million examples.
+    Here: r = 1 beside r = 16 after a quarter and after all of a short training."""
+    pairs = {f"{100 * length:.0f} % of the examples": curves for length, curves in LENGTHS.items()}
+    return compare_growth(results, pairs, "r = 1's", "that of r = 16", "growth")
 
 
 def study(folder, other=None):
@@ -800,7 +672,7 @@ class Verdict:
         return not more and 0 in (part.at_least, part.at_most) and max(ends) <= self.finding.margin
 
 
-def judge_all(results: Results, level: float = LEVEL) -> list[Verdict]:
+def judge_all(results: Results) -> list[Verdict]:
     """The verdict of each claim, Holm's correction over all of them. A claim whose trainings are not all there is not
     measured."""
     verdicts = []
@@ -810,18 +682,16 @@ def judge_all(results: Results, level: float = LEVEL) -> list[Verdict]:
         except Undecided as e:
             verdicts.append(Verdict(one, OPEN, str(e)))
         except KeyError as e:
-            key = e.args[0]
-            what = getattr(key[0] if isinstance(key, tuple) else key, "name", key)
-            verdicts.append(Verdict(one, MISSING, f"{what} is not there."))
+            verdicts.append(Verdict(one, MISSING, f"{e.args[0]} is not there."))
         except (ValueError, OSError) as e:  # a base that is gone, say: one claim must not cost the others
             verdicts.append(Verdict(one, MISSING, first_line(e)))
     measured = [v for v in verdicts if v.finding]
     judged = [judge(v.finding.parts) for v in measured]
-    for v, (verdict, p), at in zip(measured, judged, correct([p for _, p in judged], len(CLAIMS), level)):
+    for v, (verdict, p), at in zip(measured, judged, correct([p for _, p in judged], len(CLAIMS))):
         v.level = at
         v.verdict = verdict if p <= at else OPEN
         v.width = max(part.estimate.half_width(at) for part in v.finding.parts)
-        v.here = v.finding.here(partial(show, level=at))
+        v.here = v.finding.tell(at)
         if v.verdict == OPEN and v.is_small:
             v.here += " No difference as large as the margin."
     return verdicts
@@ -856,11 +726,8 @@ def describe_plan(n_seeds: int) -> list[str]:
     """A line for each claim: what so many seeds will show, by the noise seen with the shipped configuration."""
     lines = []
     for one in CLAIMS:
-        of_seed, of_examples, margin = one.noise
-        says = "its noise is not known"
-        if of_seed:
-            says = f"shows {visible(of_seed, of_examples, n_seeds):.2g}, where {margin:.2g} matters"
-        lines.append(f"{one.number:>3} {one.words}: {says}")
+        *noise, margin = one.noise
+        lines.append(f"{one.number:>3} {one.words}: shows {visible(*noise, n_seeds):.2g}, where {margin:.2g} matters")
     return lines
 
 
@@ -898,31 +765,26 @@ def write_chapter(verdicts: list[Verdict], results: Results, minutes: float, plo
         "learning rate; 5 % of the speed; a tenth of the similarity's scale; a ratio of 1.2 in claim 11; half of the "
         "range that claims 13 and 14 speak of."
     )
-    parts = [("h2", "What the papers claim, and what these runs say"), ("p", text)]
     table = [["claim", "the paper, and here", "measured", "half of its interval, margin", "verdict"]]
+    pictures = []
     for v in verdicts:
-        words = f"{v.claim.number}. {v.claim.words} ({v.claim.source})"
-        table.append([words, v.claim.paper, v.here, tell_width(v, minutes), v.verdict])
-    parts.append(("table", table))
-    for v in verdicts:
+        title = f"{v.claim.number}. {v.claim.words}"
+        table.append([f"{title} ({v.claim.source})", v.claim.paper, v.here, tell_width(v, minutes), v.verdict])
         if v.finding:
-            parts.append(("h3", f"{v.claim.number}. {v.claim.words}: {v.verdict}"))
-            paint, f = v.finding.paint(v.level), v.finding
-            parts.append(plot(f"claim-{v.claim.number}.svg", v.claim.words, paint, panels=f.panels, size=f.size))
-    return parts
+            picture = v.finding.draw(v.level, plot, f"claim-{v.claim.number}.svg", v.claim.words)
+            pictures += [("h3", f"{title}: {v.verdict}"), picture]
+    return [("h2", "What the papers claim, and what these runs say"), ("p", text), ("table", table), *pictures]
 
 
 def tell_width(v: Verdict, minutes: float) -> str:
     """Half of the interval beside the margin and, where it is wider, about what would make it as narrow."""
-    if not v.finding or not math.isfinite(v.width):
+    if not math.isfinite(v.width):
         return ""
     margin = v.finding.margin
     text = f"{v.width:.2g} at {100 * (1 - v.level):.1f} %, {margin:.2g}"
-    if not v.is_sharp:
-        needed = [part.estimate.count_seeds(margin, v.level) for part in v.finding.parts]
-        text += "; more examples would do, not seeds"
-        if None not in needed:
-            text = (
-                f"{text.partition(';')[0]}; about {max(needed)} seeds would do, {minutes * max(needed):.0f} minutes"
-            )
-    return text
+    if v.is_sharp:
+        return text
+    needed = [part.estimate.count_seeds(margin, v.level) for part in v.finding.parts]
+    if None in needed:
+        return f"{text}; more examples would do, not seeds"
+    return f"{text}; about {max(needed)} seeds would do, {minutes * max(needed):.0f} minutes"

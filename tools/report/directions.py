@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from plumbing.adapters.peft_format import ADAPTER_CONFIG, find_adapter, rank_and_alpha, read_adapter
 from plumbing.gpt2.base import check_same_weights
 from plumbing.gpt2.files import HUB_MODELS, find_model
 from plumbing.program.errors import UserError, first_line
-from plumbing.program.files import check_finite
+from plumbing.program.files import check_finite, open_tensors
 from plumbing.program.hub import fetch_model
 from plumbing.program.stored_run import RUN_CONFIG, read_run
 
@@ -57,28 +56,24 @@ def decompose(A, B, scale):  # (r, in), (out, r) -> U (out, r), s (r,), V (in, r
     return Q_B @ U, s, Q_A @ Vt.t()
 
 
-def count_directions(s, share=SHARE):
-    """How many of the singular values, the largest first, hold this share of the sum of their squares."""
+def count_directions(s):
+    """How many of the singular values, the largest first, hold SHARE of the sum of their squares."""
     held = (s * s).cumsum(0)
-    if held[-1] == 0:
-        return 0
-    return int((held < share * held[-1] * (1 - 1e-12)).sum()) + 1
+    return int((held < SHARE * held[-1] * (1 - 1e-12)).sum()) + 1 if held[-1] else 0
 
 
 def measure_similarity(V, other):  # (n, I), (n, J), orthonormal columns -> (I, J)
     """phi(i, j) = |V_i^T O_j|^2 / min(i, j) for the first i and j columns (Hu, equation 4): 1 where one subspace lies
     within the other, 0 where they are at right angles."""
     shared = ((V.t() @ other) ** 2).cumsum(0).cumsum(1)
-    i = torch.arange(1, shared.size(0) + 1)[:, None]
-    j = torch.arange(1, shared.size(1) + 1)[None]
-    return shared / torch.minimum(i, j)
+    i, j = (torch.arange(1, n + 1) for n in shared.shape)
+    return shared / torch.minimum(i[:, None], j)
 
 
 def random_similarity(rows, columns, n):
     """(rows, columns): what phi(i, j) is for random subspaces of n dimensions, in the mean: max(i, j) / n."""
-    i = torch.arange(1, rows + 1)[:, None]
-    j = torch.arange(1, columns + 1)[None]
-    return torch.maximum(i, j) / n
+    i, j = (torch.arange(1, n + 1) for n in (rows, columns))
+    return torch.maximum(i[:, None], j) / n
 
 
 def input_directions(A):  # (r, in) -> (in, r): A's right singular vectors, the strongest first
@@ -94,24 +89,23 @@ def strongest(W, k):
 def study_layer(name, W0, A, B, scale, other=None) -> LayerAnatomy:
     """W0 (out, in), A (r, in), B (out, r). other: (A, B, scale) of another adapter on the same layer."""
     W0 = W0.double()
+    w0_norm = float(W0.norm())
     U, s, V = decompose(A, B, scale)
     k = len(s)
-    n_out, n_in = W0.shape
     layer = LayerAnatomy(
         name=name,
-        n_in=n_in,
-        w0_norm=float(W0.norm()),
+        n_in=W0.size(1),
+        w0_norm=w0_norm,
         norm=float(s.norm()),
         singular_values=s.tolist(),
         n_directions=count_directions(s),
         stressed=float((U.t() @ W0 @ V).norm()),
         own=strongest(W0, k),
-        random=k * float(W0.norm()) / (n_out * n_in) ** 0.5,  # the root of the mean square over all directions
+        random=k * w0_norm / W0.numel() ** 0.5,  # the root of the mean square over all directions
     )
     if other:
-        other_A, other_B, other_scale = other
-        layer.similarity_A = measure_similarity(input_directions(A), input_directions(other_A))
-        layer.similarity = measure_similarity(V, decompose(other_A, other_B, other_scale)[2])
+        layer.similarity_A = measure_similarity(input_directions(A), input_directions(other[0]))
+        layer.similarity = measure_similarity(V, decompose(*other)[2])
     return layer
 
 
@@ -151,10 +145,9 @@ class Base:
         self.name = name
         if not name:
             raise UserError("the adapter does not name its base: type --base=DIRECTORY")
-        files = sorted(glob.glob(os.path.join(glob.escape(find_base(name)), "*.safetensors")))
         self.files = {}  # {tensor's name: its file}
-        for path in files:
-            with self._open(path) as f:
+        for path in sorted(glob.glob(os.path.join(glob.escape(find_base(name)), "*.safetensors"))):
+            with open_tensors(path) as f:
                 self.files |= dict.fromkeys(f.keys(), path)
         if not self.files:
             raise UserError(f"{name}: no safetensors file in it; type --base=DIRECTORY for another one")
@@ -162,13 +155,13 @@ class Base:
     def weight(self, module, n_out, n_in, is_transposed):
         """W0 (out, in) of a layer."""
         key = self._find(f"{module}.weight")
-        with self._open(self.files[key]) as f:
+        with open_tensors(self.files[key]) as f:
             W0 = f.get_tensor(key)
         check_finite(W0, key, self.files[key])
         W0 = W0.t() if is_transposed else W0
         if W0.shape != (n_out, n_in):
-            shape = tuple(W0.shape)
-            raise UserError(f"{self.name} is not the adapter's base: {key} is {shape}, the adapter {(n_out, n_in)}")
+            sizes = f"{tuple(W0.shape)}, the adapter {(n_out, n_in)}"
+            raise UserError(f"{self.name} is not the adapter's base: {key} is {sizes}")
         return W0
 
     def _find(self, name):
@@ -178,12 +171,6 @@ class Base:
             if len(found) == 1:
                 return found[0]
         raise UserError(f"{self.name} is not the adapter's base: it has no {name}; type --base=DIRECTORY")
-
-    def _open(self, path):
-        try:
-            return safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as e:
-            raise UserError(f"{path} is damaged or cut short: {first_line(e)}") from e
 
 
 def find_base(name):
@@ -216,10 +203,8 @@ def study(adapter: Adapter, base: Base, other: Adapter | None = None) -> Iterato
         yield study_layer(module, W0, A, B, scale, theirs)
 
 
-def mean_similarity(layers, rows, columns):
-    """[(title, (rows, columns))]: phi of A, of D and of random directions, the mean over the layers that have it."""
-    pairs = [x for x in layers if x.similarity is not None and x.similarity.shape == (rows, columns)]
-    chance = torch.stack([random_similarity(rows, columns, x.n_in) for x in pairs]).mean(0)
-    A = torch.stack([x.similarity_A for x in pairs]).mean(0)
-    D = torch.stack([x.similarity for x in pairs]).mean(0)
-    return [("A", A.numpy()), ("update", D.numpy()), ("random", chance.numpy())]
+def mean_similarity(layers):
+    """[(title, (r, r of the other))]: phi of A, of D and of random directions, the mean over the layers."""
+    phis = {"A": [x.similarity_A for x in layers], "update": [x.similarity for x in layers]}
+    phis["random"] = [random_similarity(*x.similarity.shape, x.n_in) for x in layers]
+    return [(title, torch.stack(phi).mean(0).numpy()) for title, phi in phis.items()]

@@ -52,20 +52,19 @@ def measure(sampler: ModelSampler) -> dict[str, np.ndarray]:
     if config.loss_on == "all":
         return found | study_updates(sampler)
     loader = make_loader(config, sampler.block_size, wanted=("validation", "test"))
-    each = [losses_of(sampler, loader, split, range(len(loader.splits[split]))) for split in ("validation", "test")]
-    return found | {"label": np.concatenate(each)}
+    return found | {"label": np.concatenate([losses_of(sampler, loader, s) for s in ("validation", "test")])}
 
 
 def measure_text(sampler: ModelSampler) -> np.ndarray:
     """The loss of each text's own words, (n,)."""
     loader = make_loader(replace(sampler.config, loss_on="all"), sampler.block_size, wanted=("validation",))
-    return losses_of(sampler, loader, "validation", range(0, len(loader.splits["validation"]), EVERY))
+    return losses_of(sampler, loader, "validation", EVERY)
 
 
 @torch.no_grad()
-def losses_of(sampler, loader, split, indices) -> np.ndarray:
-    """(n,): the mean loss of each example over its scored tokens or, where all are scored, over its text's."""
-    indices = np.asarray(indices)
+def losses_of(sampler, loader, split, every=1) -> np.ndarray:
+    """(n,): the mean loss of one example in `every`, over its scored tokens or, where all are scored, its text's."""
+    indices = np.arange(0, len(loader.splits[split]), every)
     by_length = np.argsort(loader.splits[split].lengths[indices], kind="stable")
     losses = np.empty(len(indices))
     for places in np.array_split(by_length, -(-len(indices) // loader.batch_size)):

@@ -35,8 +35,8 @@ pre { padding: .7rem; border: 1px solid var(--line); white-space: pre-wrap; }
 
 def as_markdown(kind, content):
     if kind == "table":
-        lines = [[cell.replace("|", "\\|") for cell in row] for row in content]
-        return "\n".join("| " + " | ".join(row) + " |" for row in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
+        head, *rows = [[cell.replace("|", "\\|") for cell in row] for row in content]
+        return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
     if kind == "plot":
         return f"![{content[1]}]({content[0]})"
     texts = {"h1": f"# {content}", "h2": f"## {content}", "h3": f"### {content}", "code": f"```\n{content}\n```"}
@@ -52,8 +52,7 @@ def as_html(kind, content, folder):
         return table_as_html(content)
     if kind == "plot":
         file, alt = content
-        light = data_url(os.path.join(folder, file))
-        dark = data_url(os.path.join(folder, dark_twin(file)))
+        light, dark = (data_url(os.path.join(folder, name)) for name in (file, dark_twin(file)))
         source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
         return f'<picture>{source}<img src="{light}" alt="{html.escape(alt)}"></picture>'
     tag = "pre" if kind == "code" else kind
@@ -66,11 +65,10 @@ def data_url(path):
 
 
 def table_as_html(rows):
-    head = rows[0]
-    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
-    for row in rows[1:]:
-        cells = [f'<td data-head="{html.escape(name)}">{html.escape(cell)}</td>' for name, cell in zip(head, row)]
-        lines.append("<tr>" + "".join(cells) + "</tr>")
+    head, *rest = [[html.escape(cell) for cell in row] for row in rows]
+    lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
+    for row in rest:
+        lines.append("<tr>" + "".join(f'<td data-head="{x}">{cell}</td>' for x, cell in zip(head, row)) + "</tr>")
     kind = ' class="text"' if holds_sentences(rows) else ""
     return f"<div><table{kind}>" + "\n".join(lines) + "</table></div>"
 
@@ -88,14 +86,12 @@ def make_html(parts: list[tuple], folder: str) -> str:
             sections.append([])
         sections[-1].append(part)
     title = next(content for kind, content in parts if kind == "h1")
-    top = "\n".join(as_html(*part, folder) for part in sections[0])
+    top, *rest = ("\n".join(as_html(*part, folder) for part in section) for section in sections)
     body = []
-    for section in sections[1:]:
+    for section, inside in zip(sections[1:], rest):
         tables = [content for kind, content in section if kind == "table"]
         is_wide = any(len(rows[0]) > 5 or holds_sentences(rows) for rows in tables)
-        inside = "\n".join(as_html(*part, folder) for part in section)
-        kind = ' class="wide"' if is_wide else ""
-        body.append(f"<section{kind}>{inside}</section>")
+        body.append(f'<section class="wide">{inside}</section>' if is_wide else f"<section>{inside}</section>")
     body = "\n".join(body)
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

@@ -14,24 +14,22 @@ LOSS = "validation loss (nats per scored token)"
 def draw(folder: str, name: str, alt: str, paint: Callable, panels: int = 1, size: tuple = (5.4, 3.6)) -> tuple:
     """Draws a picture (svg), for light pages and a twin for dark ones. `paint(axes, colors)` gets
     one matplotlib Axes or, with more panels, a list of them. size: inches. Returns the part of a page."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
     looks = ((name, LIGHT, "#222222", "#ffffff"), (dark_twin(name), DARK, "#e6e6e6", "#161a1d"))
     for file, colors, ink, ground in looks:
         style = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
         style |= {"figure.facecolor": ground, "axes.facecolor": ground, "font.size": 11, "svg.hashsalt": "nanolora"}
         picture = io.BytesIO()
-        with plt.rc_context(style):
-            fig, axes = plt.subplots(1, panels, figsize=size, layout="constrained")
+        with rc_context(style):
+            fig = Figure(size, layout="constrained")
+            axes = fig.subplots(1, panels)
             for ax in axes if panels > 1 else [axes]:
                 ax.spines[["top", "right"]].set_visible(False)
                 ax.grid(axis="y", alpha=0.2)
             paint(axes, colors)
             fig.savefig(picture, format="svg", metadata={"Date": None})
-            plt.close(fig)
         with whole_file(os.path.join(folder, file)) as f:
             f.write(picture.getvalue())
     return "plot", (name, alt)
@@ -40,9 +38,6 @@ def draw(folder: str, name: str, alt: str, paint: Callable, panels: int = 1, siz
 def dark_twin(path: str) -> str:
     name, ending = os.path.splitext(path)
     return f"{name}-dark{ending}"
-
-
-# --- what an adapter learned -----------------------------------------------------------------------
 
 
 def paint_stress(ax, colors, layers: list):
@@ -61,15 +56,10 @@ def paint_similarity(axes, colors, maps: list, rows: str, columns: str):
         extent = (0.5, phi.shape[1] + 0.5, phi.shape[0] + 0.5, 0.5)
         picture = ax.imshow(phi, vmin=0, vmax=1, cmap="viridis", aspect="auto", extent=extent)
         ax.set_title(title, fontsize=9)
-        ax.set(xlabel=columns)
-        ax.set_xticks([1, phi.shape[1]])
-        ax.set_yticks([1, phi.shape[0]])
+        ax.set(xlabel=columns, xticks=[1, phi.shape[1]], yticks=[1, phi.shape[0]])
         ax.grid(False)
     axes[0].set(ylabel=rows)
     axes[0].figure.colorbar(picture, ax=axes, shrink=0.8, ticks=[0, 0.5, 1])
-
-
-# --- what runs say about a claim -------------------------------------------------------------------
 
 
 def write_rate(rate: float, digits: int = 2) -> str:
@@ -107,20 +97,17 @@ def paint_over_rank(ax, colors, lines: dict, levels: dict, what: str):
     are dashed. One far below the rest, such as the accuracy (%) of a base that names no label, is only named."""
     ranks = sorted({rank for line in lines.values() for rank in line})
     right = len(ranks) - 0.7
-    colors = iter(colors)
     ends = []
-    seen = []
-    for name, line in lines.items():
-        color = next(colors)
+    for (name, line), color in zip(lines.items(), colors):
         places = [ranks.index(rank) for rank in line]
         means = [mean(values) for values in line.values()]
         dots = [(place, value) for place, values in zip(places, line.values()) for value in values]
         ax.plot(places, means, color=color, linewidth=1.4)
         ax.plot(*zip(*dots), "o", color=color, markersize=4, alpha=0.6)
         ends.append((right, means[-1], name, color))
-        seen += [value for _, value in dots]
-    near = {name: level for name, level in levels.items() if level > min(seen) - 10}
-    for (name, level), color in zip(near.items(), colors):
+    lowest = min(value for line in lines.values() for values in line.values() for value in values)
+    near = {name: level for name, level in levels.items() if level > lowest - 10}
+    for (name, level), color in zip(near.items(), colors[len(lines) :]):
         ax.axhline(level, color=color, linestyle="--", linewidth=1.2)
         ends.append((right, level, name, color))
     if far := [f"{name} {level:.1f}" for name, level in levels.items() if name not in near]:
@@ -130,15 +117,14 @@ def paint_over_rank(ax, colors, lines: dict, levels: dict, what: str):
     label_ends(ax, ends)
 
 
-def paint_differences(ax, colors, rows: list, what: str = "difference of the losses"):
+def paint_differences(ax, colors, rows: list, what: str):
     """Differences with their intervals, [(name, value, low, high)], one below the other, beside a line at zero."""
     for y, (name, value, low, high) in enumerate(rows):
         ax.plot([low, high], [y, y], color=colors[0], linewidth=2)
         ax.plot(value, y, "o", color=colors[0])
         ax.annotate(name, (value, y), (0, 7), textcoords="offset points", ha="center", annotation_clip=False)
     ax.axvline(0, color=colors[1], linestyle="--", linewidth=1.2)
-    ax.set(xlabel=what, ylim=(len(rows) - 0.5, -0.6))
-    ax.set_yticks([])
+    ax.set(xlabel=what, ylim=(len(rows) - 0.5, -0.6), yticks=[])
     ax.locator_params(axis="x", nbins=5)
     ax.grid(False)
     ax.spines["left"].set_visible(False)

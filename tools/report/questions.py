@@ -77,19 +77,14 @@ def write_report(config, runs: list[PlannedRun], failed: dict, speeds: dict | No
     head = [("h1", "LoRA fine-tuning: the report")]
     if summary:
         head.append(("p", " ".join(summary)))
-    head.append(("p", describe_sweep(results)))
-    for name in ("report.md", "report.html"):
-        write_page(os.path.join(config.sweep_dir, name), head + parts)
-
-
-def describe_sweep(results):
-    config = results.config
-    text = f"{config.init_from} on {config.dataset}"
-    if results.runs:
+    made = f"{config.init_from} on {config.dataset}"
+    if runs:
         examples = config.batch_size * config.gradient_accumulation_steps
         seeds = ", ".join(config.seeds.split(","))
-        text += f", seeds {seeds}; {config.max_iters} updates of {examples} examples"
-    return f"{text}. What is said of runs is read from their own files."
+        made += f", seeds {seeds}; {config.max_iters} updates of {examples} examples"
+    head.append(("p", f"{made}. What is said of runs is read from their own files."))
+    for name in ("report.md", "report.html"):
+        write_page(os.path.join(config.sweep_dir, name), head + parts)
 
 
 # --- the questions, in their order -----------------------------------------------------------------
@@ -174,9 +169,9 @@ def answer_rank(results):
     accuracies = {rank: [100 * run.accuracy for run in group] for rank, group in results.lora.items()}
     levels = {method: 100 * mean_accuracy(results.of(method)) for method in (FULL, UNTUNED) if results.of(method)}
     paint = partial(paint_over_rank, lines={LORA: accuracies}, levels=levels, what="test accuracy (%)")
-    best = round(max(map(mean_accuracy, results.lora.values())), 3)  # as it is shown
-    top = [str(rank) for rank, group in results.lora.items() if round(mean_accuracy(group), 3) == best]
-    text = f"r = {' and '.join(top)}: {percent(best)}"
+    top = highest(results.lora.values())
+    best = mean_accuracy(top[0])
+    text = f"r = {' and '.join(str(group[0].config.rank) for group in top)}: {percent(best)}"
     if len(results.lora) > len(top):
         text += ", the highest of these ranks"
     if results.of(FULL):
@@ -211,15 +206,15 @@ def answer_lr_alpha(results):
     picture = results.plot_curves("lr-alpha.svg", "validation loss, learning rate against alpha", groups)
     apart = np.ptp([run.best_loss for run in three.values()])
     gained = own[0].curve[0][1] - own[0].best_loss
-    text = f"Their best losses lie {apart:.4f} apart"
-    text += f", {percent(apart / gained, 2)} of what training gained." if gained > 0 else "."
     seeds = [run.best_loss for run in results.default]
-    if len(seeds) > 1:
-        text += f" Of the first, {len(seeds)} seeds lie {np.ptp(seeds):.4f} apart."
     text = (
         "B starts at zero and AdamW's steps have the size of lr whatever the gradient's, so alpha B grows as alpha "
-        f"times lr, which is the same in the three: to first order they should do the same. {text}"
+        "times lr, which is the same in the three: to first order they should do the same. Their best losses lie "
+        f"{apart:.4f} apart"
     )
+    text += f", {percent(apart / gained, 2)} of what training gained." if gained > 0 else "."
+    if len(seeds) > 1:
+        text += f" Of the first, {len(seeds)} seeds lie {np.ptp(seeds):.4f} apart."
     return [("table", [["run", "best validation loss", "test accuracy"], *rows]), picture, ("p", text)]
 
 
@@ -228,79 +223,66 @@ def answer_lr_alpha(results):
 
 def summarize(results):
     """The report in three sentences: the best accuracy, what it cost, LoRA beside full fine-tuning."""
-    groups = [group for group in (*results.lora.values(), results.of(FULL)) if group]
+    full = results.of(FULL)
+    groups = [group for group in (*results.lora.values(), full) if group]
     if not groups:
         return []
-    top = max(groups, key=lambda group: round(mean_accuracy(group), 3))
-    tied = [name_of(group) for group in groups if percent(mean_accuracy(group)) == percent(mean_accuracy(top))]
+    best = highest(groups)
+    top = best[0]
     trained, total = count_parameters(top[0].config)
     sentences = [
-        f"Best is {' and '.join(tied)}: {percent(mean_accuracy(top))} of {top[0].score['n']} test examples (95 % "
-        f"interval {show_interval(top)}).",
-        f"{'It' if len(tied) == 1 else 'The first'} trains {trained:,} of {total:,} parameters "
-        f"({percent(trained / total)}) in "
-        f"{mean(run.minutes for run in top):.1f} minutes.",
+        f"Best is {' and '.join(map(name_of, best))}: {percent(mean_accuracy(top))} of {top[0].score['n']} test "
+        f"examples (95 % interval {show_interval(top)}).",
+        f"{'It' if len(best) == 1 else 'The first'} trains {trained:,} of {total:,} parameters "
+        f"({percent(trained / total)}) in {mean(run.minutes for run in top):.1f} minutes.",
     ]
-    full = results.of(FULL)
     if results.lora and full:
         lora = max(results.lora.values(), key=mean_accuracy)
         trained, _ = count_parameters(lora[0].config)
-        loss = compare(mean_loss(lora), mean_loss(full))
         sentences.append(
             f"{name_of(lora)} is {compare_points(mean_accuracy(lora), mean_accuracy(full))} full fine-tuning "
             f"({percent(mean_accuracy(full))}) at {percent(trained / total, 2)} of its parameters; its best "
-            f"validation loss is {loss} full fine-tuning's."
+            f"validation loss is {compare(mean_loss(lora), mean_loss(full))} full fine-tuning's."
         )
     return sentences
-
-
-def compare_points(accuracy, other):
-    """How an accuracy compares with another one, as both are shown: to a tenth of a point."""
-    gap = round(100 * accuracy, 1) - round(100 * other, 1)
-    if abs(gap) < 0.05:
-        return "the same as"
-    return f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'}"
 
 
 def compare_losses(results):
     """LoRA's validation losses minus those of full fine-tuning, over the same examples."""
     config = results.config
     full = {run.config.seed: run for run in results.of(FULL)}
-    pairs = {  # {rank: [(a run, full fine-tuning's with its seed)]}
-        r: [(run, full[run.config.seed]) for run in group if run.config.seed in full]
-        for r, group in results.lora.items()
-    }
-    pairs = {r: group for r, group in pairs.items() if len(group) > 1}
-    if not pairs:
+    paired = {r: [run for run in group if run.config.seed in full] for r, group in results.lora.items()}
+    paired = {r: group for r, group in paired.items() if len(group) > 1}
+    if not paired:
         return "Losses are compared over two seeds or more that both have: type --seeds=1,2,3."
-    gaps = {}
+    gaps = []
     try:
         if claims.draws_validation(config):
             return "The seed draws the validation split, so validation losses are not compared example by example."
-        for rank, group in pairs.items():
-            lora, other = (
-                np.stack([losses_of_run(run.folder, config.device) for run in runs]) for runs in zip(*group)
-            )
-            gaps[rank] = estimate(lambda means: means[LORA] - means[FULL], {LORA: lora, FULL: other})
+        for rank, group in paired.items():
+            pair = {LORA: group, FULL: [full[run.config.seed] for run in group]}
+            losses = {x: np.stack([losses_of_run(run, config.device) for run in runs]) for x, runs in pair.items()}
+            gap = estimate(lambda means: means[LORA] - means[FULL], losses)
+            gaps.append(f"r = {rank} {claims.show(gap)}")
     except (ValueError, OSError, RuntimeError) as e:  # data that is gone, or no memory: the rest needs neither
         return f"Validation losses could not be compared example by example here: {first_line(e)}"
     return (
         "LoRA's validation loss minus full fine-tuning's, seed by seed and example by example, with the 95 % "
-        "interval that these leave: " + ", ".join(f"r = {r} {claims.show(gap)}" for r, gap in gaps.items()) + "."
+        f"interval that these leave: {', '.join(gaps)}."
     )
 
 
-def losses_of_run(folder, device):
+def losses_of_run(run, device):
     """The validation losses of a finished run's best weights, example by example; kept in its folder as
     val_losses.npy."""
-    path = os.path.join(folder, "val_losses.npy")
-    weights = [os.path.join(folder, name) for name in (ADAPTER_WEIGHTS, "model.safetensors")]
+    path = run.path("val_losses.npy")
+    weights = [run.path(name) for name in (ADAPTER_WEIGHTS, "model.safetensors")]
     written = max(os.path.getmtime(file) for file in weights if os.path.exists(file))
     if not os.path.exists(path) or os.path.getmtime(path) < written:
-        sampler = ModelSampler(folder, device=device)
+        sampler = ModelSampler(run.folder, device=device)
         sampler.load_model()
         loader = make_loader(sampler.config, sampler.block_size, wanted=("validation",))
-        losses = losses_of(sampler, loader, "validation", range(len(loader.splits["validation"])))
+        losses = losses_of(sampler, loader, "validation")
         with whole_file(path) as f:
             np.save(f, losses)
     return np.load(path)
@@ -335,10 +317,15 @@ def describe_curve(run, other=None):
     return text
 
 
-def compare(loss, other):
+def compare(value, other, digits=4, unit=""):
     """How a loss compares with another one, as both are shown."""
-    gap = round(loss, 4) - round(other, 4)
-    return f"{abs(gap):.4f} {'above' if gap > 0 else 'below'}" if abs(gap) > 5e-5 else "the same as"
+    gap = round(value, digits) - round(other, digits)
+    size = f"{abs(gap):.{digits}f}"
+    return f"{size}{unit} {'above' if gap > 0 else 'below'}" if float(size) else "the same as"
+
+
+def compare_points(accuracy, other):
+    return compare(100 * accuracy, 100 * other, 1, " points")
 
 
 HEAD = ["method", "r", "alpha", "lr", "trained", "share", "validation loss", "test accuracy", "95 % interval"]
@@ -350,7 +337,7 @@ def describe_group(group, failed):
     method = group[0].method
     config = group[0].config
     done = [run for run in group if run.done()]
-    lost = "; ".join(f"{run.name}: {failed.get(run.name, 'not run')}" for run in group if not run.done())
+    lost = "; ".join(f"{run.name}: {failed.get(run.name, 'not run')}" for run in group if run not in done)
     row = {"method": method, "test accuracy": lost}
     if method == LORA:
         row |= {"r": str(config.rank), "alpha": f"{config.alpha:g}"}
@@ -389,6 +376,12 @@ def name_of(group):
 
 def mean_accuracy(group):
     return mean(run.accuracy for run in group)
+
+
+def highest(groups):
+    """Those whose mean accuracy is the highest, as it is shown."""
+    shown = [round(100 * mean_accuracy(group), 1) for group in groups]
+    return [group for group, points in zip(groups, shown) if points == max(shown)]
 
 
 def mean_loss(group):

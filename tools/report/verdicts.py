@@ -134,26 +134,28 @@ class Vertex:
 
     names: list  # the settings, by learning rate
     middle: int  # the place of the lowest
+    means: dict | None = None  # {setting: loss}, over all seeds and examples
 
     @classmethod
     def of(cls, curve: list, losses: dict) -> "Vertex | None":
         """None if the lowest is the first or the last: the best rate lies there or beyond."""
-        means = [float(losses[name].mean()) for name in curve]
-        i = int(np.argmin(means))
-        return None if i in (0, len(curve) - 1) else cls(curve, i)
+        means = {name: float(losses[name].mean()) for name in curve}
+        i = int(np.argmin([*means.values()]))
+        return None if i in (0, len(curve) - 1) else cls(curve, i, means)
 
     def _fit(self, means):
         """(slope, curvature) at the middle, for rates a step of 1 apart."""
         before, middle, after = (means[name] for name in self.names[self.middle - 1 : self.middle + 2])
         return (after - before) / 2, before - 2 * middle + after
 
-    def place(self, means: dict):
+    def place(self, means: dict | None = None):
         """log2 of the best rate over the curve's first."""
-        slope, curvature = self._fit(means)
+        slope, curvature = self._fit(means or self.means)
         return self.middle - slope / curvature
 
-    def loss(self, means: dict):
+    def loss(self, means: dict | None = None):
         """The lowest loss."""
+        means = means or self.means
         slope, curvature = self._fit(means)
         return means[self.names[self.middle]] - slope**2 / (2 * curvature)
 
