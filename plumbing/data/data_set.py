@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from plumbing.data.labels import Asked, name_labels
-from plumbing.data.records import read_records, splits_to_draw, survey_rows
+from plumbing.data.records import read_records, survey_rows
 from plumbing.data.sources import SPLITS, find_source
 from plumbing.data.token_cache import Examples, ExampleWriter, cache_folder, read_meta, whole_folder, write_meta
 from plumbing.data.tokenizer import count_last, start_encoding
@@ -47,9 +47,11 @@ class DataSet:
         if not self.tally:
             raise UserError(f"dataset={self.dataset}: no row in it, it is empty")
         places = [part.place for part in self.source.parts]
-        named = name_labels(self.tally, survey["class_names"], places, asked)
-        self.label_names, self.word_of, self.class_of, unused, notes = named
-        self.drawn = splits_to_draw({split for _, split, *_ in self.tally})
+        found = name_labels(self.tally, survey["class_names"], places, asked)
+        self.label_names, self.word_of, self.class_of, unused, notes = found
+        named = {split for _, split, *_ in self.tally}
+        missing = [split for split in SPLITS if split not in named]
+        self.drawn = ["train", *missing] if "train" in named and missing else []
         self._print_notes(unused, notes, is_learned=bool(asked.learned))
 
     def _print_notes(self, unused, label_notes, is_learned):
@@ -125,7 +127,12 @@ class DataSet:
                 write_part(writers[split], part, ids, lengths, prompt)
             for split, writer in writers.items():
                 if writer.n == 0:
-                    self._refuse_empty(split)
+                    remedy = ""
+                    if split in self.drawn:
+                        remedy = f": its {self.n_used} rows (equal texts count once) are too few to draw it from; "
+                        remedy += "type another --seed, or name the splits by files (train.csv, validation.csv, "
+                        remedy += "test.csv) or by a column named split"
+                    raise UserError(f"dataset={self.dataset}: no labelled row in its {split} split{remedy}")
             rows = {split: n for split, n in counts.items() if n}
             return {split: writer.finish(shares_prefix, rows=rows) for split, writer in writers.items()}
 
@@ -139,15 +146,6 @@ class DataSet:
                 if len(parts[split]) == PART:
                     yield split, parts.pop(split)
         yield from parts.items()
-
-    def _refuse_empty(self, split):
-        problem = f"dataset={self.dataset}: no labelled row in its {split} split"
-        if split not in self.drawn:
-            raise ValueError(problem)
-        raise ValueError(
-            f"{problem}: its {self.n_used} rows (equal texts count once) are too few to draw it from; type another "
-            "--seed, or name the splits by files (train.csv, validation.csv, test.csv) or by a column named split"
-        )
 
 
 def write_part(writer, records, ids, lengths, prompt):

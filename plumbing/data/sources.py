@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from plumbing.data.readers import (
     BATCH,
     KINDS,
+    check_columns,
     kind_of,
     pick_columns,
     place_of,
@@ -187,13 +188,15 @@ def open_dataset(name, data, needed):
 
 
 def dataset_part(name, word, data, needed):
+    check_columns(f"{name}'s split {word}", data.column_names, needed)
+
     def place(row):
         return f"row {row + 1} of {name}'s split {word}"
 
     def read():
         for i, table in enumerate(data.with_format("arrow").iter(BATCH)):
             for batch in table.combine_chunks().to_batches():
-                yield pick_columns(batch, needed, place, i * BATCH)
+                yield pick_columns(batch, needed, lambda row, first=i * BATCH: place(first + row))
 
     names = {column: feature.names for column, feature in data.features.items() if hasattr(feature, "names")}
     return Part(f"the split {word}", SPLIT_OF_WORD[word.lower()], read, place, lambda: names)

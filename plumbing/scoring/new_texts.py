@@ -22,7 +22,6 @@ from plumbing.data.readers import (
     check_columns,
     is_csv,
     kind_of,
-    need_column,
     open_bytes,
     read_batches,
     read_columns,
@@ -173,9 +172,7 @@ def pick(answer):
 
 def read_texts(path: str, text_field: str) -> Iterator[tuple[dict, str | None]]:
     """(row, its text or None) of a file that is no parquet, or of standard input. Raises UserError with the line."""
-    for line, row in read_stdin(text_field) if path == STDIN else read_file(path, text_field):
-        where = f"{'standard input' if path == STDIN else path}, line {line}"
-        need_column(row or (text_field,), "text_field", text_field, where)  # a row may have nothing in it
+    for where, row in read_stdin(text_field) if path == STDIN else read_file(path, text_field):
         refuse_columns(where, [key for key in ANSWER if key in row])
         yield row, to_text(row.get(text_field), "text_field", text_field, where)
 
@@ -185,11 +182,12 @@ def read_stdin(text_field):
     if sys.stdin.isatty():
         print("a text a line; Ctrl-D (Windows: Ctrl-Z and Enter) ends", file=sys.stderr)
     for line, data in enumerate(sys.stdin.buffer, 1):
+        where = f"standard input, line {line}"
         try:
             text = data.decode("utf-8-sig" if line == 1 else "utf-8")
         except UnicodeDecodeError as e:
-            raise UserError(f"standard input, line {line}: no UTF-8; write the texts into a file as UTF-8") from e
-        yield line, {text_field: text.rstrip("\r\n") or None}
+            raise UserError(f"{where}: no UTF-8; write the texts into a file as UTF-8") from e
+        yield where, {text_field: text.rstrip("\r\n") or None}
 
 
 def read_parquet(path, text_field, size):
@@ -197,7 +195,7 @@ def read_parquet(path, text_field, size):
     try:
         for batch in read_batches(path, size=size):
             columns = batch.schema.names
-            need_column(columns, "text_field", text_field, path)
+            check_columns(path, columns, (text_field,))
             refuse_columns(path, [key for key in ANSWER if key in columns])
             values = batch.column(text_field).to_pylist()
             yield batch, [to_text(value, "text_field", text_field, path) for value in values]
