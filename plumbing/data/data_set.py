@@ -18,7 +18,6 @@ from plumbing.data.tokenizer import count_last, start_encoding
 from plumbing.program.errors import UserError
 
 CACHE_VERSION = 8  # increase it when a change of code gives other tokens for the same data and settings
-PART = 5_000  # records that are tokenised at once
 
 
 class DataSet:
@@ -113,18 +112,24 @@ class DataSet:
 
     def _tokenise(self, folder, wanted, seed, prompt, shares_prefix):
         """Writes the wanted splits as files for `Examples`. Returns what each one's meta.json says."""
-        counts = dict.fromkeys(SPLITS, 0)
+        counts = collections.Counter()
         with contextlib.ExitStack() as stack:  # closes the pool and all writers at the end, after an error too
             pool = stack.enter_context(ThreadPoolExecutor())
             writers = {split: ExampleWriter(stack, os.path.join(folder, split)) for split in wanted}
-            parts = self._parts(seed, counts, writers)
-            texts = ((split, part, [prompt.fill(rec["text"], rec["label"]) for rec in part]) for split, part in parts)
-            begun = ((split, part, start_encoding(filled, pool)) for split, part, filled in texts)
-            # pairwise asks for the next part, which starts its threads, before it hands out this one. So the threads
-            # tokenise the next part while this one is written. None follows the last part.
-            for (split, part, futures), _ in itertools.pairwise(itertools.chain(begun, [None])):
-                ids, lengths = map(np.concatenate, zip(*(future.result() for future in futures)))
-                write_part(writers[split], part, ids, lengths, prompt)
+
+            def begin():
+                for records in read_records(self.source, self.class_of, self.drawn, seed):
+                    counts.update({split: len(part) for split, part in records.items()})
+                    parts = [(split, part) for split, part in records.items() if split in wanted]
+                    filled = ([prompt.fill(rec["text"], rec["label"]) for rec in part] for _, part in parts)
+                    yield [(*part, start_encoding(texts, pool)) for part, texts in zip(parts, filled)]
+
+            # pairwise asks for the next parts, which starts their threads, before it hands out these. So the threads
+            # tokenise the next ones while these are written. None follows the last.
+            for parts, _ in itertools.pairwise(itertools.chain(begin(), [None])):
+                for split, part, futures in parts:
+                    ids, lengths = map(np.concatenate, zip(*(future.result() for future in futures)))
+                    write_part(writers[split], part, ids, lengths, prompt)
             for split, writer in writers.items():
                 if writer.n == 0:
                     remedy = ""
@@ -133,19 +138,8 @@ class DataSet:
                         remedy += "type another --seed, or name the splits by files (train.csv, validation.csv, "
                         remedy += "test.csv) or by a column named split"
                     raise UserError(f"dataset={self.dataset}: no labelled row in its {split} split{remedy}")
-            rows = {split: n for split, n in counts.items() if n}
+            rows = {split: counts[split] for split in SPLITS if split in counts}
             return {split: writer.finish(shares_prefix, rows=rows) for split, writer in writers.items()}
-
-    def _parts(self, seed, counts, wanted):
-        """(split, records of that split), PART of them at once. counts: how many rows each split has, at the end."""
-        parts = collections.defaultdict(list)
-        for split, rec in read_records(self.source, self.class_of, self.drawn, seed):
-            counts[split] += 1
-            if split in wanted:
-                parts[split].append(rec)
-                if len(parts[split]) == PART:
-                    yield split, parts.pop(split)
-        yield from parts.items()
 
 
 def write_part(writer, records, ids, lengths, prompt):

@@ -7,6 +7,7 @@ import codecs
 import collections
 import contextlib
 import csv
+import functools
 import gzip
 import io
 import itertools
@@ -41,11 +42,8 @@ def read_columns(path: str, needed: tuple[str, ...]) -> Iterator[list]:
         batches = read_batches(path, needed)
     else:
         batches = batch_rows(read_rows(path, needed), needed)
-    n = 0  # rows so far
     with name_damage(path):
-        for batch in batches:
-            yield pick_columns(batch, needed, lambda row, n=n: place_of(path, needed, n + row))
-            n += batch.num_rows
+        yield from pick_columns(batches, needed, functools.partial(place_of, path, needed))
 
 
 def read_rows(path: str, needed: tuple[str, ...] = (), read=None) -> Iterator[tuple[str, dict]]:
@@ -148,11 +146,15 @@ def text_array(values):
     return pyarrow.array(values, pyarrow.binary()).cast(pyarrow.string())
 
 
-def pick_columns(batch, needed, place):
-    """The columns of a pyarrow batch. place(row): where a row of it stands."""
-    picked = [as_text(batch[column], key, column, place) for key, column in zip(KEYS, needed)]
-    split = next((name for name in batch.schema.names if is_split(name) and name not in needed), None)
-    return [*picked, split and as_text(batch[split], "split", split, place)]
+def pick_columns(batches, needed, place):
+    """`read_columns` of pyarrow batches. place(row): where a row stands."""
+    n = 0  # rows so far
+    for batch in batches:
+        read = functools.partial(as_text, place=lambda row, n=n: place(n + row))
+        picked = [read(batch[column], key, column) for key, column in zip(KEYS, needed)]
+        split = next((name for name in batch.schema.names if is_split(name) and name not in needed), None)
+        yield [*picked, split and read(batch[split], "split", split)]
+        n += batch.num_rows
 
 
 def as_text(values, key, column, place):

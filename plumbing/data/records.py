@@ -72,21 +72,22 @@ def name_splits(part, words, n, length):
 
 
 def read_records(source, class_of, drawn, seed):
-    """Yields (split, record) of each row that has a text and a label. class_of: the class of each (part, label).
-    drawn: the splits that the seed draws from the training rows."""
+    """Yields {split: its records}, some thousands at once: of each row that has a text and a label. class_of: the
+    class of each (part, label). drawn: the splits that the seed draws from the training rows."""
     for p, part in enumerate(source.parts):
         own = {label: its_class for (number, label), its_class in class_of.items() if number == p}
         n = 0
         for texts, labels, words in part.read():
             splits = name_splits(part, words, n, len(texts))
             n += len(texts)
+            records = collections.defaultdict(list)
             for split, text, label in zip(splits.to_pylist(), texts.to_pylist(), labels.fill_null("").to_pylist()):
-                row_class = own.get(label)
-                if text is None or row_class is None:
+                if text is None or label not in own:
                     continue
                 if drawn and split == "train":
                     split = draw_split(text.encode(), seed, drawn)
-                yield split, {"text": text, "label": row_class}
+                records[split].append({"text": text, "label": own[label]})
+            yield records
 
 
 def draw_split(text, seed, drawn):
