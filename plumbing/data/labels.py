@@ -24,9 +24,7 @@ def check_words(names: list[str]) -> None:
     """Raises ValueError for words that a score cannot tell apart."""
     spellings = {normalise_label(name) for name in names}
     if len(names) < 2 or len(spellings) < len(names) or "" in spellings:
-        raise ValueError(
-            f"label_names={','.join(names)}: at least two different words are needed, whatever their capitals"
-        )
+        raise ValueError(f"label_names={','.join(names)}: at least two different words are needed, in any capitals")
 
 
 def check_template(template: str) -> None:
@@ -97,36 +95,32 @@ def name_labels(tally, class_names, places, asked: Asked) -> tuple:
     if asked.learned:
         refuse_unlearned(asked.label_names, asked.learned)
     spelled = {plain_number(name) for name in [*(asked.words or []), *(asked.word_of or [])]}
+    # A part without words counts as the train file does, unless the words are numbers: then a number is a word.
+    shared = None if has_numbers(class_names[0] or ()) else class_names[0]
     unused, counts = collections.Counter(), collections.Counter()
     meant = {}  # (part, label) -> the label by its own part's word
-    first = {}
     own_words = set()
+    first = {}  # where each label stands, if that is asked
     for part, _, label, n, row in tally:
-        # A part without words counts as the train file does, unless the words are numbers: then a number is a word.
-        names = class_names[part] or (class_names[0] if not has_numbers(class_names[0] or ()) else None)
+        names = class_names[part] or shared
         spelling = plain_number(label or "")
-        reason = None
         if label is None:
-            reason = "no text"
+            unused["no text"] += n
         elif names and spelling == "-1":
-            reason = "unlabelled (-1)"
+            unused["unlabelled (-1)"] += n
         elif spelling in NO_LABEL and spelling not in spelled:
-            reason = f"no label ({label.strip()})" if spelling else "no label"
-        if reason:
-            unused[reason] += n
-            continue
-        word = label
-        if names and is_whole(spelling):
-            if not 0 <= int(spelling) < len(names):
-                raise ValueError(
-                    f"{places[part](row)}: the label {spelling} is none of the file's own words' "
-                    f"({', '.join(names)}, from 0 on)"
-                )
-            word = names[int(spelling)]
-            own_words.add(word)
-        meant[part, label] = word
-        counts[word] += n
-        first.setdefault(word, functools.partial(places[part], row))  # where it stands, if that is asked
+            unused[f"no label ({label.strip()})" if spelling else "no label"] += n
+        else:
+            place = functools.partial(places[part], row)
+            word = label
+            if names and is_whole(spelling):
+                if not 0 <= int(spelling) < len(names):
+                    raise ValueError(f"{place()}: no word for the label {spelling} among {','.join(names)}")
+                word = names[int(spelling)]
+                own_words.add(word)
+            meant[part, label] = word
+            counts[word] += n
+            first.setdefault(word, place)
     word_of, notes = choose_words(counts, own_words, first, class_names[0], asked)
     names = asked.learned or asked.words or class_names[0] or [*dict.fromkeys(word_of.values())]
     classes = {plain_number(name): i for i, name in enumerate(names)}
@@ -134,9 +128,9 @@ def name_labels(tally, class_names, places, asked: Asked) -> tuple:
     for label, word in final.items():
         if plain_number(word) not in classes:
             refuse_unknown(label, names, first[label](), asked)
-    written = {label: word for label, word in final.items() if label in own_words and fold(label) != fold(word)}
+    written = [(label, final[label]) for label in sorted(own_words) if fold(label) != fold(final[label])]
     if written:
-        pairs = ", ".join(f"{label} is written as {word}" for label, word in sorted(written.items()))
+        pairs = ", ".join(f"{label} is written as {word}" for label, word in written)
         notes = [*notes, f"label_names are other words than the data's own: {pairs}"]
     class_of = {key: classes[plain_number(final[label])] for key, label in meant.items()}
     return names, word_of, class_of, unused, notes

@@ -116,10 +116,8 @@ def to_text(value, key, column, where):
     """A value as text; None where there is none: null, or the nan of pandas and JSON, which alone differs from
     itself. Raises ValueError for lists and the like: what of them is meant?"""
     if isinstance(value, (list, tuple, dict, bytes)):
-        raise UserError(
-            f"{where}: the column {column} holds {str(value)[:40]}, neither a word nor a number; write one into "
-            f"each row, or type --{key}=COLUMN for another column"
-        )
+        remedy = f"write a word or a number, or type --{key}=COLUMN for another column"
+        raise UserError(f"{where}: the column {column} holds {str(value)[:40]}; {remedy}")
     return None if value is None or value != value else str(value)
 
 
@@ -150,18 +148,18 @@ def pick_columns(batches, needed, place):
     """`read_columns` of pyarrow batches. place(row): where a row stands."""
     n = 0  # rows so far
     for batch in batches:
-        read = functools.partial(as_text, place=lambda row, n=n: place(n + row))
-        picked = [read(batch[column], key, column) for key, column in zip(KEYS, needed)]
+        read = functools.partial(as_text, batch, place=lambda row, n=n: place(n + row))
         split = next((name for name in batch.schema.names if is_split(name) and name not in needed), None)
-        yield [*picked, split and read(batch[split], "split", split)]
+        yield [*map(read, needed, KEYS), split and read(split, "split")]
         n += batch.num_rows
 
 
-def as_text(values, key, column, place):
-    """A pyarrow array as one of text, each value written as Python writes it."""
+def as_text(batch, column, key, place):
+    """A column of a pyarrow batch as text, each value written as Python writes it."""
     import pyarrow
     from pyarrow import types
 
+    values = batch[column]
     kind = values.type
     if types.is_null(kind) or types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
         return values.cast(pyarrow.string())
@@ -286,7 +284,6 @@ def quotes_are_plain(path, separator):
 def read_csv(path, needed=()):
     form = read_format(path, needed)
     n = len(form.columns)
-    names = ", ".join(form.columns)
     n_skipped = 1 + bool(form.before)
     with open_text(path) as f:
         # strict: a quotation mark in a wrong place is an error. Else it swallows the rows up to the next one.
@@ -303,10 +300,8 @@ def read_csv(path, needed=()):
                     if len(fields) > n:
                         sep = form.separator
                         remedy = f'a text that holds {sep!r} must stand in quotation marks: "slow{sep}long"'
-                    raise UserError(
-                        f"{path}, line {reader.line_num}: {len(fields)} fields, and the header has {n} ({names}); "
-                        f"{remedy}"
-                    )
+                    problem = f"{len(fields)} fields, and the header has {n} ({', '.join(form.columns)})"
+                    raise UserError(f"{path}, line {reader.line_num}: {problem}; {remedy}")
         except csv.Error as e:
             line, problem = reader.line_num, f"a quotation mark in a wrong place ({e})"
             if "unexpected end" in str(e):
@@ -341,13 +336,12 @@ def refuse_swallowed_rows(path, needed):
                     # The field begins within its first line's row, and ends within its last line's.
                     lines = re.split(BREAK, separator * i + text + separator * (width - 1 - i))
                     cells = [line.split(separator) for line in lines]
-                    found = {fields[place].strip() for fields in cells if len(fields) == width} - {""}
-                    if found and all(len(fields) == width for fields in cells) and len(suspects) < 1000:
-                        suspects.append((n + row, found))
+                    if all(len(fields) == width for fields in cells) and len(suspects) < 1000:
+                        suspects.append((n + row, {fields[place].strip() for fields in cells} - {""}))
         n += batch.num_rows
         yield batch
     for row, found in suspects:
-        if found <= labels:
+        if found and found <= labels:
             line, fields = next(itertools.islice(read_csv(path, needed), row, None))
             first = line - sum(len(re.findall(BREAK, field or "")) for field in fields.values())
             raise UserError(

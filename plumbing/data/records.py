@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 
-from plumbing.data.sources import SPLIT_OF_WORD
+from plumbing.data.sources import SPLIT_OF_WORD, split_of_share
 from plumbing.program.errors import UserError
 
 
@@ -91,14 +91,11 @@ def read_records(source, class_of, drawn, seed):
 
 
 def draw_split(text, seed, drawn):
-    """The split of a text (bytes): 80 % train, 10 % validation, 10 % test, or train in place of what is not drawn.
+    """The split of a text (bytes), or train in place of what is not drawn.
 
     It follows from seed and text alone. So rows that are added or moved change no other row's split, and the same
     text is never in two splits.
     """
     digest = hashlib.sha256(b"%d %b" % (seed, text)).digest()
-    share = int.from_bytes(digest[:8], "big") / 2**64  # even over [0, 1)
-    if share < 0.8:
-        return "train"
-    split = "validation" if share < 0.9 else "test"
+    split = split_of_share(int.from_bytes(digest[:8], "big") / 2**64)
     return split if split in drawn else "train"
