@@ -38,7 +38,6 @@ class DataSet:
         survey = read_meta(folder)
         if survey is None:
             survey = survey_rows(self.source, fields)
-            survey["class_names"] = [part.class_names().get(fields[1]) for part in self.source.parts]
             with whole_folder(folder) as new:
                 write_meta(new, **survey)
         self.survey = survey
@@ -60,7 +59,7 @@ class DataSet:
         for part, split, label, n, _ in self.tally:
             if (part, label) in self.class_of:
                 used[split][self.class_of[part, label]] += n
-        self.n_used = sum(map(sum, (counts.values() for counts in used.values())))
+        self.n_used = n_rows - unused.total()
         notes = []
         if unused:
             reasons = ", ".join(f"{reason}: {n}" for reason, n in sorted(unused.items()))

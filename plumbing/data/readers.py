@@ -254,8 +254,8 @@ def read_csv_batches(path, needed):
                 yield batch.rename_columns(form.columns)
             return
     rows = itertools.islice(read_csv(path, needed), n, None)
-    while part := [row.values() for _, row in itertools.islice(rows, BATCH)]:
-        yield RecordBatch.from_arrays([text_array(values) for values in zip(*part)], names=form.columns)
+    while part := [row for _, row in itertools.islice(rows, BATCH)]:
+        yield RecordBatch.from_pydict({name: text_array([row[name] for row in part]) for name in form.columns})
 
 
 def quotes_are_plain(path, separator):
@@ -293,7 +293,7 @@ def read_csv(path, needed=()):
         try:
             for fields in rows:
                 begin = reader.line_num + 1
-                if len(fields) == n:
+                if fields and len(fields) == n:
                     yield reader.line_num, dict(zip(form.columns, (field or None for field in fields)))
                 elif len(fields) > 1 or "".join(fields).strip():  # not a blank line
                     remedy = "write the row with all of them, an empty one for what is not known"

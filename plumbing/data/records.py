@@ -13,10 +13,11 @@ from plumbing.program.errors import UserError
 def survey_rows(source, fields: tuple[str, str]) -> dict:
     """What all rows together tell, once for all settings of labels.
 
-    tally    [part, split, label, how many rows, the first of them] for each label of each split of each part; rows
-             without a text have None for a label
-    repeated how many rows of a named split have a text that also appears in train, {split: rows}
-    unread   parts whose split their name tells, so that their column named split does not count
+    tally       [part, split, label, how many rows, the first of them] for each label of each split of each part; rows
+                without a text have None for a label
+    repeated    how many rows of a named split have a text that also appears in train, {split: rows}
+    unread      parts whose split their name tells, so that their column named split does not count
+    class_names for each part the words of the labels 0, 1, ..., where it brings them
 
     Raises ValueError for rows that cannot be used.
     """
@@ -49,7 +50,8 @@ def survey_rows(source, fields: tuple[str, str]) -> dict:
     entries = sorted(([*key, *entry] for key, entry in tally.items()), key=lambda entry: (entry[0], entry[4]))
     train = hashes.pop("train", [])
     repeated = {split: int(np.isin(found, train).sum()) for split, found in hashes.items()}
-    return {"tally": entries, "repeated": repeated, "unread": sorted(unread)}
+    class_names = [part.class_names().get(fields[1]) for part in source.parts]
+    return {"tally": entries, "repeated": repeated, "unread": sorted(unread), "class_names": class_names}
 
 
 def name_splits(part, words, n, length):
