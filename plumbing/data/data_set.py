@@ -118,10 +118,13 @@ class DataSet:
 
             def begin():
                 for records in read_records(self.source, self.class_of, self.drawn, seed):
-                    counts.update({split: len(part) for split, part in records.items()})
-                    parts = [(split, part) for split, part in records.items() if split in wanted]
-                    filled = ([prompt.fill(rec["text"], rec["label"]) for rec in part] for _, part in parts)
-                    yield [(*part, start_encoding(texts, pool)) for part, texts in zip(parts, filled)]
+                    parts = []
+                    for split, part in records.items():
+                        counts[split] += len(part)
+                        if split in wanted:
+                            filled = [prompt.fill(rec["text"], rec["label"]) for rec in part]
+                            parts.append((split, part, start_encoding(filled, pool)))
+                    yield parts
 
             # pairwise asks for the next parts, which starts their threads, before it hands out these. So the threads
             # tokenise the next ones while these are written. None follows the last.
