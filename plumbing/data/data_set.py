@@ -11,14 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from plumbing.data.labels import Asked, name_labels
-from plumbing.data.records import read_records, splits_to_draw, survey_rows
+from plumbing.data.records import read_records, survey_rows
 from plumbing.data.sources import SPLITS, find_source
 from plumbing.data.token_cache import Examples, ExampleWriter, cache_folder, read_meta, whole_folder, write_meta
 from plumbing.data.tokenizer import count_last, start_encoding
 from plumbing.program.errors import UserError
 
 CACHE_VERSION = 8  # increase it when a change of code gives other tokens for the same data and settings
-PART = 5_000  # records that are tokenised at once
 
 
 class DataSet:
@@ -39,7 +38,6 @@ class DataSet:
         survey = read_meta(folder)
         if survey is None:
             survey = survey_rows(self.source, fields)
-            survey["class_names"] = [part.class_names().get(fields[1]) for part in self.source.parts]
             with whole_folder(folder) as new:
                 write_meta(new, **survey)
         self.survey = survey
@@ -47,9 +45,11 @@ class DataSet:
         if not self.tally:
             raise UserError(f"dataset={self.dataset}: no row in it, it is empty")
         places = [part.place for part in self.source.parts]
-        named = name_labels(self.tally, survey["class_names"], places, asked)
-        self.label_names, self.word_of, self.class_of, unused, notes = named
-        self.drawn = splits_to_draw({split for _, split, *_ in self.tally})
+        found = name_labels(self.tally, survey["class_names"], places, asked)
+        self.label_names, self.word_of, self.class_of, unused, notes = found
+        named = {split for _, split, *_ in self.tally}
+        missing = [split for split in SPLITS if split not in named]
+        self.drawn = ["train", *missing] if "train" in named and missing else []
         self._print_notes(unused, notes, is_learned=bool(asked.learned))
 
     def _print_notes(self, unused, label_notes, is_learned):
@@ -59,7 +59,7 @@ class DataSet:
         for part, split, label, n, _ in self.tally:
             if (part, label) in self.class_of:
                 used[split][self.class_of[part, label]] += n
-        self.n_used = sum(map(sum, (counts.values() for counts in used.values())))
+        self.n_used = n_rows - unused.total()
         notes = []
         if unused:
             reasons = ", ".join(f"{reason}: {n}" for reason, n in sorted(unused.items()))
@@ -111,43 +111,37 @@ class DataSet:
 
     def _tokenise(self, folder, wanted, seed, prompt, shares_prefix):
         """Writes the wanted splits as files for `Examples`. Returns what each one's meta.json says."""
-        counts = dict.fromkeys(SPLITS, 0)
+        counts = collections.Counter()
         with contextlib.ExitStack() as stack:  # closes the pool and all writers at the end, after an error too
             pool = stack.enter_context(ThreadPoolExecutor())
             writers = {split: ExampleWriter(stack, os.path.join(folder, split)) for split in wanted}
-            parts = self._parts(seed, counts, writers)
-            texts = ((split, part, [prompt.fill(rec["text"], rec["label"]) for rec in part]) for split, part in parts)
-            begun = ((split, part, start_encoding(filled, pool)) for split, part, filled in texts)
-            # pairwise asks for the next part, which starts its threads, before it hands out this one. So the threads
-            # tokenise the next part while this one is written. None follows the last part.
-            for (split, part, futures), _ in itertools.pairwise(itertools.chain(begun, [None])):
-                ids, lengths = map(np.concatenate, zip(*(future.result() for future in futures)))
-                write_part(writers[split], part, ids, lengths, prompt)
+
+            def begin():
+                for records in read_records(self.source, self.class_of, self.drawn, seed):
+                    parts = []
+                    for split, part in records.items():
+                        counts[split] += len(part)
+                        if split in wanted:
+                            filled = [prompt.fill(rec["text"], rec["label"]) for rec in part]
+                            parts.append((split, part, start_encoding(filled, pool)))
+                    yield parts
+
+            # pairwise asks for the next parts, which starts their threads, before it hands out these. So the threads
+            # tokenise the next ones while these are written. None follows the last.
+            for parts, _ in itertools.pairwise(itertools.chain(begin(), [None])):
+                for split, part, futures in parts:
+                    ids, lengths = map(np.concatenate, zip(*(future.result() for future in futures)))
+                    write_part(writers[split], part, ids, lengths, prompt)
             for split, writer in writers.items():
                 if writer.n == 0:
-                    self._refuse_empty(split)
-            rows = {split: n for split, n in counts.items() if n}
+                    remedy = ""
+                    if split in self.drawn:
+                        remedy = f": its {self.n_used} rows (equal texts count once) are too few to draw it from; "
+                        remedy += "type another --seed, or name the splits by files (train.csv, validation.csv, "
+                        remedy += "test.csv) or by a column named split"
+                    raise UserError(f"dataset={self.dataset}: no labelled row in its {split} split{remedy}")
+            rows = {split: counts[split] for split in SPLITS if split in counts}
             return {split: writer.finish(shares_prefix, rows=rows) for split, writer in writers.items()}
-
-    def _parts(self, seed, counts, wanted):
-        """(split, records of that split), PART of them at once. counts: how many rows each split has, at the end."""
-        parts = collections.defaultdict(list)
-        for split, rec in read_records(self.source, self.class_of, self.drawn, seed):
-            counts[split] += 1
-            if split in wanted:
-                parts[split].append(rec)
-                if len(parts[split]) == PART:
-                    yield split, parts.pop(split)
-        yield from parts.items()
-
-    def _refuse_empty(self, split):
-        problem = f"dataset={self.dataset}: no labelled row in its {split} split"
-        if split not in self.drawn:
-            raise ValueError(problem)
-        raise ValueError(
-            f"{problem}: its {self.n_used} rows (equal texts count once) are too few to draw it from; type another "
-            "--seed, or name the splits by files (train.csv, validation.csv, test.csv) or by a column named split"
-        )
 
 
 def write_part(writer, records, ids, lengths, prompt):

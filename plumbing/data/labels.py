@@ -5,6 +5,7 @@ The loader and the score share these rules: no class is trained that the score c
 
 import collections
 import functools
+import itertools
 import re
 import unicodedata
 from typing import NamedTuple
@@ -23,9 +24,7 @@ def check_words(names: list[str]) -> None:
     """Raises ValueError for words that a score cannot tell apart."""
     spellings = {normalise_label(name) for name in names}
     if len(names) < 2 or len(spellings) < len(names) or "" in spellings:
-        raise ValueError(
-            f"label_names={','.join(names)}: at least two different words are needed, whatever their capitals"
-        )
+        raise ValueError(f"label_names={','.join(names)}: at least two different words are needed, in any capitals")
 
 
 def check_template(template: str) -> None:
@@ -96,102 +95,95 @@ def name_labels(tally, class_names, places, asked: Asked) -> tuple:
     if asked.learned:
         refuse_unlearned(asked.label_names, asked.learned)
     spelled = {plain_number(name) for name in [*(asked.words or []), *(asked.word_of or [])]}
-    unused = collections.Counter()
+    # A part without words counts as the train file does, unless the words are numbers: then a number is a word.
+    shared = None if has_numbers(class_names[0] or ()) else class_names[0]
+    unused, counts = collections.Counter(), collections.Counter()
     meant = {}  # (part, label) -> the label by its own part's word
-    counts = collections.Counter()
-    first = {}
     own_words = set()
+    first = {}  # where each label stands, if that is asked
     for part, _, label, n, row in tally:
-        # A part without words counts as the train file does, unless the words are numbers: then a number is a word.
-        names = class_names[part] or (class_names[0] if not has_numbers(class_names[0] or ()) else None)
+        names = class_names[part] or shared
         spelling = plain_number(label or "")
-        reason = None
         if label is None:
-            reason = "no text"
+            unused["no text"] += n
         elif names and spelling == "-1":
-            reason = "unlabelled (-1)"
+            unused["unlabelled (-1)"] += n
         elif spelling in NO_LABEL and spelling not in spelled:
-            reason = f"no label ({label.strip()})" if spelling else "no label"
-        if reason:
-            unused[reason] += n
-            continue
-        word = label
-        if names and is_whole(spelling):
-            if not 0 <= int(spelling) < len(names):
-                raise ValueError(
-                    f"{places[part](row)}: the label {spelling} is none of the file's own words' "
-                    f"({', '.join(names)}, from 0 on)"
-                )
-            word = names[int(spelling)]
-            own_words.add(word)
-        meant[part, label] = word
-        counts[word] += n
-        first.setdefault(word, functools.partial(places[part], row))  # where it stands, if that is asked
-    names, word_of, notes = choose_words(counts, own_words, first, class_names[0], asked)
-    names = asked.learned or names
+            unused[f"no label ({label.strip()})" if spelling else "no label"] += n
+        else:
+            place = functools.partial(places[part], row)
+            word = label
+            if names and is_whole(spelling):
+                if not 0 <= int(spelling) < len(names):
+                    raise ValueError(f"{place()}: no word for the label {spelling} among {','.join(names)}")
+                word = names[int(spelling)]
+                own_words.add(word)
+            meant[part, label] = word
+            counts[word] += n
+            first.setdefault(word, place)
+    word_of, notes = choose_words(counts, own_words, first, class_names[0], asked)
+    names = asked.learned or asked.words or class_names[0] or [*dict.fromkeys(word_of.values())]
     classes = {plain_number(name): i for i, name in enumerate(names)}
     final = {label: word_of.get(plain_number(label), label) for label in counts}
     for label, word in final.items():
         if plain_number(word) not in classes:
             refuse_unknown(label, names, first[label](), asked)
-    written = {label: word for label, word in final.items() if label in own_words and fold(label) != fold(word)}
+    written = [(label, final[label]) for label in sorted(own_words) if fold(label) != fold(final[label])]
     if written:
-        pairs = ", ".join(f"{label} is written as {word}" for label, word in sorted(written.items()))
+        pairs = ", ".join(f"{label} is written as {word}" for label, word in written)
         notes = [*notes, f"label_names are other words than the data's own: {pairs}"]
     class_of = {key: classes[plain_number(final[label])] for key, label in meant.items()}
     return names, word_of, class_of, unused, notes
 
 
 def choose_words(counts, own_words, places, class_names, asked):
-    """(words of the classes, the word of each label, notes): by what the run has learned, by the pairs that were
-    typed, by the words that the data brings, by counting numbers, or by the labels' own words."""
+    """(the word of each label, notes): by what the run has learned, by the pairs that were typed, by the words that
+    the data brings, by counting numbers, or by the labels' own words."""
     pairs = read_pairs(asked.label_names or "")
-    plain = [label for label in counts if label not in own_words]
-    new = [label for label in plain if plain_number(label) not in (asked.word_of or {})]
-    is_number = [is_whole(plain_number(label)) for label in new]
-    if asked.word_of:
-        if not new or not all(is_number) or not asked.label_names or pairs or has_numbers(asked.word_of):
-            return asked.learned, asked.word_of, []
-        _, counted, _ = name_numbers(new, places, asked)
+    learned = asked.word_of or {}
+    new = [label for label in counts if label not in own_words and plain_number(label) not in learned]
+    are_numbers = bool(new) and all(is_whole(plain_number(label)) for label in new)
+    if learned:
+        if not are_numbers or not asked.label_names or pairs or has_numbers(learned):
+            return learned, []
+        counted, _ = name_numbers(new, places, asked)
         told = ", ".join(f"{label} is {counted[plain_number(label)]}" for label in sorted(new))
         note = f"the run's own data has words for labels, and these are numbers: by label_names {told}"
-        return asked.learned, asked.word_of | counted, [note]
+        return learned | counted, [note]
+    if class_names and not pairs:
+        pairs = pair_words(class_names, counts, asked)
     if pairs:  # of the data's words or, where it has such, of their numbers
         for i, name in enumerate(() if has_numbers(class_names or ()) else class_names or ()):
             if word := pairs.get(plain_number(name), pairs.get(str(i))):
-                pairs |= {plain_number(name): word, str(i): word}
-        return split_names(asked.label_names), pairs, []
-    if class_names:
-        return rename_classes(class_names, counts, asked)
-    known = {plain_number(name) for name in asked.words or []}
-    if new and all(is_number) and not known.issuperset(map(plain_number, new)):
+                pairs = {plain_number(name): word, str(i): word} | pairs
+        return pairs, []
+    words = {plain_number(name) for name in asked.words or []}
+    if are_numbers and not words.issuperset(map(plain_number, new)):
         return name_numbers(new, places, asked)
     return name_words(counts, places, asked)
 
 
-def rename_classes(class_names, counts, asked):
-    """The words 0, 1, ... of the data's own, or those typed: by word where they have all of these, else in order."""
+def pair_words(class_names, counts, asked):
+    """{word of the data's own: word of a class}: the words that were typed, if the data's are among them; else in
+    order; without any its own."""
     words = asked.words or class_names
-    word_of = {plain_number(name): name for name in words}
-    if not set(map(plain_number, counts)) <= word_of.keys() and asked.label_names:
-        if len(words) != len(class_names):
-            raise ValueError(
-                f"label_names={asked.label_names}: {len(words)} words, and {asked.dataset} has {len(class_names)} "
-                f"labels ({', '.join(class_names)}): type one for each, in order"
-            )
-        word_of = dict(zip(map(plain_number, class_names), words))
-        if taken := [name for name in words if word_of.get(plain_number(name), name) != name]:
-            pairs = ",".join(f"{name}={name}" for name in class_names)
-            raise ValueError(
-                f"label_names={asked.label_names}: {taken[0]} is what {asked.dataset} calls another of its labels; "
-                f"type the word of each, such as --label_names={pairs}"
-            )
-    numbers = {str(i): word_of.get(plain_number(name), name) for i, name in enumerate(class_names)}
-    return words, ({} if has_numbers(word_of) else numbers) | word_of, []
+    pairs = {plain_number(name): name for name in words}
+    if not asked.label_names or pairs.keys() >= set(map(plain_number, counts)):
+        return pairs
+    pairs = dict(zip(map(plain_number, class_names), words))
+    if len(words) != len(class_names):
+        problem = f"{len(words)} words, and {asked.dataset} has {len(class_names)} labels "
+        problem += f"({', '.join(class_names)}): type one for each, in order"
+    elif taken := [name for name in words if pairs.get(plain_number(name), name) != name]:
+        problem = f"{taken[0]} is what {asked.dataset} calls another of its labels; type the word of each, such as "
+        problem += f"--label_names={','.join(f'{name}={name}' for name in class_names)}"
+    else:
+        return pairs
+    raise ValueError(f"label_names={asked.label_names}: {problem}")
 
 
 def name_numbers(labels, places, asked):
-    """The words of labels that are whole numbers.
+    """The words of labels that are whole numbers, and notes.
 
     0 among them is the first word. Where the largest is the number of words, 1 is the first. Where neither way of
     counting can be meant, as for -1 and 1, and there are as many words, they are those from the least number on.
@@ -200,28 +192,26 @@ def name_numbers(labels, places, asked):
     found = ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
     words = asked.words
     if not words and asked.classify and values[0] >= 0:
-        words = [str(value) for value in (range(values[-1] + 1) if values[0] == 0 else values)]
-        return words, {word: word for word in words}, []
+        return {str(value): str(value) for value in (values if values[0] else range(values[-1] + 1))}, []
     if not words:
         raise ValueError(
             f"{asked.dataset} has numbers for labels ({found}): type their words in order, such as "
             "--label_names=negative,positive"
         )
-    from_0, from_1 = ({str(i): word for i, word in enumerate(words, start)} for start in (0, 1))
-    wanted = set(map(str, values))
-    readings = [reading for reading in (from_0, from_1) if wanted <= reading.keys()]
-    if len(readings) == 2:
-        ways = [",".join(map("=".join, reading.items())) for reading in readings]
+    ways = [{str(i): word for i, word in enumerate(words, start)} for start in (0, 1)]
+    ways = [way for way in ways if way.keys() >= set(map(str, values))]
+    if not ways and values[0] != 0 and len(values) == len(words):
+        ways = [dict(zip(map(str, values), words))]
+    if len(ways) == 1:
+        pairs = ", ".join(f"{i} is {ways[0][str(i)]}" for i in values if str(i) != ways[0][str(i)])
+        note = f"the labels are numbers, and label_names are their words in order: {pairs}"
+        return ways[0], [note] if pairs and "0" not in ways[0] else []
+    if ways:
+        typed = [",".join(map("=".join, way.items())) for way in ways]
         raise ValueError(
             f"label_names={','.join(words)}: {asked.dataset} has the labels {found}, so the first word may be "
-            f"that of 0 or of 1: type --label_names={ways[0]} or --label_names={ways[1]}"
+            f"that of 0 or of 1: type --label_names={typed[0]} or --label_names={typed[1]}"
         )
-    if not readings and values[0] != 0 and len(values) == len(words):
-        readings = [dict(zip(map(str, values), words))]
-    if readings:
-        pairs = ", ".join(f"{i} is {readings[0][str(i)]}" for i in values if str(i) != readings[0][str(i)])
-        note = f"the labels are numbers, and label_names are their words in order: {pairs}"
-        return words, readings[0], [note] if pairs and "0" not in readings[0] else []
     nameless = min(value for value in values if not 0 <= value < len(words))
     remedy = "type one word for each of them, in order"
     remedy += ", or take the rows with a negative number out if they have no label" if values[0] < 0 else ""
@@ -233,11 +223,8 @@ def name_numbers(labels, places, asked):
 
 
 def name_words(counts, places, asked):
-    """The words of labels that are words. Spellings that `normalise_label` makes one are one class; the most frequent
-    one is its word."""
-    spellings = collections.defaultdict(list)
-    for label in counts:
-        spellings[plain_number(label)].append(label)
+    """The words of labels that are words, and notes. Spellings that `normalise_label` makes one are one class; the
+    most frequent one is its word."""
     names = asked.words
     if names is None:
         refuse_mixture(counts, places, asked.dataset)
@@ -247,12 +234,15 @@ def name_words(counts, places, asked):
         ranked = sorted(n_rows, key=lambda word: (-n_rows[word], word))  # the most frequent, of equals the first
         names = sorted({plain_number(word): word for word in ranked[::-1]}.values())
     word_of = {plain_number(name): name for name in names}
+    spellings = collections.defaultdict(list)
+    for label in sorted(counts):
+        spellings[plain_number(label)].append(label)
     notes = []
     for spelling, group in spellings.items():
         if len({label.strip() for label in group}) > 1:
-            found = ", ".join(f"{label!r} ({counts[label]} rows)" for label in sorted(group))
+            found = ", ".join(f"{label!r} ({counts[label]} rows)" for label in group)
             notes.append(f"{found} are one label: {word_of.get(spelling)!r}")
-    return names, word_of, notes
+    return word_of, notes
 
 
 def refuse_unlearned(label_names, learned):
@@ -279,13 +269,13 @@ def refuse_unknown(label, names, where, asked):
 
 def refuse_mixture(labels, places, dataset):
     """Words and numbers at once are two spellings of the same classes more often than classes of their own."""
-    decimal = re.compile(r"\s*([-+]?\d*\.?\d+(e[-+]?\d+)?|[-+]?\d+\.)\s*", re.IGNORECASE)
-    numbers = [label for label in labels if decimal.fullmatch(label)]
-    words = [label for label in labels if not decimal.fullmatch(label)]
-    if numbers and words:
+    decimal = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?\s*", re.IGNORECASE)
+    number = next(filter(decimal.fullmatch, labels), None)
+    word = next(itertools.filterfalse(decimal.fullmatch, labels), None)
+    if number is not None and word is not None:
         raise ValueError(
-            f"{dataset} has numbers and words for labels: {numbers[0]!r} first in {places[numbers[0]]()}, "
-            f"{words[0]!r} first in {places[words[0]]()}; write one kind, or, if each is a class of its own, type "
+            f"{dataset} has numbers and words for labels: {number!r} first in {places[number]()}, {word!r} first in "
+            f"{places[word]()}; write one kind, or, if each is a class of its own, type "
             f"--label_names={','.join(sorted(label.strip() for label in labels)[:8])}"
         )
 

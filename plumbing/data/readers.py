@@ -36,24 +36,32 @@ def read_columns(path: str, needed: tuple[str, ...]) -> Iterator[list]:
     """Yields the rows of a file in one of `KINDS` as pyarrow arrays of text, some thousands at once: one array for
     each column in `needed` (the text's, then the label's), and that of a column named split, in any capitals, or
     None. What is missing is null. Raises ValueError that names file and line."""
-    n = 0  # rows so far
+    if is_csv(path):
+        batches = refuse_swallowed_rows(path, needed)
+    elif READERS.get(kind_of(path), read_txt) is None:
+        batches = read_batches(path, needed)
+    else:
+        batches = batch_rows(read_rows(path, needed), needed)
     with name_damage(path):
-        if is_csv(path) or READERS.get(kind_of(path), read_txt) is None:
-            for batch in refuse_swallowed_rows(path, needed) if is_csv(path) else read_batches(path, needed):
-                yield pick_columns(batch, needed, functools.partial(place_of, path, needed), n)
-                n += batch.num_rows
-            return
-        rows = read_rows(path, needed)
-        while part := list(itertools.islice(rows, BATCH)):
-            yield collect_columns(part, needed, path)
+        yield from pick_columns(batches, needed, functools.partial(place_of, path, needed))
 
 
-def read_rows(path: str, needed: tuple[str, ...] = (), read=None) -> Iterator[tuple[int, dict]]:
-    """Yields (line, row) of a file that is no table of parquet's or Arrow's, values as they are; a kind that is not
-    known is read as plain text, whose paragraphs are rows with a `text`. Where a file has no lines, as json, its rows
-    are counted. read: another reader than that of the kind. Raises ValueError that names file and line."""
+def read_rows(path: str, needed: tuple[str, ...] = (), read=None) -> Iterator[tuple[str, dict]]:
+    """Yields (where it stands, row) of a file that is no table of parquet's or Arrow's, values as they are; a kind
+    that is not known is read as plain text, whose paragraphs are rows with a `text`. Where a file has no lines, as
+    json, its rows are counted. read: another reader than that of the kind. Each row has the columns that are asked
+    for, but where nothing is in it. Raises ValueError that names file and line."""
+    unit = "line" if kind_of(path) in ("csv", "tsv", "jsonl", "txt") else "row"
+    columns = None
     with name_damage(path):
-        yield from (read or READERS.get(kind_of(path), read_txt))(path, needed)
+        for number, row in (read or READERS.get(kind_of(path), read_txt))(path, needed):
+            where = f"{path}, {unit} {number}"
+            if not isinstance(row, dict):
+                raise UserError(f'{where}: each row is an object, such as {{"text": ..., "label": ...}}')
+            if row and [*row] != columns:
+                columns = [*row]
+                check_columns(where, columns, needed)
+            yield where, row
 
 
 @contextlib.contextmanager
@@ -80,30 +88,24 @@ def is_csv(path):
 
 def place_of(path, needed, row):
     """Where a row (0, 1, ...) of a file stands, for messages: it is read again for that."""
-    line = row + 1
-    if READERS[kind_of(path)] is not None:
-        line, _ = next(itertools.islice(read_rows(path, needed), row, None))
-    return f"{path}, {line_word(path)} {line}"
-
-
-def line_word(path):
-    return "line" if kind_of(path) in ("csv", "tsv", "jsonl", "txt") else "row"
+    if READERS[kind_of(path)] is None:
+        return f"{path}, row {row + 1}"
+    where, _ = next(itertools.islice(read_rows(path, needed), row, None))
+    return where
 
 
 # --- columns and their values --------------------------------------------------------------------
 
 
-def need_column(row, key, column, where):
-    if column not in row:
-        raise UserError(f"{key}={column}: no such column in {where}; it has {', '.join(map(str, row))}")
-
-
-def check_columns(path, columns, needed):
-    """Raises ValueError if a column that is asked for stands twice: which of the two is meant?"""
+def check_columns(where, columns, needed):
+    """Raises ValueError if a column that is asked for is missing, or stands twice: which of the two is meant?"""
+    for key, column in zip(KEYS, needed):
+        if column not in columns:
+            raise UserError(f"{key}={column}: no such column in {where}; it has {', '.join(map(str, columns))}")
     for column, n in [(name, columns.count(name)) for name in needed] + [("split", sum(map(is_split, columns)))]:
         if n > 1:
             name = column or "without a name"
-            raise UserError(f"{path}: the column {name} stands {n} times in it; rename all of them but one")
+            raise UserError(f"{where}: the column {name} stands {n} times in it; rename all of them but one")
 
 
 def is_split(column):
@@ -114,31 +116,24 @@ def to_text(value, key, column, where):
     """A value as text; None where there is none: null, or the nan of pandas and JSON, which alone differs from
     itself. Raises ValueError for lists and the like: what of them is meant?"""
     if isinstance(value, (list, tuple, dict, bytes)):
-        raise UserError(
-            f"{where}: the column {column} holds {str(value)[:40]}, neither a word nor a number; write one into "
-            f"each row, or type --{key}=COLUMN for another column"
-        )
+        remedy = f"write a word or a number, or type --{key}=COLUMN for another column"
+        raise UserError(f"{where}: the column {column} holds {str(value)[:40]}; {remedy}")
     return None if value is None or value != value else str(value)
 
 
-def collect_columns(rows, needed, path):
-    """The columns of (line, row) pairs. A row with nothing in it has neither text nor label."""
-    columns = []
-    for key, column in zip(KEYS, needed):
-        values = []
-        for line, row in rows:
-            value = row.get(column)
-            if type(value) is not str:
-                where = f"{path}, {line_word(path)} {line}"
-                need_column(row or needed, key, column, where)
-                value = to_text(value, key, column, where)
-            values.append(value)
-        columns.append(text_array(values))
-    names = {name for _, row in rows for name in row if is_split(name) and name not in needed}
-    for line, row in rows if len(names) > 1 else ():
-        check_columns(f"{path}, {line_word(path)} {line}", list(row), needed)
-    splits = [next((row[name] or "" for name in names if name in row), "train") for _, row in rows]
-    return [*columns, text_array(splits) if names else None]
+def batch_rows(rows, needed):
+    """(where, row) pairs as pyarrow batches of the columns that are asked for and, if any row has one, of split."""
+    import pyarrow
+
+    while part := list(itertools.islice(rows, BATCH)):
+        columns = {}
+        for key, column in zip(KEYS, needed):
+            columns[column] = text_array([to_text(row.get(column), key, column, where) for where, row in part])
+        splits = {name for name in set().union(*(row for _, row in part)) if is_split(name)}.difference(needed)
+        if splits:
+            words = (next((row[name] or "" for name in splits if name in row), "train") for _, row in part)
+            columns["split"] = text_array(words)
+        yield pyarrow.RecordBatch.from_pydict(columns)
 
 
 def text_array(values):
@@ -149,33 +144,29 @@ def text_array(values):
     return pyarrow.array(values, pyarrow.binary()).cast(pyarrow.string())
 
 
-def pick_columns(batch, needed, place, n):
-    """The columns of a pyarrow batch. n: how many rows stand before it; place(row): where a row stands."""
-    names = batch.schema.names
-    columns = []
-    for key, column in zip(KEYS, needed):
-        if column not in names:
-            need_column(names, key, column, place(n))
-        columns.append(as_text(batch.column(names.index(column)), key, column, place, n))
-    split = [batch.column(i) for i, name in enumerate(names) if is_split(name) and name not in needed]
-    return [*columns, as_text(split[0], "split", "split", place, n) if split else None]
+def pick_columns(batches, needed, place):
+    """`read_columns` of pyarrow batches. place(row): where a row stands."""
+    n = 0  # rows so far
+    for batch in batches:
+        read = functools.partial(as_text, batch, place=lambda row, n=n: place(n + row))
+        split = next((name for name in batch.schema.names if is_split(name) and name not in needed), None)
+        yield [*map(read, needed, KEYS), split and read(split, "split")]
+        n += batch.num_rows
 
 
-def as_text(values, key, column, place, n):
-    """A pyarrow array as one of text, each value written as Python writes it."""
+def as_text(batch, column, key, place):
+    """A column of a pyarrow batch as text, each value written as Python writes it."""
     import pyarrow
-    from pyarrow import compute, types
+    from pyarrow import types
 
+    values = batch[column]
     kind = values.type
     if types.is_null(kind) or types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
         return values.cast(pyarrow.string())
-    if types.is_nested(kind):
-        first = compute.index(values.is_valid(), True).as_py()
-        if first >= 0:
-            to_text(values[first].as_py(), key, column, place(n + first))
-        return pyarrow.nulls(len(values), pyarrow.string())
+    if types.is_nested(kind):  # an error, unless none of them is there
+        return text_array([to_text(value, key, column, place(i)) for i, value in enumerate(values.to_pylist())])
     coded = values if types.is_dictionary(kind) else values.dictionary_encode()
-    words = text_array([to_text(value, key, column, place(n)) for value in coded.dictionary.to_pylist()])
+    words = text_array([to_text(value, key, column, place(0)) for value in coded.dictionary.to_pylist()])
     return words.take(coded.indices)
 
 
@@ -192,7 +183,7 @@ def open_text(path):
         head = f.peek(4)[:4]
         encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8-sig")
         if encoding == "utf-8-sig" and b"\0" in head[:2]:
-            raise UserError(convert(path, 1, "utf-16be" if head[0] == 0 else "utf-16le"))
+            raise UserError(name_encoding(path))
         with io.TextIOWrapper(f, encoding, newline="") as text:
             yield text
 
@@ -200,13 +191,14 @@ def open_text(path):
 def name_encoding(path):
     """What to say of a text that is not UTF-8: where it shows, what it probably is, how to change it."""
     with open_bytes(path) as f:
-        if f.peek(4)[:4].startswith(tuple(MARKS)):
+        head = f.peek(4)[:4]
+        if head.startswith(tuple(MARKS)):
             return f"{path} is damaged: it begins as UTF-16 or UTF-32, and does not go on so"
-        line, data = next(pair for pair in enumerate(f, 1) if pair[1].decode(errors="ignore").encode() != pair[1])
-    return convert(path, line, "latin1" if re.search(rb"[\x81\x8d\x8f\x90\x9d]", data) else "cp1252")
-
-
-def convert(path, line, encoding):
+        if b"\0" in head[:2]:
+            line, encoding = 1, "utf-16be" if head[0] == 0 else "utf-16le"
+        else:
+            line, data = next(pair for pair in enumerate(f, 1) if pair[1].decode(errors="ignore").encode() != pair[1])
+            encoding = "latin1" if re.search(rb"[\x81\x8d\x8f\x90\x9d]", data) else "cp1252"
     name = os.path.basename(path)
     unpack = "unpack it and " if name.lower().endswith(".gz") else ""
     name = name[:-3] if unpack else name
@@ -230,22 +222,16 @@ def read_format(path, needed=()):
         marked = re.fullmatch(r'"?sep=(.)"?\s*', header, re.IGNORECASE)
         before = header if marked else ""
         header = f.readline() if marked else header
-    separator = marked[1] if marked else pick_separator(header, needed, "\t" if kind_of(path) == "tsv" else ",")
-    columns = split_header(header, separator)
-    check_columns(path, columns, needed)
-    return CsvFormat(columns, separator, before, "\r\n" if header.endswith("\r\n") else "\n")
-
-
-def pick_separator(header, needed, usual):
-    """The separator that gives the columns that are asked for: the usual one, if it does. Where none does, the error
-    that follows shows the columns as they are best told apart."""
-    found = {separator: split_header(header, separator) for separator in (usual, *SEPARATORS)}
+    found = {}
+    for separator in marked[1] if marked else ("\t" if kind_of(path) == "tsv" else ",", *SEPARATORS):
+        fields = next(csv.reader([header], delimiter=separator), [])
+        found.setdefault(separator, [name.strip() for name in fields])
+    # The first that gives the columns that are asked for. If none does, an error shows those best told apart.
     fitting = [separator for separator, columns in found.items() if set(needed) <= set(columns)]
-    return fitting[0] if fitting else max(found, key=lambda separator: len(found[separator]))
-
-
-def split_header(header, separator):
-    return [name.strip() for name in next(csv.reader([header], delimiter=separator), [])]
+    separator = fitting[0] if fitting else max(found, key=lambda separator: len(found[separator]))
+    columns = found[separator]
+    check_columns(path, columns or needed, needed)
+    return CsvFormat(columns, separator, before, "\r\n" if header.endswith("\r\n") else "\n")
 
 
 def read_csv_batches(path, needed):
@@ -268,8 +254,8 @@ def read_csv_batches(path, needed):
                 yield batch.rename_columns(form.columns)
             return
     rows = itertools.islice(read_csv(path, needed), n, None)
-    while part := [row.values() for _, row in itertools.islice(rows, BATCH)]:
-        yield RecordBatch.from_arrays([text_array(values) for values in zip(*part)], names=form.columns)
+    while part := [row for _, row in itertools.islice(rows, BATCH)]:
+        yield RecordBatch.from_pydict({name: text_array([row[name] for row in part]) for name in form.columns})
 
 
 def quotes_are_plain(path, separator):
@@ -298,7 +284,6 @@ def quotes_are_plain(path, separator):
 def read_csv(path, needed=()):
     form = read_format(path, needed)
     n = len(form.columns)
-    names = ", ".join(form.columns)
     n_skipped = 1 + bool(form.before)
     with open_text(path) as f:
         # strict: a quotation mark in a wrong place is an error. Else it swallows the rows up to the next one.
@@ -308,17 +293,15 @@ def read_csv(path, needed=()):
         try:
             for fields in rows:
                 begin = reader.line_num + 1
-                if len(fields) == n:
+                if fields and len(fields) == n:
                     yield reader.line_num, dict(zip(form.columns, (field or None for field in fields)))
                 elif len(fields) > 1 or "".join(fields).strip():  # not a blank line
                     remedy = "write the row with all of them, an empty one for what is not known"
                     if len(fields) > n:
                         sep = form.separator
                         remedy = f'a text that holds {sep!r} must stand in quotation marks: "slow{sep}long"'
-                    raise UserError(
-                        f"{path}, line {reader.line_num}: {len(fields)} fields, and the header has {n} ({names}); "
-                        f"{remedy}"
-                    )
+                    problem = f"{len(fields)} fields, and the header has {n} ({', '.join(form.columns)})"
+                    raise UserError(f"{path}, line {reader.line_num}: {problem}; {remedy}")
         except csv.Error as e:
             line, problem = reader.line_num, f"a quotation mark in a wrong place ({e})"
             if "unexpected end" in str(e):
@@ -341,37 +324,30 @@ def refuse_swallowed_rows(path, needed):
     suspects = []  # (row, the labels in its lines)
     n = 0
     for batch in read_csv_batches(path, needed):
-        for place in [i for i, name in enumerate(batch.schema.names) if name in needed[1:]]:
+        width = batch.num_columns
+        for place in [batch.schema.names.index(name) for name in needed[1:]]:
             labels.update(str(label).strip() for label in batch.column(place)[:1000].unique().to_pylist())
             for i, column in enumerate(batch.columns):
                 rows = compute.indices_nonzero(compute.match_substring_regex(column, "[\r\n]"))
                 texts = column.take(rows)
-                n_expected = compute.multiply(compute.count_substring_regex(texts, BREAK), batch.num_columns - 1)
+                n_expected = compute.multiply(compute.count_substring_regex(texts, BREAK), width - 1)
                 fits = compute.equal(compute.count_substring(texts, separator), n_expected)
                 for row, text in zip(rows.filter(fits).to_pylist(), texts.filter(fits).to_pylist()):
-                    found = labels_in(text, separator, i, place, batch.num_columns)
-                    if found and len(suspects) < 1000:
-                        suspects.append((n + row, found))
+                    # The field begins within its first line's row, and ends within its last line's.
+                    lines = re.split(BREAK, separator * i + text + separator * (width - 1 - i))
+                    cells = [line.split(separator) for line in lines]
+                    if all(len(fields) == width for fields in cells) and len(suspects) < 1000:
+                        suspects.append((n + row, {fields[place].strip() for fields in cells} - {""}))
         n += batch.num_rows
         yield batch
     for row, found in suspects:
-        if found <= labels:
+        if found and found <= labels:
             line, fields = next(itertools.islice(read_csv(path, needed), row, None))
             first = line - sum(len(re.findall(BREAK, field or "")) for field in fields.values())
             raise UserError(
                 f"{path}, lines {first} to {line}: a quoted text holds what look like rows of their own; take out "
                 "the stray quotation mark, or, if the text is meant so, write the data as jsonl"
             )
-
-
-def labels_in(field, separator, i, place, n):
-    """The cells in the label's place of the lines of column i's field, of n columns; none if a line is shaped
-    otherwise. The first line is a row's end, the last one a row's beginning."""
-    lines = [line.split(separator) for line in re.split(BREAK, field)]
-    if list(map(len, lines)) != [n - i, *[n] * (len(lines) - 2), i + 1]:
-        return set()
-    lines[0] = [""] * i + lines[0]
-    return {cells[place].strip() for cells in lines if place < len(cells)} - {""}
 
 
 # --- JSON ----------------------------------------------------------------------------------------
@@ -385,7 +361,7 @@ def read_jsonl(path, needed=()):
                     row = JSON.decode(text)
                 except (ValueError, RecursionError) as e:
                     raise UserError(f"{path}, line {line}: damaged, or no {kind_of(path)} ({first_line(e)})") from e
-                yield line, need_object(row, f"{path}, line {line}")
+                yield line, row
 
 
 def read_json(path, needed=()):
@@ -396,8 +372,7 @@ def read_json(path, needed=()):
         yield from read_jsonl(path)
         return
     with open_text(path) as f:
-        for i, row in enumerate(JSON.decode(f.read()), 1):
-            yield i, need_object(row, f"{path}, row {i}")
+        yield from enumerate(JSON.decode(f.read()), 1)
 
 
 def make_object(pairs):
@@ -410,19 +385,13 @@ def make_object(pairs):
 JSON = json.JSONDecoder(object_pairs_hook=make_object)
 
 
-def need_object(row, where):
-    if not isinstance(row, dict):
-        raise UserError(f'{where}: each row is an object, such as {{"text": ..., "label": ...}}')
-    return row
-
-
 # --- tables in binary files ----------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def open_table(path):
     """(schema, batches) of a parquet file, or of either kind of Arrow file: with a table of contents at its end, or
-    without. batches(size, columns) yields pyarrow's."""
+    without. batches(size, columns) yields pyarrow's: of parquet, such as are asked for."""
     import pyarrow.parquet
 
     with open_bytes(path) as f:
@@ -434,22 +403,20 @@ def open_table(path):
             return
         try:
             table = pyarrow.ipc.open_file(f)
-            parts = (table.get_batch(i) for i in range(table.num_record_batches))
+            parts = map(table.get_batch, range(table.num_record_batches))
         except pyarrow.ArrowInvalid:
             f.seek(0)
             parts = table = pyarrow.ipc.open_stream(f)
-        cut = lambda size, columns: (p.slice(i, size) for p in parts for i in range(0, p.num_rows, size))  # noqa: E731
-        yield table.schema, cut
+        yield table.schema, lambda size, columns: parts
 
 
 def read_batches(path, needed=(), size=BATCH):
     """The pyarrow batches of a parquet, Arrow or feather file, with the columns that are asked for, or all."""
     with open_table(path) as (schema, batches):
         check_columns(path, schema.names, needed or schema.names)
-        for key, column in zip(KEYS, needed):
-            need_column(schema.names, key, column, path)
         wanted = [name for name in schema.names if name in needed or is_split(name)]
-        yield from batches(size, columns=wanted if needed else None)
+        for batch in batches(size, columns=wanted if needed else None):
+            yield from (batch.slice(i, size) for i in range(0, batch.num_rows, size))
 
 
 def read_class_names(path):
@@ -470,22 +437,22 @@ def read_xlsx(path, needed=()):
         import openpyxl
     except ImportError as e:
         raise UserError(f"{path}: Excel files need one more package: pip install openpyxl; or save it as csv") from e
-    sheets = {}
     with open_bytes(path) as f:
         data = io.BytesIO(f.read())
+    sheets = {}
     try:
         for sheet in openpyxl.load_workbook(data, read_only=True, data_only=True).worksheets:
             sheet.reset_dimensions()  # what the file says of its size may be wrong
-            sheets[sheet.title] = list(sheet.iter_rows(values_only=True))
+            rows = enumerate(sheet.iter_rows(values_only=True), 1)
+            sheets[sheet.title] = [(line, row) for line, row in rows if any(value is not None for value in row)]
     except Exception as e:  # zipfile's, xml's and openpyxl's own kinds
         raise UserError(f"{path} is damaged or no xlsx: {first_line(e)}") from e
-    sheets = {title: rows for title, rows in sheets.items() if any(map(any, rows))}
-    if len(sheets) > 1:
-        raise UserError(f"{path} has the sheets {', '.join(sheets)}: save the one that you mean as a file of its own")
-    rows = enumerate(next(iter(sheets.values()), []), 1)
-    rows = [(line, row) for line, row in rows if any(value is not None for value in row)]  # Excel keeps emptied ones
+    filled = [title for title, rows in sheets.items() if rows]
+    if len(filled) > 1:
+        raise UserError(f"{path} has the sheets {', '.join(filled)}: save the one that you mean as a file of its own")
+    rows = sheets[filled[0]] if filled else []
     columns = ["" if name is None else str(name).strip() for _, header in rows[:1] for name in header]
-    check_columns(path, columns, needed)
+    check_columns(path, columns or needed, needed)
     for line, row in rows[1:]:
         yield line, dict(itertools.zip_longest(columns, row[: len(columns)]))
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from plumbing.data.readers import (
     BATCH,
     KINDS,
+    check_columns,
     kind_of,
     pick_columns,
     place_of,
@@ -75,12 +76,12 @@ def find_source(name: str, needed: tuple[str, ...] = ()) -> Source:
     name = find_copy(name)
     files = set(os.listdir(name)) if os.path.isdir(name) else set()
     if "dataset_dict.json" in files or {"state.json", "dataset_info.json"} <= files:
-        return open_saved(name, needed)
+        return open_dataset(name, needed)
     if os.path.exists(name):
         return open_files(name, needed)
     if kind_of(name) in KINDS or name.startswith((".", "/", "~")):
         raise UserError(f"dataset={name}: no such file or directory")
-    return open_hub(name, needed)
+    return open_dataset(name, needed)
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -99,101 +100,85 @@ def open_files(path, needed):
         named = [(None, files[0])]
     if not named:
         raise UserError(f"dataset={path}: no train, validation or test file ({', '.join(KINDS)}) in this directory")
-    digest = hash_files(file for _, file in named) + str([split for split, _ in named])
-    read = {file for _, file in named}
-    # A file of another kind, or a folder, is named if its name is a split's.
-    is_split = re.compile(rf"({'|'.join(SPLIT_OF_WORD)})([-_.].*)?", re.IGNORECASE).fullmatch
-    others = [os.path.basename(entry) for entry in entries if entry not in read]
-    passed_over = [name for name in others if kind_of(name) in KINDS or is_split(name)]
     parts = []
     for split, file in named:
         read, place = functools.partial(read_columns, file, needed), functools.partial(place_of, file, needed)
         parts.append(Part(os.path.basename(file), split, read, place, functools.partial(read_class_names, file)))
-    return Source(parts, digest, passed_over)
+    digest = hash_files(file for _, file in named) + str([split for split, _ in named])
+    others = sorted(map(os.path.basename, {*entries}.difference(file for _, file in named)))
+    # A file of another kind, or a folder, is named if its name is a split's.
+    is_split = re.compile(rf"({'|'.join(SPLIT_OF_WORD)})([-_.].*)?", re.IGNORECASE).fullmatch
+    return Source(parts, digest, [name for name in others if kind_of(name) in KINDS or is_split(name)])
 
 
 def name_files(files):
     """(split, file) pairs of the files whose names begin with a split's word. A split is one file, or the numbered
     parts of one, as train-00000-of-00002.parquet: ValueError where it is anything else, such as train.csv next to
     train_small.csv, train.jsonl or train-0.csv, one of which is most often made from the other."""
-    named = []
-    for split, words in SPLITS.items():
-        pattern = re.compile(rf"({'|'.join(words)})(?=[-_.])(.*?)(\.\w+(\.gz)?)", re.IGNORECASE)
-        found = [(file, pattern.fullmatch(os.path.basename(file))) for file in files]
-        found = [(file, match) for file, match in found if match]
-        number = re.compile(r"([-_.]?(?:part|shard)?[-_.]?)\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{8,})?", re.IGNORECASE)
-        # What the parts of one file have in common: the split's word, the kind, and the way that they are numbered.
-        series = {}
-        for file, match in found[::-1]:
-            numbered = number.fullmatch(match[2])
-            series[match[1].lower(), match[3].lower(), numbered.groups()[:2] if numbered else file] = file
-        if len(series) > 1:
-            one, other = sorted(series.values())[:2]
+    pattern = re.compile(rf"({'|'.join(SPLIT_OF_WORD)})(?=[-_.])(.*?)(\.\w+(\.gz)?)", re.IGNORECASE)
+    number = re.compile(r"([-_.]?(?:part|shard)?[-_.]?)\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{8,})?", re.IGNORECASE)
+    named = {split: [] for split in SPLITS}
+    series = {}  # {split: {what the parts of one file have in common: the first of them}}
+    for file in files:
+        if match := pattern.fullmatch(os.path.basename(file)):
+            split, numbered = SPLIT_OF_WORD[match[1].lower()], number.fullmatch(match[2])
+            named[split].append(file)
+            # The split's word, the kind, and the way that they are numbered.
+            shared = match[1].lower(), match[3].lower(), numbered.groups()[:2] if numbered else file
+            series.setdefault(split, {}).setdefault(shared, file)
+    for split, firsts in series.items():
+        if len(firsts) > 1:
+            one, other, *_ = sorted(firsts.values())
             raise UserError(
                 f"{one} and {other} are two files for one split, {split}, and no numbered parts of one (such as "
                 f"{split}-0.csv, {split}-1.csv): move all but one away"
             )
-        named += [(split, file) for file, _ in found]
-    return named
+    return [(split, file) for split, files in named.items() for file in files]
 
 
 # --- the library datasets: the hub, and what it has saved ----------------------------------------
 
 
-def open_hub(name, needed):
-    """A data set on the hub. No loading script is run."""
-    # The library's cache may have it under the short name, if that was typed elsewhere.
-    data = load_data_set(f"dataset={name} is no file here", (HUB_DATASETS.get(name, name), name))
-    source = open_dataset(name, data, needed)
-    source.digest = " ".join(f"{word} {data[word]._fingerprint}" for word in split_words(data))
-    return source
-
-
-def open_saved(path, needed):
-    """A directory that the library's save_to_disk wrote: of a data set with its splits, or of one split."""
+def open_dataset(name, needed):
+    """A directory that the library's save_to_disk wrote, of a data set with its splits or of one split; or a data set
+    on the hub. No loading script is run."""
     import datasets
 
-    try:
-        data = datasets.load_from_disk(path)
-    except Exception as e:
-        raise UserError(
-            f"dataset={path}: damaged, or not what datasets' save_to_disk writes ({first_line(e)})"
-        ) from e
-    data = {"train": data} if isinstance(data, datasets.Dataset) else data
-    source = open_dataset(path, data, needed)
-    words = split_words(data)
-    files = [file["filename"] for word in words for file in data[word].cache_files]
-    source.digest = hash_files(files) + str([(word, len(data[word])) for word in words])
-    return source
-
-
-def split_words(data):
-    """The names of the splits that are read, in the order of SPLITS."""
+    is_saved = os.path.isdir(name)
+    if is_saved:
+        try:
+            data = datasets.load_from_disk(name)
+        except Exception as e:
+            raise UserError(f"dataset={name}: damaged, or nothing that save_to_disk wrote ({first_line(e)})") from e
+        data = {"train": data} if isinstance(data, datasets.Dataset) else data
+    else:  # the library's cache may have it under the short name, if that was typed elsewhere
+        data = load_data_set(f"dataset={name} is no file here", (HUB_DATASETS.get(name, name), name))
     named = {word.lower(): word for word in data}
-    return [named[word] for word in SPLIT_OF_WORD if word in named]
-
-
-def open_dataset(name, data, needed):
-    words = split_words(data)
+    words = [named[word] for word in SPLIT_OF_WORD if word in named]
     if not words:
         raise UserError(f"dataset={name}: no train, validation or test split; it has {', '.join(data)}")
     for one, other in itertools.pairwise(words):
         if SPLIT_OF_WORD[one.lower()] == SPLIT_OF_WORD[other.lower()]:
-            raise UserError(
-                f"dataset={name}: {one} and {other} are two names for one split; save it without one of them"
-            )
+            raise UserError(f"dataset={name}: {one} and {other} are two names for one split; save it with only one")
+    if is_saved:
+        files = [file["filename"] for word in words for file in data[word].cache_files]
+        digest = hash_files(files) + str([(word, len(data[word])) for word in words])
+    else:
+        digest = " ".join(f"{word} {data[word]._fingerprint}" for word in words)
     passed_over = [f"the split {word}" for word in data if word not in words]
-    return Source([dataset_part(name, word, data[word], needed) for word in words], "", passed_over)
+    return Source([dataset_part(name, word, data[word], needed) for word in words], digest, passed_over)
 
 
 def dataset_part(name, word, data, needed):
+    check_columns(f"{name}'s split {word}", data.column_names, needed)
+
     def place(row):
         return f"row {row + 1} of {name}'s split {word}"
 
     def read():
-        for i, table in enumerate(data.with_format("arrow").iter(BATCH)):
-            for batch in table.combine_chunks().to_batches():
-                yield pick_columns(batch, needed, place, i * BATCH)
+        tables = data.with_format("arrow").iter(BATCH)
+        batches = (batch for table in tables for batch in table.combine_chunks().to_batches())
+        return pick_columns(batches, needed, place)
 
     names = {column: feature.names for column, feature in data.features.items() if hasattr(feature, "names")}
     return Part(f"the split {word}", SPLIT_OF_WORD[word.lower()], read, place, lambda: names)
@@ -218,15 +203,16 @@ def open_rt_reviews(needed=()):
 
     def read():
         for *columns, films, _ in read_columns(path, (*needed, "film")):
-            yield [*columns, text_array(map(split_of_film, films.to_pylist()))]
+            shares = (hashlib.sha256(film.encode()).digest()[0] / 256 for film in films.to_pylist())
+            yield [*columns, text_array(map(split_of_share, shares))]
 
     names = {"label": ["negative", "positive"]}
     part = Part("rt_reviews", None, read, lambda row: f"rt_reviews, row {row + 1}", lambda: names)
     return Source([part], hash_files([path]))
 
 
-def split_of_film(film):
-    share = hashlib.sha256(film.encode()).digest()[0] / 256  # the same on every machine, even over [0, 1)
+def split_of_share(share):
+    """80 % train, 10 % validation, 10 % test, of shares that are even over [0, 1)."""
     if share < 0.8:
         return "train"
     return "validation" if share < 0.9 else "test"

@@ -93,19 +93,16 @@ class ExampleWriter:
         encoded = [text.encode() for text in texts]
         n_bytes = np.fromiter(map(len, encoded), np.int64, len(encoded))
         index = np.stack([np.cumsum(lengths) - lengths, np.cumsum(n_bytes) - n_bytes, n_prompt, labels], axis=1)
-        self._share(tokens, index)
+        # What all prompts share, short of one token, so that every row has a prompt token of its own, to predict the
+        # label from.
+        shared = tokens[: n_prompt[0]].tolist() if self.shared is None else self.shared
+        same = ((tokens[index[:, 0] + i] == token).all() for i, token in enumerate(shared[: n_prompt.min() - 1]))
+        self.shared = [token for token, is_same in zip(shared, itertools.takewhile(bool, same))]
         index[:, :2] += self.end[:2]
         self.end[:2] += lengths.sum(), n_bytes.sum()
         self.n += len(texts)
         for f, data in zip(self.files, (index.astype(np.int64), tokens.astype(np.uint16), b"".join(encoded))):
             f.write(data)
-
-    def _share(self, tokens, index):
-        # Short of one token, so that every row has a prompt token of its own, to predict the label from.
-        starts, n = index[:, 0], index[:, 2].min() - 1
-        shared = tokens[: index[0, 2]].tolist() if self.shared is None else self.shared
-        same = ((tokens[starts + i] == token).all() for i, token in enumerate(shared[:n]))
-        self.shared = [token for token, is_same in zip(shared, itertools.takewhile(bool, same))]
 
     def finish(self, shares_prefix, **meta):
         """shares_prefix: whether the prompts' common head may be run once; not where its tokens are scored."""

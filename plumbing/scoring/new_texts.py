@@ -105,30 +105,28 @@ def read_parts(path: str, text_field: str, size: int, is_answered: bool = False)
     """Yields (rows, their texts), `size` rows at a time: dicts, or an Arrow batch of a parquet file. Raises UserError
     with the line for what cannot be answered, if it is not answered already."""
     if readers.kind_of(path) == "parquet":
-        for batch in readers.read_rows(path, (), functools.partial(readers.read_batches, size=size)):
-            if not is_answered:
-                check_names(batch.schema.names, text_field, path)
-            values = batch.column(text_field).to_pylist()
-            yield batch, [readers.to_text(value, "text_field", text_field, path) for value in values]
+        with readers.name_damage(path):
+            for batch in readers.read_batches(path, size=size):
+                if not is_answered:
+                    readers.check_columns(path, batch.schema.names, (text_field,))
+                    refuse_answers(batch.schema.names, path)
+                values = batch.column(text_field).to_pylist()
+                yield batch, [readers.to_text(value, "text_field", text_field, path) for value in values]
         return
     read = readers.read_lines if readers.kind_of(path) == "txt" else None
-    place, rows = path, readers.read_rows(path, (text_field,), read)
-    if path == STDIN:
-        place, rows = "standard input", read_stdin(text_field)
+    rows = read_stdin(text_field) if path == STDIN else readers.read_rows(path, (text_field,), read)
     while part := list(itertools.islice(rows, size)):
         texts = []
-        for line, row in part:
-            where = f"{place}, line {line}"
+        for where, row in part:
             if not is_answered:
-                check_names(row or (text_field,), text_field, where)  # a row may have nothing in it
+                refuse_answers(row, where)
             texts.append(readers.to_text(row.get(text_field), "text_field", text_field, where))
         yield [row for _, row in part], texts
 
 
-def check_names(names, text_field, where):
-    readers.need_column(names, "text_field", text_field, where)
+def refuse_answers(columns, where):
     for name in ANSWER:
-        if name in names:
+        if name in columns:
             raise UserError(f"{where}: a column {name} is there already; rename it, since the answer has that name")
 
 
@@ -137,11 +135,12 @@ def read_stdin(text_field):
     if sys.stdin.isatty():
         print("a text a line; Ctrl-D (Windows: Ctrl-Z and Enter) ends", file=sys.stderr)
     for line, data in enumerate(sys.stdin.buffer, 1):
+        where = f"standard input, line {line}"
         try:
             text = data.decode("utf-8-sig" if line == 1 else "utf-8")
         except UnicodeDecodeError as e:
-            raise UserError(f"standard input, line {line}: no UTF-8; write the texts into a file as UTF-8") from e
-        yield line, {text_field: text.rstrip("\r\n") or None}
+            raise UserError(f"{where}: no UTF-8; write the texts into a file as UTF-8") from e
+        yield where, {text_field: text.rstrip("\r\n") or None}
 
 
 # --- writing ---------------------------------------------------------------------------------------
