@@ -27,11 +27,8 @@ from plumbing.scoring.new_texts import predict_file
 
 FILES = tempfile.TemporaryDirectory(prefix="nanolora-app-")  # removed at the end, with all that is in it
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False", "GRADIO_TEMP_DIR": FILES.name}
-try:
+with one_line_errors(ImportError):
     import gradio as gr
-except ImportError as e:
-    print(f"error: {e}; pip install -r requirements-app.txt", file=sys.stderr)
-    sys.exit(2)
 
 TOKENS = 8_192  # in a batch
 
