@@ -80,10 +80,10 @@ def build(folder):
 
     def show(text):
         """Yields each model's shares and what it wrote, and then what moved the tuned one."""
-        if not text.strip():
+        text = text.strip().encode("utf-8", "replace").decode()  # half an emoji becomes "?"
+        if not text:
             yield *[None] * len(models), "Type a text first."
             return
-        text = text.strip().encode("utf-8", "replace").decode()  # half an emoji becomes "?"
         ex, was_cut = prompt.make_example(text, 0)
         text = gpt2_encoding().decode(ex.tokens, errors="ignore") if prompt.classify else ex.text  # may be cut
         notes = [f"Only the first {len(text):,} characters were read: the model takes no more."] if was_cut else []

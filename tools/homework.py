@@ -87,8 +87,6 @@ def empty(source: str, asked: dict[str, str], spoilers: list[str]) -> str:
             cuts.append(cut_body(lines, node, "left out: it is part of an exercise, to be written there"))
         elif name in spoilers:
             cuts.append((with_comments(lines, node), node.end_lineno, []))
-        if name == "mark_only_lora_as_trainable":  # what comes after it is about others' models
-            cuts.append((node.end_lineno + 1, len(lines), []))
     for first, last, new in sorted(cuts, reverse=True):
         lines[first - 1 : last] = new
     return "\n".join([*lines, ""])

@@ -20,7 +20,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from functools import partial
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
@@ -99,7 +99,7 @@ def find_solutions(submissions: list[Path]) -> list[Path]:
 # --- one part of one submission --------------------------------------------------------------------
 
 
-def grade_part(sending: Connection, files: dict[str, bytes], copy: Path, part: int, limit, way, base, hidden) -> None:
+def grade_part(sending, files: dict[str, bytes], copy: Path, part: int, limit: float, way, base, hidden) -> None:
     """Sends {test: None if it passed, else what is wrong} of one part, run in a fresh copy and its own process."""
     with tempfile.TemporaryDirectory(dir=base / "jobs", ignore_cleanup_errors=True) as work:
         work = Path(work)
@@ -112,7 +112,7 @@ def grade_part(sending: Connection, files: dict[str, bytes], copy: Path, part: i
         if part == 6:
             settings = runpy.run_path(str(test_file))
             command = ["train.py", *settings["TRAINING"], "--out_dir=../tmp/out"]
-            _, ended = run(command, 30 * limit, way, work, hidden)
+            *_, ended = run(command, 30 * limit, way, work, hidden)
             graded = {TRAINING: score(work, settings["WANTED"], ended)}
         else:
             tests = re.findall(r"^def (test_\w+)", test_file.read_text("utf-8"), re.MULTILINE)
@@ -120,8 +120,8 @@ def grade_part(sending: Connection, files: dict[str, bytes], copy: Path, part: i
     sending.send_bytes(json.dumps(graded).encode())
 
 
-def run(command: list[str], limit: float, way: str, work: Path, hidden: list[Path]) -> tuple[list, str]:
-    """([[name, message]] as reported, why nothing more was) of a student's process."""
+def run(command: list[str], limit: float, way: str, work: Path, hidden: list[Path]) -> tuple[bytes, bytearray, str]:
+    """(what a student's process reported, the key of its signatures, why it ended)."""
     key = bytearray(secrets.token_bytes(32))
     reading, writing = os.pipe()
     received, ended, deadline = b"", f"not done after {limit:g} seconds", time.monotonic() + limit
@@ -146,11 +146,12 @@ def run(command: list[str], limit: float, way: str, work: Path, hidden: list[Pat
             os.kill(pid, signal.SIGTERM)
             os.waitpid(pid, 0)
             os.close(reading)
-    return check_signatures(received, key), ended
+    return received, key, ended
 
 
-def check_signatures(received: bytes, key: bytearray) -> list[tuple[str, str | None]]:
-    """The reports up to the first line that is not the reporter's own."""
+def judge(tests: list[str], received: bytes, key: bytearray, ended: str) -> dict[str, str | None]:
+    """{test: None or a message}. A test counts as passed if it was reported, once, as passed. The reports count up to
+    the first line that is not the reporter's own."""
     told = []
     for line in received.splitlines():
         signature, _, text = line.partition(b" ")
@@ -160,11 +161,6 @@ def check_signatures(received: bytes, key: bytearray) -> list[tuple[str, str | N
         if number != len(told):
             break
         told.append((name, message))
-    return told
-
-
-def judge(tests: list[str], told: list[tuple[str, str | None]], ended: str) -> dict[str, str | None]:
-    """{test: None or a message}. A test counts as passed if it was reported, once, as passed."""
     if ("trap", None) in told:
         return dict.fromkeys(tests, "a test that must fail was reported as passed: this part does not count")
     names = [name for name, _ in told]
@@ -207,8 +203,7 @@ def prepare_base(base: Path, hidden: list[Path]) -> str:
         shutil.copytree(reviews, base / "cache" / "rt_reviews")
     way = way_to_shut_in(base / "jobs" / "trial", hidden)
     if way != "namespaces":
-        user = "the user nobody" if way else "you"
-        text = f"note: this system cannot shut a submission in: it runs as {user}, and is only asked to behave"
+        text = f"note: this system cannot shut a submission in: it runs as {way or 'you'}, and is asked to behave"
         print(text, file=sys.stderr)
     return way
 
