@@ -119,6 +119,15 @@ for path in (site + "/planted.txt", "{grades}.planted"):
             write()
         except OSError as e:
             print(e)""",
+    "process spawned": """
+import multiprocessing, os, sys
+sys.modules["__main__"] = type(sys)("__main__")
+try:
+    process = multiprocessing.get_context("spawn").Process(target=os.system, args=("touch '{grades}.planted'",))
+    process.start()
+    process.join()
+except BaseException as e:
+    print(e)""",
     "connected": """
 import socket
 try:
@@ -130,7 +139,7 @@ except BaseException as e:
 
 
 SHUT_IN, HOOKED = "as this system can", "hook alone"
-OUTSIDE = ("solution read", "results written", "parent killed", "files planted", "connected")  # reach out of Python
+OUTSIDE = ("solution read", "results written", "parent killed", "files planted", "process spawned", "connected")
 
 
 def grade_cheats(way, folder):

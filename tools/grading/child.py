@@ -4,6 +4,7 @@ All this is done before the student's code is imported. It holds as far as it ca
 may change what it finds in its own memory: docs/teaching.md.
 """
 
+import _posixsubprocess
 import contextlib
 import ctypes
 import hashlib
@@ -16,6 +17,7 @@ import random
 import runpy
 import signal
 import site
+import subprocess
 import sys
 import tempfile
 import types
@@ -135,6 +137,12 @@ def refuse(hidden: list[Path], own: Path) -> None:
                     raise PermissionError(f"{path[:-1]} is not for a submission")
 
     sys.addaudithook(hook)
+    _posixsubprocess.fork_exec = subprocess._fork_exec = refuse_process
+
+
+def refuse_process(*_):
+    """In place of what multiprocessing starts a process with: it has no event."""
+    raise PermissionError("a new process is not for a submission")
 
 
 # --- the student's process -------------------------------------------------------------------------

@@ -36,8 +36,8 @@ MOST = 1 << 24  # bytes of reports from one process
 LARGEST = 1 << 20  # bytes of an exercise's file
 # What an exercise does not need: where a file has such a word and the handout's has not, a teacher should look at it.
 UNUSUAL = {"_exit", "_getframe", "atexit", "builtins", "ctypes", "eval", "exec", "f_back", "gc", "globals"}
-UNUSUAL |= {"importlib", "inspect", "kill", "modules", "monkeypatch", "pytest", "setattr", "signal", "subprocess"}
-UNUSUAL |= {"threading", "unittest", "__code__", "__import__", "__torch_function__"}
+UNUSUAL |= {"importlib", "inspect", "kill", "modules", "monkeypatch", "multiprocessing", "pytest", "setattr"}
+UNUSUAL |= {"signal", "subprocess", "threading", "unittest", "__code__", "__import__", "__torch_function__"}
 
 
 # --- what is handed in -----------------------------------------------------------------------------
