@@ -27,11 +27,8 @@ from plumbing.scoring.new_texts import predict_file
 
 FILES = tempfile.TemporaryDirectory(prefix="nanolora-app-")  # removed at the end, with all that is in it
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False", "GRADIO_TEMP_DIR": FILES.name}
-try:
+with one_line_errors(ImportError):
     import gradio as gr
-except ImportError as e:
-    print(f"error: {e}; pip install -r requirements-app.txt", file=sys.stderr)
-    sys.exit(2)
 
 TOKENS = 8_192  # in a batch
 
@@ -83,10 +80,10 @@ def build(folder):
 
     def show(text):
         """Yields each model's shares and what it wrote, and then what moved the tuned one."""
-        if not text.strip():
+        text = text.strip().encode("utf-8", "replace").decode()  # half an emoji becomes "?"
+        if not text:
             yield *[None] * len(models), "Type a text first."
             return
-        text = text.strip().encode("utf-8", "replace").decode()  # half an emoji becomes "?"
         ex, was_cut = prompt.make_example(text, 0)
         text = gpt2_encoding().decode(ex.tokens, errors="ignore") if prompt.classify else ex.text  # may be cut
         notes = [f"Only the first {len(text):,} characters were read: the model takes no more."] if was_cut else []

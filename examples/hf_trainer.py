@@ -12,15 +12,7 @@ import os
 import sys
 from dataclasses import dataclass, replace
 
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    HfArgumentParser,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+import transformers
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from dataloader import CustomDataLoader
@@ -57,13 +49,14 @@ def load_data(args):
     return data
 
 
-def train(args, training) -> dict:
-    """One training. Returns a row of the table."""
-    set_seed(training.seed)
+def train(args, training) -> str:
+    """One training. Returns its row of the table."""
+    transformers.set_seed(training.seed)
     data = load_data(args)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GPT-2 has none
-    model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(data.label_names))
+    n_labels = len(data.label_names)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=n_labels)
     model.config.pad_token_id = tokenizer.pad_token_id
     if args.rank:
         attach_lora(model, args.targets, args.rank, args.alpha)
@@ -75,28 +68,28 @@ def train(args, training) -> dict:
         tokens = tokenizer(texts, truncation=True, max_length=args.max_length)["input_ids"]
         return [{"input_ids": ids, "labels": ex.label} for ids, ex in zip(tokens, data.splits[split])]
 
-    trainer = Trainer(
+    trainer = transformers.Trainer(
         model,
         training,
         train_dataset=rows("train"),
         eval_dataset=rows("validation"),
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=transformers.DataCollatorWithPadding(tokenizer),
         compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
     )
     trainer.train()
     scored = "test" if "test" in data.splits else "validation"
-    metrics = trainer.evaluate(rows(scored), metric_key_prefix="test")
+    accuracy = trainer.evaluate(rows(scored), metric_key_prefix="test")["test_accuracy"]
     if args.rank:
         save_adapter(model, training.output_dir, base_model=args.model, also=args.trainable)
     else:
         trainer.save_model()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     method = f"LoRA, r = {args.rank}" if args.rank else "every weight"
-    return {"method": method, "trained": trained, "split": scored, "accuracy": metrics["test_accuracy"]}
+    return f"| {method} | {trained:,} | {scored} | {100 * accuracy:.2f} % |"
 
 
 def main():
-    parser = HfArgumentParser((Args, TrainingArguments))
+    parser = transformers.HfArgumentParser((Args, transformers.TrainingArguments))
     parser.set_defaults(output_dir="out-hf", learning_rate=1e-3, per_device_train_batch_size=32, report_to="none")
     parser.set_defaults(eval_strategy="epoch", save_strategy="no", logging_steps=50)
     args, training = parser.parse_args_into_dataclasses()
@@ -114,9 +107,7 @@ def main():
             table = ray.get([ray.remote(train).remote(*job) for job in jobs])
         else:
             table = [train(*job) for job in jobs]
-    print("\n| trained | parameters | split | accuracy |\n| --- | --- | --- | --- |")
-    for row in table:
-        print(f"| {row['method']} | {row['trained']:,} | {row['split']} | {100 * row['accuracy']:.2f} % |")
+    print("", "| trained | parameters | split | accuracy |", "| --- | --- | --- | --- |", *table, sep="\n")
     print(f"saved: {', '.join(job[1].output_dir for job in jobs)}")
 
 

@@ -25,8 +25,8 @@ from tools.grading.gradescope import write_autograder
 HERE = Path(__file__).resolve().parents[1]
 # The other programs, the tests and the README answer what is asked: they are not copied.
 COPIED = ["lora.py", "model.py", "dataloader.py", "train.py", "generate.py", "configurator.py", "constraints.txt"]
-COPIED += ["requirements.txt", "LICENSE", "assets", "configs", "docs/data.md", "docs/data_kinds.md", "notebooks"]
-COPIED += ["plumbing", "tools/homework_tests"]
+COPIED += ["requirements.txt", "LICENSE", "assets/**/*", "configs/*.py", "docs/data.md", "docs/data_kinds.md"]
+COPIED += ["notebooks/*", "plumbing/**/*.py", "tools/homework_tests/*"]
 # What would give an exercise away. A function becomes an error, since other files import it; the rest is cut.
 SPOILERS = {
     "lora.py": ["LoRALinear.delta_weight"],
@@ -45,30 +45,27 @@ def make_homework(directory: str) -> None:
     with tempfile.TemporaryDirectory(dir=Path(directory).absolute().parent) as new:
         copy = Path(new) / "copy"
         copy.mkdir()
-        ignored = shutil.ignore_patterns("__pycache__", "mergeable.py", "wandb_sweep.yaml")
-        for name in COPIED:
-            to = copy / name.replace("tools/homework_tests", "homework_tests")
-            to.parent.mkdir(exist_ok=True)
-            if (HERE / name).is_dir():
-                shutil.copytree(HERE / name, to, ignore=ignored)
-            else:
-                shutil.copy(HERE / name, to)
-        readme = (copy / "homework_tests" / "README.md").rename(copy / "README.md")
-        items = re.findall(r"^- `([\w.]+)`: (.*(?:\n  .*)*)", readme.read_text("utf-8"), re.MULTILINE)
+        page = (HERE / "tools/homework_tests/README.md").read_text("utf-8")
+        items = re.findall(r"^- `([\w.]+)`: (.*(?:\n  .*)*)", page, re.MULTILINE)
         asked = {name: " ".join(text.split()) for name, text in items}  # {exercise: what is asked}
-        for name in [name for name in {*COPIED, *SPOILERS} if name.endswith(".py")]:
-            source = (copy / name).read_text("utf-8")
-            (copy / name).write_text(empty(source, asked, SPOILERS.get(name, ())), "utf-8")
-        for path in (copy / "notebooks").glob("*.ipynb"):  # without the cells that call what is not copied
-            notebook = json.loads(path.read_text("utf-8"))
-            others = re.compile("sweep|bench|tests/")
-            notebook["cells"] = [cell for cell in notebook["cells"] if not others.search("".join(cell["source"]))]
-            path.write_text(json.dumps(notebook, indent=1) + "\n", "utf-8")
+        for path in [path for pattern in COPIED for path in HERE.glob(pattern) if path.is_file()]:
+            name = path.relative_to(HERE).as_posix()
+            to = copy / name.removeprefix("tools/")
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, to)
+            if path.suffix == ".py" and name in {*COPIED, *SPOILERS}:
+                to.write_text(empty(path.read_text("utf-8"), asked, SPOILERS.get(name, ())), "utf-8")
+            elif path.suffix == ".ipynb":  # without the cells that call what is not copied
+                notebook = json.loads(path.read_text("utf-8"))
+                others = re.compile("sweep|bench|tests/")
+                notebook["cells"] = [cell for cell in notebook["cells"] if not others.search("".join(cell["source"]))]
+                to.write_text(json.dumps(notebook, indent=1) + "\n", "utf-8")
+        (copy / "homework_tests/README.md").rename(copy / "README.md")
+        (copy / "plumbing/adapters/mergeable.py").unlink()
         for path in (copy / "docs").glob("*.md"):  # where a link's page is not copied, its words stay
             link = re.compile(r"\[([^]]*)\]\(((?!https?:)[^)#]+)[^)]*\)")
             text = path.read_text("utf-8")
-            text = link.sub(lambda m, at=path.parent: m[0] if (at / m[2]).exists() else m[1], text)
-            path.write_text(text, "utf-8")
+            path.write_text(link.sub(lambda m: m[0] if (copy / "docs" / m[2]).exists() else m[1], text), "utf-8")
         if asked:
             raise UserError(f"no function with `# task` for {', '.join(asked)} of homework_tests/README.md")
         copy.rename(directory)
@@ -76,6 +73,8 @@ def make_homework(directory: str) -> None:
 
 def empty(source: str, asked: dict[str, str], spoilers: list[str]) -> str:
     """A file's source without the bodies of its exercises and without its spoilers."""
+    source = re.sub(r".*import MergeableLinear\n", "", source)
+    source = re.sub(r"\(MergeableLinear\):.*", "(nn.Linear):", source)
     lines = source.splitlines()
     cuts = []  # (first line, last line, what comes in their place), counted from 1
     for name, node in definitions(ast.parse(source)):
@@ -88,13 +87,9 @@ def empty(source: str, asked: dict[str, str], spoilers: list[str]) -> str:
             cuts.append(cut_body(lines, node, "left out: it is part of an exercise, to be written there"))
         elif name in spoilers:
             cuts.append((with_comments(lines, node), node.end_lineno, []))
-        elif isinstance(node, ast.ClassDef) and "MergeableLinear" in map(ast.unparse, node.bases):
-            cuts.append((node.lineno, node.lineno, [f"class {name}(nn.Linear):"]))
-        if name == "mark_only_lora_as_trainable":  # what comes after it is about others' models
-            cuts.append((node.end_lineno + 1, len(lines), []))
     for first, last, new in sorted(cuts, reverse=True):
         lines[first - 1 : last] = new
-    return "".join(f"{line}\n" for line in lines if "import MergeableLinear" not in line)
+    return "\n".join([*lines, ""])
 
 
 def definitions(tree: ast.Module) -> list[tuple[str, ast.AST]]:
@@ -135,35 +130,34 @@ def grade(submissions: list[str], out: str = "", parts: str = "1,2,3,4,5,6", job
     if not out.endswith(".csv") or Path(out).exists() or Path(out).with_suffix(".jsonl").exists():
         raise UserError(f"--out={out}: type the name of a new file, such as --out=grades.csv")
     try:
-        numbers = [int(part) for part in parts.split(",")], int(jobs or os.cpu_count()), float(limit)
+        chosen, jobs, limit = {*map(int, parts.split(","))}, int(jobs or os.cpu_count()), float(limit)
     except ValueError:
-        numbers = [7], 0, 0
-    chosen, jobs, limit = numbers
-    if not {1, 2, 3, 4, 5, 6}.issuperset(chosen) or jobs < 1 or limit <= 0:
+        jobs = 0
+    if not (jobs > 0 and limit > 0 and chosen <= {1, 2, 3, 4, 5, 6}):
         raise UserError("type --parts=1,2,3 (of 1 to 6), --jobs=4 (processes) and --limit=120 (seconds a part)")
     from tools.grading.submissions import write_grades  # not before: this imports torch
 
     with tempfile.TemporaryDirectory() as new:
         make_homework(f"{new}/copy")
-        write_grades(out, paths, Path(new, "copy"), sorted(set(chosen)), jobs, limit)
+        write_grades(out, paths, Path(new, "copy"), sorted(chosen), jobs, limit)
 
 
 def main(arguments: list[str]) -> None:
-    flags = dict(text[2:].partition("=")[::2] for text in arguments if text.startswith("--"))
-    words = [text for text in arguments if not text.startswith("-")]
-    if words[:1] == ["grade"] and flags.keys() <= {"out", "parts", "jobs", "limit"}:
-        grade(words[1:], **flags)
-    elif words[:1] == ["gradescope"] and len(words) == 2 and not flags:
-        if Path(words[1]).exists():
-            raise UserError(f"{words[1]} is there already: type the name of a new file")
-        with tempfile.TemporaryDirectory() as new:
-            make_homework(f"{new}/copy")
-            write_autograder(words[1], Path(new, "copy"))
-    elif len(words) == 1 and len(arguments) == 1:
-        make_homework(words[0])
-        print(f"{words[0]}: its README.md says what is asked; docs/teaching.md is for the teacher")
-    else:
-        raise UserError("type python -m tools.homework DIRECTORY (a new one), grade or gradescope: docs/teaching.md")
+    flags = dict(text.lstrip("-").partition("=")[::2] for text in arguments if text.startswith("-"))
+    match [text for text in arguments if not text.startswith("-")]:
+        case ["grade", *submissions] if flags.keys() <= {"out", "parts", "jobs", "limit"}:
+            grade(submissions, **flags)
+        case ["gradescope", out] if not flags:
+            if Path(out).exists():
+                raise UserError(f"{out} is there already: type the name of a new file")
+            with tempfile.TemporaryDirectory() as new:
+                make_homework(f"{new}/copy")
+                write_autograder(out, Path(new, "copy"))
+        case [directory] if not flags and directory not in ("grade", "gradescope"):
+            make_homework(directory)
+            print(f"{directory}: its README.md says what is asked; docs/teaching.md is for the teacher")
+        case _:
+            raise UserError("type python -m tools.homework NEW_DIRECTORY, grade or gradescope: docs/teaching.md")
 
 
 if __name__ == "__main__":

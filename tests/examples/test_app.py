@@ -44,7 +44,7 @@ def server(run, tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    process = start("examples/app.py", run, GRADIO_SERVER_PORT=str(port), TMPDIR=str(files))
+    process = start("examples/app.py", run, fresh=True, GRADIO_SERVER_PORT=str(port), TMPDIR=str(files))
     address = f"http://127.0.0.1:{port}"
     assert address in process.stdout.readline(), process.communicate()
     yield address, files

@@ -7,9 +7,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
+
+from conftest import start
 
 from tools.grading.submissions import FILES
 from tools.homework import definitions, make_homework
@@ -118,7 +120,7 @@ import json, sys
 from pathlib import Path
 from tools.grading.submissions import grade_all
 
-copy, parts, limit = json.load(sys.stdin)
+copy, parts, limit = json.loads(sys.argv[1])
 for part, folders in parts.items():
     submissions = {Path(folder).name: Path(folder) for folder in folders}
     for name, results, _ in grade_all(submissions, Path(copy), [int(part)], 2, limit):
@@ -133,12 +135,16 @@ def write(folder, files):
     return folder
 
 
-def run(program, *arguments, **options):
-    """A program, in a process of its own; in the repository's folder, if none is given."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
-    command = [options.pop("python", sys.executable), *program, *map(str, arguments)]
-    options = {"cwd": ROOT, "env": env, "timeout": 600} | options
-    return subprocess.run(command, capture_output=True, text=True, **options)
+def run(program, *arguments, python=None, **env):
+    """A program in the repository's folder, and how it ended: a fork, which spares the import of torch, or a process
+    of `python`."""
+    if python:
+        env = os.environ | {"OMP_NUM_THREADS": "1"} | env
+        command = [python, *program, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=600)
+    process = start(*program, *arguments, **env)
+    out, err = process.communicate(timeout=600)
+    return SimpleNamespace(returncode=process.returncode, stdout=out, stderr=err)
 
 
 def grade(folder, cases, limit=60):
@@ -147,7 +153,7 @@ def grade(folder, cases, limit=60):
     parts = {}
     for i, (files, part) in enumerate(cases.values()):
         parts.setdefault(part, []).append(str(write(folder / str(i), files)))
-    done = run(["-c", GRADE], input=json.dumps([str(handout()), parts, limit]))
+    done = run(["-c", GRADE], json.dumps([str(handout()), parts, limit]))
     assert done.returncode == 0, done.stdout + done.stderr
     results = dict(json.loads(line) for line in done.stdout.splitlines())
     return {case: results[str(i)] for i, case in enumerate(cases)}

@@ -10,6 +10,7 @@ import time
 import zipfile
 from pathlib import Path
 
+TOOLS = Path(__file__).resolve().parents[1]
 SETUP = """#!/usr/bin/env bash
 # Gradescope runs this once, as root, on Ubuntu. torch first, without the gigabytes for GPUs.
 set -e
@@ -30,17 +31,15 @@ cd "$root/source" && exec python3 -m tools.grading.gradescope "$root/submission"
 
 def write_autograder(out: str, copy: Path) -> None:
     """Writes the zip file `out` of the handout `copy`."""
-    here = Path(__file__).resolve().parent
-    files = {f"handout/{path.relative_to(copy).as_posix()}": path for path in copy.rglob("*") if path.is_file()}
-    files |= {f"tools/{path.relative_to(here.parent).as_posix()}": path for path in here.glob("*.py")}
-    files["tools/__init__.py"] = here.parent / "__init__.py"
     with zipfile.ZipFile(out, "x", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, text in (("setup.sh", SETUP), ("run_autograder", RUN)):
             info = zipfile.ZipInfo(name, time.localtime()[:6])
             info.external_attr = 0o100755 << 16  # an executable file
             archive.writestr(info, text)
-        for name, path in files.items():
-            archive.write(path, name)
+        for path in copy.rglob("*"):
+            archive.write(path, "handout" / path.relative_to(copy))
+        for path in (TOOLS / "__init__.py", *TOOLS.glob("grading/*.py")):
+            archive.write(path, "tools" / path.relative_to(TOOLS))
 
 
 def grade(submission: Path, results: Path) -> None:
@@ -48,13 +47,13 @@ def grade(submission: Path, results: Path) -> None:
     from tools.grading.submissions import PARTS, POINTS, grade_all
 
     began = time.monotonic()
-    copy = Path(__file__).resolve().parents[2] / "handout"
-    ((_, graded, _),) = grade_all({"submission": submission}, copy, (1, 2, 3, 4, 5), jobs=2, limit=120)
+    submissions = {"submission": submission}
+    ((_, graded, _),) = grade_all(submissions, TOOLS.parent / "handout", range(1, 6), jobs=2, limit=120)
     tests = []
     for part, messages in sorted(graded.items()):
         name = PARTS[part - 1]
+        points = POINTS[name] / len(messages)
         for test, message in messages.items():
-            points = POINTS[name] / len(messages)
             row = {"name": f"{name}: {test.removeprefix('test_').replace('_', ' ')}", "max_score": points}
             row |= {"score": 0.0 if message else points, "status": "failed" if message else "passed"}
             tests.append(row | {"output": message or "right", "visibility": "visible"})
