@@ -68,4 +68,4 @@ def evaluate(node, where):
     try:
         return compute(*numbers)
     except ArithmeticError as e:  # division by zero, or an integer that is too large to divide
-        raise UserError(f"{where}{e}") from e
+        raise UserError(f"{where}{e}; type the value itself") from e

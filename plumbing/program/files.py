@@ -102,7 +102,9 @@ def put_in_place(new, path):
             if not isinstance(e, PermissionError) and getattr(e, "winerror", None) != 1224:  # mapped
                 raise
             if seconds is None:
-                raise OSError(f"{path} is not replaced: close the program that has it open ({first_line(e)})") from e
+                raise OSError(
+                    f"{path} is the old one, whole: close the program that has it open ({first_line(e)})"
+                ) from e
             time.sleep(seconds)
 
 

@@ -30,7 +30,7 @@ def parse_flags(argv: list[str], cls: type, about: str) -> tuple[str | None, dic
         parser.add_argument(*spellings, dest=key, help=argparse.SUPPRESS, **options)
     known, unknown = parser.parse_known_args(argv)
     if unknown and not unknown[0].startswith("-"):
-        raise UserError(f"{unknown[0]}: one config file at most; settings are typed as --key=value")
+        raise UserError(f"{unknown[0]!r}: one config file at most; settings are typed as --key=value")
     if unknown:
         key = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
         raise UserError(f"unknown flag --{key}: {suggest_key(key, fields, '--') or '--help lists the flags'}")

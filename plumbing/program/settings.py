@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import difflib
-import math
 import typing
 
 from plumbing.program.errors import UserError
@@ -33,8 +32,8 @@ HINTS = {  # nanoGPT's other keys and the handout's other names: what does their
 }
 WANTED = {  # what a setting is, by its type
     bool: "True or False",
-    int: "an integer, such as 16",
-    float: "a floating-point number, such as 5e-4",
+    int: "an integer (such as 16)",
+    float: "a floating-point number (such as 5e-4)",
     str: "a string",
     type(None): "None",
 }
@@ -84,7 +83,8 @@ def fit_value(spelling: str, value, fields: dict, where: str = "", is_text: bool
             value = float(value)
     if int in kinds and type(value) is float and value.is_integer():
         value = int(value)
-    if type(value) not in kinds or (type(value) is float and not math.isfinite(value)):
+    is_number = type(value) in (int, float)
+    if type(value) not in kinds or (is_number and not abs(value) < 1e100):
         raise UserError(f"{where}{key} is {' or '.join(WANTED[kind] for kind in kinds)}, not {value!r}")
     return key, value
 

@@ -36,7 +36,7 @@ def forgiving_output():
         if not sys.stdout.isatty():
             stdout = sys.stdout
             pipe = Pipe(stdout.fileno(), "w", closefd=False)
-            options = {"errors": "backslashreplace", "line_buffering": stdout.write_through}  # python -u
+            options = {"errors": "backslashreplace", "line_buffering": stdout.line_buffering or stdout.write_through}
             sys.stdout = io.TextIOWrapper(io.BufferedWriter(pipe), stdout.encoding, **options)
     try:
         yield

@@ -124,11 +124,11 @@ def load_checkpoint(run, path, file) -> Progress:
         for name, param in ours.items():
             param.copy_(theirs[name])
     for optimizer, saved in zip(run.optimizers, state["optimizers"]):
-        typed = [dict(group) for group in optimizer.param_groups]
+        before = [dict(group) for group in optimizer.param_groups]
         optimizer.load_state_dict(saved)
-        for group, values in zip(optimizer.param_groups, typed):
-            # An --lr (peak_lr), --weight_decay or --beta2 that was typed on resuming wins over the checkpoint's.
-            group.update(values, lr=group["lr"])
+        for group, values in zip(optimizer.param_groups, before):
+            # An --lr, --weight_decay or --beta2 that was typed on resuming wins over the checkpoint's.
+            group.update({key: values[key] for key in ("peak_lr", "weight_decay", "betas") if key in values})
     if state["scaler"]:  # empty: no float16 until now, so there is no scale to take over
         run.scaler.load_state_dict(state["scaler"])
     return Progress(**state["progress"])
@@ -166,7 +166,7 @@ def copy_state(state, copies: dict):
         copies[path] = torch.empty_like(tensors[path], device="cpu")
     if tensors:  # in one call: each would wait for a thread that is in Python
         torch._foreach_copy_([copies[path] for path in tensors], list(tensors.values()))
-    # deepcopy takes what its memo has of an object.
+    # deepcopy's memo, {id: copy}, has all tensors already. So it copies only dicts and lists.
     return copy.deepcopy(state, {id(tensor): copies[path] for path, tensor in tensors.items()})
 
 

@@ -120,7 +120,7 @@ def pick_dtype(device: str, dtype: str = "auto", layer=None) -> torch.dtype:
         dtype = "bfloat16" if has_bfloat16 else "float16"
     elif dtype == "auto":
         dtype = "bfloat16" if device == "cpu" and is_cpu_fast_at_bfloat16() else "float32"
-    elif dtype == "bfloat16" and not has_bfloat16:
+    elif dtype == "bfloat16" and on_cuda and not has_bfloat16:
         raise ValueError(f"dtype=bfloat16: {torch.cuda.get_device_name(device)} has none; type --dtype=float16")
     elif dtype == "float16" and device == "cpu":
         raise ValueError("dtype=float16 is orders of magnitude too slow on cpu; type --dtype=auto")
@@ -225,7 +225,10 @@ class Processes:
         exists = path is not None and os.path.exists(path)
         if self.world_size == 1:
             return path if exists else None
-        size = int(self.totals([os.path.getsize(path) + 1 if exists and self.is_first else 0])[0]) - 1
+        size = 0  # that of the others, to be added
+        if self.is_first:
+            size = os.path.getsize(path) if exists else -1
+        size = int(self.totals([size])[0])
         if size < 0:
             return None
         content = torch.empty(size, dtype=torch.uint8, device=self.device)

@@ -64,12 +64,12 @@ def build_optimizers(config, model, left_out=()) -> list[AdamW]:
     for name, p in model.named_parameters():
         if not p.requires_grad or any(p is other for other in left_out):
             continue
-        if p.ndim < 2:
-            vectors.append(p)
-        elif ratio != 1 and name.endswith("lora_B"):
+        if ratio != 1 and name.endswith("lora_B"):
             matrices_B.append(p)
-        else:
+        elif p.ndim >= 2:
             matrices.append(p)
+        else:
+            vectors.append(p)
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay, "lr": config.lr},
         {"params": matrices_B, "weight_decay": config.weight_decay, "lr": config.lr * ratio},

@@ -43,7 +43,7 @@ class Saver:
         self.thread.shutdown()
         self.signals.__exit__(kind, *error)
         if kind is None:
-            self.wait_for()
+            self.check()
 
     def write(self, function, *args) -> None:
         """Copies the tensors in args as they are now, for function(*args) in the first process's thread. Waits only
@@ -66,8 +66,12 @@ class Saver:
             self.error = e
 
     def wait_for(self, *functions) -> None:
-        """Waits for their last calls. Raises what went wrong in the thread."""
+        """Waits for their last calls."""
         wait([self.last[function] for function in functions if function in self.last])
+        self.check()
+
+    def check(self) -> None:
+        """Raises what went wrong in the thread."""
         if self.error is not None:
             raise self.error
 
@@ -95,7 +99,7 @@ class Saver:
     def save_or_stop(self, n_stopped: float) -> None:
         """Saves if it is due. Saves and ends the program after a signal in any of the processes, or an error in the
         thread."""
-        self.wait_for()
+        self.check()
         config = self.run.config
         it = self.progress.iter
         is_due = config.save_interval > 0 and it % config.save_interval == 0
@@ -109,12 +113,13 @@ class Saver:
             sys.exit(128 + (self.signals.received or signal.SIGTERM))
 
     def save(self) -> None:
-        out_dir = self.run.config.out_dir
-        if self.run.config.rank:
-            self.write(save_checkpoint, out_dir, collect_state(self.run, self.progress))
-        elif self.run.processes.is_first:  # a copy would be three times the model
-            self.finish()
-            save_checkpoint(out_dir, collect_state(self.run, self.progress))
+        if self.run.processes.is_first:
+            out_dir, state = self.run.config.out_dir, collect_state(self.run, self.progress)
+            if self.run.config.rank:
+                self.write(save_checkpoint, out_dir, state)
+            else:  # a copy would be three times the model
+                self.finish()
+                save_checkpoint(out_dir, state)
         self.start()
         self.saved_it = self.progress.iter
 

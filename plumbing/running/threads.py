@@ -37,7 +37,7 @@ def end_quietly(kind, error, trace):
 
 
 program = getattr(sys.modules["__main__"], "__file__", None) or ""
-is_ours = os.path.realpath(program).startswith(ROOT + os.sep)
-if is_ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+is_our_program = os.path.realpath(program).startswith(ROOT + os.sep)
+if is_our_program and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     sys.excepthook = end_quietly
     signal.signal(signal.SIGINT, stop_while_importing)

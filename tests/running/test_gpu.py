@@ -98,7 +98,7 @@ def skip_without(device, dtype):
 def any_dtype(monkeypatch):
     """The dtype that is asked for, float16 on a CPU too, where a user's is refused for its speed."""
     for module in (machine, generate):
-        monkeypatch.setattr(module, "pick_dtype", lambda device, dtype, mixed, before=None: getattr(torch, dtype))
+        monkeypatch.setattr(module, "pick_dtype", lambda device, dtype, mixed: getattr(torch, dtype))
 
 
 # --- loss and gradients ---------------------------------------------------------------------------
