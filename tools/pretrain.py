@@ -195,10 +195,9 @@ def tokenise_text(files, folder, text_field, lowercase_share):
             for split in SPLITS:
                 texts = [text for its, text in prepared if its == split]
                 rows = gpt2_encoding().encode_ordinary_batch(texts, num_threads=os.cpu_count())
-                tokens = [token for row in rows for token in (*row, end_of_text())]
                 with open(os.path.join(new, f"{split}.bin"), "ab") as f:
-                    f.write(np.array(tokens, np.uint16).tobytes())
-                sizes[f"{split}_tokens"] += len(tokens)
+                    f.writelines(np.array([*row, end_of_text()], np.uint16).tobytes() for row in rows)
+                sizes[f"{split}_tokens"] += sum(map(len, rows)) + len(rows)
                 sizes[f"{split}_bytes"] += sum(len(text.encode()) for text in texts)
         return write_meta(new, **sizes)
 

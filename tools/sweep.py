@@ -79,13 +79,13 @@ def main(config: SweepConfig) -> None:
         left = [run for run in runs if not run.done()]
         # A mistake in the data shows before the first run. `check` has read it for the claims; Ray's machines read
         # their own.
-        if left and not config.ray and "claims" not in config.only:
+        if left and not config.ray and not asks_claims(config):
             make_loader(left[-1].config, context_size(config.init_from))
         make_folder(config.sweep_dir)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failed = make_runs(config, runs)
+    chapter = make_claims(config, failed) if asks_claims(config) else None
     speeds = measure_latency(config) if {"latency", "claims"} & set(config.only.split(",")) else None
-    chapter = make_claims(config, failed, speeds["turns"]) if "claims" in config.only else None
     with one_line_errors():
         write_report(config, runs, failed, speeds, chapter)
     print(f"written: {config.sweep_dir}/report.html, {config.sweep_dir}/report.md")
@@ -102,9 +102,13 @@ def check(config):
         raise ValueError(f"only={config.only}: no part {min(unknown)!r}; type some of {KINDS},claims")
     pick_dtype(pick_device(config.device), config.dtype)
     check_vocabulary(config.init_from)
-    if "claims" in config.only:
+    if asks_claims(config):
         claims.check_splits(config)
     count_jobs(config)
+
+
+def asks_claims(config):
+    return "claims" in config.only.split(",")
 
 
 def count_jobs(config):
@@ -203,7 +207,7 @@ def list_runs(config, runs):
     """Prints the runs and about how long each will take."""
     speeds = {}  # {kind of run: (seconds of an update, of an evaluation)}
     total = 0.0
-    if "claims" in config.only:
+    if asks_claims(config):
         of_claims = plan_claims(config, read_numbers(config, "seeds", 0)[:1])
         n_threads = torch.get_num_threads()
         torch.set_num_threads(max(1, n_threads // count_jobs(config)))
@@ -265,7 +269,7 @@ def make_runs(config, runs):
     return failed
 
 
-def make_claims(config, failed, turns):
+def make_claims(config, failed):
     """Makes the claims' trainings: those of the first seed, which tell how long a seed takes, and then those of as
     many seeds as fit. Adds to `failed`. Returns what a report tells of them: verdicts, results, a seed's minutes."""
     path = os.path.join(config.sweep_dir, "claims.json")
@@ -285,6 +289,7 @@ def make_claims(config, failed, turns):
     with one_line_errors():
         by_name = {run.name: run for run in runs}
         seeds = claim_seeds(config, minutes)
+        turns = measure_latency(config)["turns"]  # only now: a GPU is shared with no training
         results = claims.gather(by_name, seeds, config, full_rate(config), measure_base(config), turns)
         return claims.judge_all(results), results, minutes
 

@@ -71,9 +71,10 @@ def name_damage(path):
         yield
     except UserError:
         raise
-    except UnicodeDecodeError as e:
-        raise UserError(name_encoding(path)) from e
     except (ValueError, csv.Error, OSError, EOFError, zlib.error, RecursionError) as e:
+        is_text = READERS.get(kind_of(path), read_txt) is not None
+        if isinstance(e, UnicodeDecodeError) and is_text:
+            raise UserError(name_encoding(path)) from e
         raise UserError(f"{path} is damaged or no {kind_of(path)}: {first_line(e)}") from e
 
 

@@ -73,7 +73,7 @@ def read_model_config(path):
             raise ValueError(f"{path}: {SIZES[key]}={value!r} is no size")
     for key, values in (COMPUTED | {"n_inner": (4 * sizes["n_embd"], None)}).items():
         if config.get(key, values[0]) not in values:
-            raise ValueError(f"{path}: {key}={config[key]!r}, but this GPT-2 computes {values[0]!r}")
+            raise ValueError(f"{path}: {key}={config[key]!r}, but this GPT-2 computes with {values[0]!r}")
     if config.get("architectures") == ["GPT2ForSequenceClassification"]:
         sizes["n_classes"] = len(config.get("id2label") or (0, 1))  # transformers leaves two classes out
     return sizes

@@ -109,7 +109,7 @@ def settings_section(config):
 
 def result_section(config, result):
     lines = ["## Result", ""]
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         with open(os.path.join(config.out_dir, "metrics.jsonl"), encoding="utf-8") as f:
             best = min(json.loads(line)["val_loss"] for line in f)
         lines.append(f"- best validation loss: {best:.4f} nats a scored token")

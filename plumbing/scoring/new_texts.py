@@ -83,17 +83,16 @@ def check_file(path: str, text_field: str, target: str) -> int:
             "standard input"
         )
     n = sum(len(texts) for _, texts in read_parts(path, text_field, 1_000))
-    if n == 0:
-        raise UserError(f"predict={path}: no text in it, it is empty")
     if readers.is_csv(path):
         columns = readers.read_format(path, (text_field,)).columns
         readers.check_columns(path, columns, columns)
+    if n == 0:
+        raise UserError(f"predict={path}: no text in it, it is empty")
     if os.path.exists(target):
-        files = read_parts(path, text_field, 1_000), read_parts(target, text_field, 1_000, is_answered=True)
-        now, then = (itertools.chain.from_iterable(texts for _, texts in parts) for parts in files)
+        texts = read_bare(path, text_field)
         # Each text that was answered is in its place again, and more may follow.
-        with contextlib.suppress(UserError, KeyError):  # damaged, or without this column
-            if all(next(now, ...) == text for text in then):
+        with contextlib.suppress(UserError):  # damaged, or without this column
+            if all(next(texts, ...) == answered for answered in read_bare(target, text_field)):
                 return n
         raise UserError(
             f"predict={path}: {target} holds the answers to other texts; move it away, or type another --out_dir"
@@ -101,13 +100,19 @@ def check_file(path: str, text_field: str, target: str) -> int:
     return n
 
 
-def read_parts(path: str, text_field: str, size: int, is_answered: bool = False) -> Iterator[tuple]:
+def read_bare(path, text_field):
+    """The texts of a file, or of a file of answers."""
+    for _, texts in read_parts(path, text_field, 1_000, columns=(text_field,)):
+        yield from texts
+
+
+def read_parts(path: str, text_field: str, size: int, columns: tuple[str, ...] = ()) -> Iterator[tuple]:
     """Yields (rows, their texts), `size` rows at a time: dicts, or an Arrow batch of a parquet file. Raises UserError
-    with the line for what cannot be answered, if it is not answered already."""
+    with the line for what cannot be answered. columns: the only ones to be looked at, where all need not be."""
     if readers.kind_of(path) == "parquet":
         with readers.name_damage(path):
-            for batch in readers.read_batches(path, size=size):
-                if not is_answered:
+            for batch in readers.read_batches(path, columns, size):
+                if not columns:
                     readers.check_columns(path, batch.schema.names, (text_field,))
                     refuse_answers(batch.schema.names, path)
                 values = batch.column(text_field).to_pylist()
@@ -118,7 +123,7 @@ def read_parts(path: str, text_field: str, size: int, is_answered: bool = False)
     while part := list(itertools.islice(rows, size)):
         texts = []
         for where, row in part:
-            if not is_answered:
+            if not columns:
                 refuse_answers(row, where)
             texts.append(readers.to_text(row.get(text_field), "text_field", text_field, where))
         yield [row for _, row in part], texts

@@ -229,9 +229,9 @@ def execute(folder, commands, files, copies, environment, seconds):
         for name, (place, file, content) in copies.items():
             here[name] = os.path.abspath(os.path.join(place, file))
             if not os.path.isdir(place):
-                shutil.rmtree(f"{place}.tmp", ignore_errors=True)
-                fetch(content, f"{place}.tmp")
-                os.rename(f"{place}.tmp", place)
+                new = f"{place}-{uuid.uuid4().hex[:8]}"
+                fetch(content, new)
+                os.rename(new, place)
     environment = environment | {"NANOLORA_COPIES": json.dumps(here), "NANOLORA_CACHE": os.path.abspath("cache")}
     sent_at = time.monotonic()  # a run that is soon done sends its end alone
     try:
