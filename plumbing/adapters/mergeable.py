@@ -55,12 +55,11 @@ class MergeableLinear(nn.Linear):
         if self._w0 is None:
             yield
             return
-        training = self.training
-        self.train()
+        self.unmerge(None)  # with a W0 aside no delta is needed
         try:
             yield
         finally:
-            self.train(training)
+            self.train(self.training)
 
     def register_parameter(self, name, param):  # layer.lora_A = nn.Parameter(...) comes through here
         with self._w0_in_place():
