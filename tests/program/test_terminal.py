@@ -75,8 +75,8 @@ def test_closed_streams_stop_nothing(place, closed):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's full device")
 def test_a_log_on_a_full_disk_stops_nothing(place):
     """Lost if it fails: a run ends with the disk of its log; or what is missing in the log is told to nobody."""
-    codes, _, err = shell(f"{python('train.py', *flags(place, 'full', **RUN))} > /dev/full")
-    assert codes == [2] and err.count("\n") == 1 and "No space" in err
+    _, err = finish(start("train.py", *flags(place, "full", **RUN), out="/dev/full"), code=2)
+    assert err.count("\n") == 1 and "No space" in err
     assert read_metrics(place / "full")[-1]["iter"] == 4 and (place / "full" / "README.md").exists()
 
 
