@@ -3,7 +3,7 @@
 h = W0 x + b + (alpha / r) B A x        A: (r, in), random        B: (out, r), zero
 
 The sizes behind the lines are those of 8 reviews of 52 tokens, 416 in all, in gpt2-medium's c_attn with r = 16.
-`# task` marks what a student of the course writes. Others' models have this formula in plumbing/adapters/layers.py.
+`# task` marks what a student of the course writes. Others' models have this formula in plumbing/adapters/attach.py.
 """
 
 import math

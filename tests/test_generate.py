@@ -278,7 +278,7 @@ def test_a_terminal_without_some_letters_shows_what_it_can(tiny, tmp_path):
     check_files(tmp_path / "untuned", dict(rows), 4)
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unbuffered", ["", pytest.param("1", marks=pytest.mark.slow)])
 def test_a_reader_that_leaves_takes_no_file_along(tiny, films, tmp_path, unbuffered):
     """Lost if it fails: `python generate.py ... | head -1` scores for an hour and leaves nothing behind."""
     path = write_csv(tmp_path / "rows.csv", [*films[1].items(), ("", "good")])  # a note comes before the score

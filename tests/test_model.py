@@ -420,7 +420,7 @@ def test_a_long_text_gives_the_plain_gradient():
 # --- torch.compile -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("P", [0, 5])
+@pytest.mark.parametrize("P", [pytest.param(0, marks=pytest.mark.slow), 5])
 def test_compiled_graph_breaks_only_where_places_are_counted(P):
     """Otherwise --compile makes a graph for each attention and each shape, and is slower than without."""
     torch.manual_seed(0)

@@ -1,8 +1,10 @@
 """The same adapter on a model that others wrote: attached by forward hooks, taken off, folded in."""
 
+import math
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from plumbing.adapters import layers as adapter
@@ -14,10 +16,7 @@ def attach_lora(
 ) -> list[str]:
     """Puts an adapter on every `nn.Linear` and Hugging Face `Conv1D` of `model` if the regular expression `targets`
     finds something in its full name (`re.search`). Returns the names of the adapted layers. It does not change which
-    parameters train: call mark_only_lora_as_trainable afterwards.
-
-    rslora: scales by alpha / sqrt(rank) ("A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
-    Kalajdzievski 2023). add_adapter divides by rank, so layer_alpha gives it alpha sqrt(rank).
+    parameters train: call mark_only_lora_as_trainable afterwards. rslora: scales by alpha / sqrt(rank).
 
     Raises ValueError, before anything is changed, if nothing matches or a matching layer cannot be adapted.
     """
@@ -28,8 +27,7 @@ def attach_lora(
     chosen = {name: layer for name, layer in linear.items() if pattern.search(name)}
     if not chosen:
         names = list(linear)
-        examples = names if len(names) <= 5 else [*names[:4], names[-1]]
-        listed = ", ".join(examples) or "none"
+        listed = ", ".join([*names[:4], *names[4:][-1:]]) or "none"  # the head comes last
         raise ValueError(f"targets={targets}: matches no linear layer's name; there are {len(names)}: {listed}")
     for name, layer in chosen.items():
         if "lora_A" in layer._parameters:
@@ -51,18 +49,20 @@ def check_layer(layer: nn.Module, name: str, where: str) -> None:
 
 
 def add_adapter(layer: nn.Module, rank: int, alpha: float, dropout: float = 0.0) -> None:
-    """A new adapter on one layer. In a LoRALinear that was made with rank 0 it is enough to set A and B: is_lora() is
-    then true, and its own forward pass adds (alpha / r) B A x. Any other layer gets two hooks, functions that torch
-    calls before and after its forward pass. `add_to_output` adds (alpha / r) B A x to what the layer computes. In
-    evaluation without gradients `cover_weight` hides the layer's weight behind W0 + (alpha / r) B A instead, which is
-    as fast as W0 alone."""
+    """A new adapter on one layer. A LoRALinear that was made with rank 0 needs only A and B: its own forward pass
+    then adds (alpha / r) B A x. Any other layer gets two hooks, functions that torch calls before and after its
+    forward pass: `cover_weight` and `add_to_output`."""
     training = layer.training
     layer.train()  # a LoRALinear with weights that are merged takes its W0 back
-    layer.lora_A, layer.lora_B = adapter.new_matrices(layer, rank)
+    n_out, n_in = adapter.sizes(layer)
+    like = adapter.factory_kwargs(layer.weight)
+    A = torch.empty(rank, n_in, **like)
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # as nn.Linear draws its weight
+    layer.lora_A = nn.Parameter(A)
+    layer.lora_B = nn.Parameter(torch.zeros(n_out, rank, **like))
     layer.lora_scaling = alpha / rank
     layer.lora_dropout = nn.Dropout(dropout)
-    is_hooked = hasattr(layer, "_lora_hooks")  # then load_adapter replaces A and B of a layer that has an adapter
-    if not adapter.merges_itself(layer) and not is_hooked:
+    if not adapter.merges_itself(layer) and not hasattr(layer, "_lora_hooks"):  # load_adapter may only exchange A, B
         layer._merged = None
         layer._lora_hooks = (
             layer.register_forward_pre_hook(cover_weight),
@@ -73,8 +73,8 @@ def add_adapter(layer: nn.Module, rank: int, alpha: float, dropout: float = 0.0)
 
 
 def cover_weight(layer, args):
-    """Before a forward pass without gradients, in evaluation: `layer.weight` reads as W0 + (alpha / r) B A."""
-    # (torch.compile cannot follow a weight that is exchanged.)
+    """Before a forward pass without gradients, in evaluation: `layer.weight` reads as W0 + (alpha / r) B A, which is
+    as fast as W0 alone. (torch.compile cannot follow a weight that is exchanged.)"""
     if layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         layer._merged = None  # in training it would only take memory
         return
@@ -90,12 +90,18 @@ def cover_weight(layer, args):
 
 
 def add_to_output(layer, args, kwargs, out):
-    """After the layer's forward pass: adds (alpha / r) B A x, or takes the cover off its weight."""
+    """After the layer's forward pass: out += (alpha / r) B A x, in place and in out's dtype, which is one pass over
+    `out` less than by the plain formula. Or, where the weight is covered, its cover is taken off."""
     cover = layer.__dict__.pop("weight", None)  # W0 is in sight again
-    if cover is None and out is not None:  # out is None after an error in the forward pass
-        x = next(iter((*args, *kwargs.values())))  # the layer's one input, by place or by name
-        return adapter.add_low_rank(out, x, layer)
-    return None  # to torch: the output stays as it is
+    if cover is not None or out is None:  # None after an error in the forward pass
+        return
+    x = next(iter((*args, *kwargs.values())))  # (..., in): the layer's one input, by place or by name
+    A = layer.lora_A.to(out.dtype)
+    B = layer.lora_B.to(out.dtype)
+    z = F.linear(layer.lora_dropout(x).to(out.dtype), A).view(-1, A.size(0))  # (N, r)
+    # A tensor of two dimensions stays as it is: where a view is written in place, autograd copies the gradient.
+    flat = out if out.ndim == 2 else out.view(-1, out.size(-1))
+    flat.addmm_(z * layer.lora_scaling, B.t())
 
 
 def drop_adapter(layer: nn.Module) -> None:
@@ -111,20 +117,13 @@ def drop_adapter(layer: nn.Module) -> None:
 
 
 def put_aside(model: nn.Module, names: Iterable[str]) -> None:
-    """Keeps the base's biases and whole modules of these names, which an adapter's file is about to replace. What is
-    aside already is the base's. No parameter, no buffer, in no state dict."""
+    """Keeps the base's biases and whole modules of these names, which an adapter's file is about to replace, after
+    what an earlier file has replaced is back. No parameter, no buffer, in no state dict."""
+    put_back(model)
     state = model.state_dict()
     for name in names:
         module, _, leaf = name.rpartition(".")
-        aside = model.get_submodule(module).__dict__.setdefault("_put_aside", {})
-        if leaf not in aside:
-            aside[leaf] = state[name].clone()
-
-
-def names_aside(model: nn.Module) -> set[str]:
-    """The names of what an adapter's file has replaced."""
-    modules = model.named_modules()
-    return {f"{name}.{leaf}" for name, module in modules for leaf in module.__dict__.get("_put_aside", ())}
+        model.get_submodule(module).__dict__.setdefault("_put_aside", {})[leaf] = state[name].clone()
 
 
 def put_back(model: nn.Module) -> None:
@@ -147,13 +146,13 @@ def merge_lora(model: nn.Module) -> None:
     """Folds every adapter into its layer's weight, once and for all, and takes it off. Raises ValueError, before
     anything is changed, for a weight that another layer shares."""
     layers = adapter.lora_layers(model)
-    for names in adapter.shared_parameters(model):
-        modules = [name.removesuffix(".weight") for name in names]
-        for module in modules:
-            if module in layers:
-                raise ValueError(
-                    f"{' and '.join(modules)} share a weight: merging {module}'s adapter would change them all"
-                )
+    tied = adapter.shared_parameters(model)
+    for name in layers:
+        modules = [n.removesuffix(".weight") for n in tied.get(f"{name}.weight", ())]
+        if modules:
+            raise ValueError(
+                f"{' and '.join(modules)} share a weight: merging {name}'s adapter would change them all"
+            )
     for layer in layers.values():
         merged = adapter.merged_weight(layer)
         drop_adapter(layer)

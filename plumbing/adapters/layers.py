@@ -7,7 +7,6 @@ import contextlib
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 
@@ -16,14 +15,15 @@ def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if "lora_A" in module._parameters}
 
 
-def shared_parameters(model: nn.Module) -> list[list[str]]:
-    """The names of each parameter that several modules hold, such as a head that is the word embedding too."""
+def shared_parameters(model: nn.Module) -> dict[str, list[str]]:
+    """{name: all its names} of the parameters that several modules hold, such as a head that is the word embedding
+    too."""
     users = {}
     for module_name, module in model.named_modules():  # a module under several names comes once
         for leaf, param in module._parameters.items():
             users.setdefault(id(param), []).append(f"{module_name}.{leaf}")
     users.pop(id(None), None)
-    return [names for names in users.values() if len(names) > 1]
+    return {name: names for names in users.values() if len(names) > 1 for name in names}
 
 
 def merges_itself(layer) -> bool:
@@ -54,15 +54,6 @@ def factory_kwargs(weight: torch.Tensor) -> dict:
     return {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
 
 
-def new_matrices(layer, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """A, drawn as nn.Linear draws its weight, and B, zero, for a layer of any class."""
-    n_out, n_in = sizes(layer)
-    like = factory_kwargs(layer.weight)
-    A = torch.empty(rank, n_in, **like)
-    nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-    return nn.Parameter(A), nn.Parameter(torch.zeros(n_out, rank, **like))
-
-
 def copy_all(tensors: tuple, dtype: torch.dtype) -> tuple:
     copies = tuple(torch.empty_like(t, dtype=dtype) for t in tensors)
     torch._foreach_copy_(copies, tensors)
@@ -86,38 +77,31 @@ class CastAll(torch.autograd.Function):
 def cast_together(layers: list, dtype: torch.dtype):
     """Within it the layers' A and B are copies in `dtype`, all made at once, and no forward or backward pass casts
     them again: on a GPU two kernels, not four a layer. Gradients reach A and B in their own dtype."""
-    layers = [layer for layer in layers if "lora_A" in layer._parameters]  # merge_lora and detach_lora take it away
-    own = [layer._parameters[name] for layer in layers for name in ("lora_A", "lora_B")]
+    adapted = [layer._parameters for layer in layers if "lora_A" in layer._parameters]  # merge_lora takes it away
+    places = [(params, name) for params in adapted for name in ("lora_A", "lora_B")]
+    own = [params[name] for params, name in places]
     if not own or own[0].dtype == dtype:
         yield
         return
-    copies = CastAll.apply(dtype, *own)
     try:
-        for layer, A, B in zip(layers, copies[::2], copies[1::2]):
-            layer._parameters |= {"lora_A": A, "lora_B": B}
+        for (params, name), cast in zip(places, CastAll.apply(dtype, *own)):
+            params[name] = cast
         yield
     finally:
-        for layer, A, B in zip(layers, own[::2], own[1::2]):
-            layer._parameters |= {"lora_A": A, "lora_B": B}
+        for (params, name), param in zip(places, own):
+            params[name] = param
 
 
-def add_low_rank(out, x, layer):  # (..., out), (..., in) -> (..., out)
-    """out += (alpha / r) B A x, in place and in out's dtype: one pass over `out` less than by the plain formula."""
-    A = layer.lora_A.to(out.dtype)
-    B = layer.lora_B.to(out.dtype)
-    z = F.linear(layer.lora_dropout(x).to(out.dtype), A).view(-1, A.size(0))  # (N, r)
-    # A tensor of two dimensions stays as it is: where a view is written in place, autograd copies the gradient.
-    flat = out if out.ndim == 2 else out.view(-1, out.size(-1))
-    flat.addmm_(z * layer.lora_scaling, B.t())
-    return out
-
-
-def alpha_of(layer, rslora: bool = False) -> float:
-    """alpha as it was typed: `lora_scaling` is alpha / r (rslora: alpha / sqrt(r)), rounded."""
+def kind_of(layer, rslora: bool = False) -> tuple[int, float, float]:
+    """(rank, alpha, dropout) as they were typed: `lora_scaling` is alpha / r (rslora: alpha / sqrt(r)), rounded, and
+    `lora_dropout` a number or an nn.Dropout."""
     rank = layer.lora_A.size(0)
     alpha = layer.lora_scaling * (math.sqrt(rank) if rslora else rank)
     typed = float(f"{alpha:.12g}")
-    return typed if layer_alpha(typed, rank, rslora) / rank == layer.lora_scaling else alpha
+    if layer_alpha(typed, rank, rslora) / rank == layer.lora_scaling:
+        alpha = typed
+    dropout = getattr(layer, "lora_dropout", 0.0)
+    return rank, alpha, getattr(dropout, "p", dropout)
 
 
 def layer_alpha(alpha: float, rank: int, rslora: bool = False) -> float:
@@ -133,12 +117,6 @@ def lora_arguments(config) -> dict:
     return {"lora_rank": config.rank, "lora_alpha": alpha, "lora_targets": config.lora_targets}
 
 
-def dropout_of(layer) -> float:
-    """The share that a layer's dropout drops: `lora_dropout` is a number or an `nn.Dropout`."""
-    dropout = getattr(layer, "lora_dropout", 0.0)
-    return getattr(dropout, "p", dropout)
-
-
 @torch.no_grad()
 def merged_weight(layer) -> torch.Tensor:
     """W0 + (alpha / r) B A in W0's shape and dtype, rounded once."""
@@ -146,8 +124,6 @@ def merged_weight(layer) -> torch.Tensor:
     if w0 is None and getattr(layer, "has_weights_merged", False):
         return layer.weight.detach()  # merged in place, by a lora.py of one's own
     w0 = layer.weight if w0 is None else w0
-    delta = (
-        layer.delta_weight() if hasattr(layer, "delta_weight") else layer.lora_scaling * layer.lora_B @ layer.lora_A
-    )
+    delta = layer.lora_scaling * (layer.lora_B @ layer.lora_A)
     delta = delta.t() if is_conv1d(layer) else delta
     return (w0 + delta).to(w0.dtype)

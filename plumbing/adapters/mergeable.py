@@ -26,10 +26,15 @@ class MergeableLinear(nn.Linear):
     @torch.no_grad()
     def merge(self, delta: Callable[[], torch.Tensor]) -> None:
         """weight = W0 + delta(), in W0's dtype and rounded once."""
-        if self.has_weights_merged and self._w0 is None:
-            return
         if self._w0 is None:
-            self._put_w0_aside()
+            if self.has_weights_merged:
+                return
+            if getattr(self.weight, "is_merged", False):  # by another layer, whose weight is this very parameter
+                raise ValueError(
+                    "two layers share a weight: merging both adapters would change it twice; stay in train()"
+                )
+            self.weight.is_merged = True
+            self._w0 = self.weight.data
         self.weight.data = (self._w0 + delta()).to(self._w0.dtype)
         self.has_weights_merged = True
 
@@ -37,23 +42,12 @@ class MergeableLinear(nn.Linear):
     def unmerge(self, delta: Callable[[], torch.Tensor]) -> None:
         """weight = W0."""
         if self._w0 is not None:
-            self._put_w0_back()
+            self.weight.is_merged = False
+            self.weight.data = self._w0
+            self._w0 = None
         elif self.has_weights_merged:
             self.weight.data = (self.weight - delta()).to(self.weight.dtype)
         self.has_weights_merged = False
-
-    def _put_w0_aside(self):
-        if getattr(self.weight, "is_merged", False):  # by another layer, whose weight is this very parameter
-            raise ValueError(
-                "two layers share a weight: merging both adapters would change it twice; stay in train()"
-            )
-        self.weight.is_merged = True
-        self._w0 = self.weight.data
-
-    def _put_w0_back(self):
-        self.weight.is_merged = False
-        self.weight.data = self._w0
-        self._w0 = None
 
     @contextlib.contextmanager
     def _w0_in_place(self):
@@ -61,8 +55,7 @@ class MergeableLinear(nn.Linear):
         if self._w0 is None:
             yield
             return
-        self._put_w0_back()
-        self.has_weights_merged = False
+        self.unmerge(None)  # with a W0 aside no delta is needed
         try:
             yield
         finally:

@@ -20,13 +20,13 @@ def draw_adapter(layer, dtype) -> None:
         new = torch.full(old.shape, torch.nan, dtype=torch.promote_types(dtype, torch.float32))
         setattr(layer, name, nn.Parameter(new, requires_grad=old.requires_grad))
     layer.reset_parameters()
-    undrawn = [name for name in ("lora_A", "lora_B") if getattr(layer, name).isnan().all()]
+    undrawn = [param for param in (layer.lora_A, layer.lora_B) if param.isnan().all()]
     if undrawn:
-        sizes = (layer.in_features, layer.out_features, layer.bias is not None)
         with torch.device("cpu"):
-            made = type(layer)(*sizes, lora_rank=layer.lora_A.size(0), lora_alpha=1.0)
-        for name in undrawn:
-            getattr(layer, name).data = getattr(made, name).data.to(getattr(layer, name).dtype)
+            made = type(layer)(layer.in_features, layer.out_features, lora_rank=layer.lora_A.size(0), lora_alpha=1.0)
+        for param in undrawn:
+            drawn = made.lora_A if param is layer.lora_A else made.lora_B
+            param.data = drawn.data.to(param.dtype)
 
 
 def check_layers(model, layer_class: type, rank: int) -> None:
@@ -38,13 +38,14 @@ def check_layers(model, layer_class: type, rank: int) -> None:
             raise ValueError(f"lora.py: {name} has lost its bias: LoRALinear(..., bias=True) has one, as nn.Linear")
         if "lora_A" not in layer._parameters:
             continue
-        shapes = {"lora_A": (rank, layer.in_features), "lora_B": (layer.out_features, rank)}
-        words = {"lora_A": "(lora_rank, in_features)", "lora_B": "(out_features, lora_rank)"}
-        for key, expected in shapes.items():
+        for key, words, expected in (
+            ("lora_A", "(lora_rank, in_features)", (rank, layer.in_features)),
+            ("lora_B", "(out_features, lora_rank)", (layer.out_features, rank)),
+        ):
             found = getattr(layer, key, None)
-            if found is None or tuple(found.shape) != expected:
-                shape = "missing" if found is None else tuple(found.shape)
-                raise ValueError(f"lora.py: {name}.{key} is {shape}, and should be {words[key]} = {expected}")
+            shape = "missing" if found is None else tuple(found.shape)
+            if shape != expected:
+                raise ValueError(f"lora.py: {name}.{key} is {shape}, and should be {words} = {expected}")
         if not isinstance(getattr(layer, "lora_scaling", None), (int, float)):
             raise ValueError(f"lora.py: {name}.lora_scaling is no number, and should be lora_alpha / lora_rank")
 
@@ -52,6 +53,7 @@ def check_layers(model, layer_class: type, rank: int) -> None:
 def check_frozen(model) -> None:
     """Raises ValueError if mark_only_lora_as_trainable has left something else than A and B trainable, or neither."""
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    adapters = {f"{name}.{key}" for name in lora_layers(model) for key in ("lora_A", "lora_B")}
     others = [name for name in trained if "lora_" not in name]
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
@@ -59,10 +61,9 @@ def check_frozen(model) -> None:
             f"lora.py: after mark_only_lora_as_trainable {others[0]}{more} would train too, and their training would "
             "be lost: only A and B are saved; set requires_grad = False for all others (--rank=0 trains every weight)"
         )
-    for name in lora_layers(model):
-        missing = [key for key in ("lora_A", "lora_B") if f"{name}.{key}" not in trained]
-        if missing:
-            raise ValueError(f"lora.py: after mark_only_lora_as_trainable {name}.{missing[0]} does not train")
+    untrained = sorted(adapters.difference(trained))
+    if untrained:
+        raise ValueError(f"lora.py: after mark_only_lora_as_trainable {untrained[0]} does not train")
 
 
 def check_start(model) -> None:
@@ -72,14 +73,14 @@ def check_start(model) -> None:
         A = layer.lora_A.detach()
         B = layer.lora_B.detach()
         if not (A.isfinite().all() and B.isfinite().all()):
-            raise ValueError(f"lora.py: {name} starts with values that are not finite: reset_parameters sets A and B")
-        if A.any() and B.any():
-            raise ValueError(
-                f"lora.py: {name} starts with B A other than zero, so not from the base model: reset_parameters sets "
-                "B to zero"
-            )
-        if not A.any() and not B.any():
-            raise ValueError(f"lora.py: {name} starts with A and B zero, so neither can learn: draw A at random")
+            problem = "values that are not finite: reset_parameters sets A and B"
+        elif A.any() and B.any():
+            problem = "B A other than zero, so not from the base model: reset_parameters sets B to zero"
+        elif not A.any() and not B.any():
+            problem = "A and B zero, so neither can learn: draw A at random"
+        else:
+            continue
+        raise ValueError(f"lora.py: {name} starts with {problem}")
     if not getattr(layer, "mixes_dtypes", False):
         check_formula(type(layer))
 

@@ -4,8 +4,10 @@ python -m pytest tests/adapters/test_leftovers.py
 """
 
 import copy
+import functools
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -154,6 +156,13 @@ HEAD = {"target_modules": ["c_attn", "lm_head"]}
 
 def peft_adapter(base, folder, kind, seed=1):
     """An adapter that PEFT made and saved, in which all that it holds differs from the base."""
+    made, found = make_peft_adapter(base, kind, seed)
+    shutil.copytree(made, folder)
+    return str(folder), found
+
+
+@functools.cache
+def make_peft_adapter(base, kind, seed):
     options = {"r": 2, "lora_alpha": 5, "fan_in_fan_out": True, "task_type": "CAUSAL_LM"} | KINDS.get(kind, HEAD)
     model = get_peft_model(by_hooks(base), LoraConfig(**options))
     generator = torch.Generator().manual_seed(seed)
@@ -161,8 +170,9 @@ def peft_adapter(base, folder, kind, seed=1):
         for param in model.parameters():
             if param.requires_grad:
                 param.add_(0.2 * torch.randn(param.shape, generator=generator))
+    folder = f"{base}-{kind}-{seed}"
     model.save_pretrained(folder, save_embedding_layers=False)
-    return str(folder), logits(model.eval())
+    return folder, logits(model.eval())
 
 
 def bits(model):

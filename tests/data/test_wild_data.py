@@ -416,7 +416,7 @@ BLANKS = st.sampled_from(["", " ", "\t", "  ", "\u00a0"])
 CHANGES = st.sampled_from([str, str.upper, str.lower, str.title, str.swapcase])
 
 
-@settings(**COMMON, max_examples=150)
+@settings(**COMMON, max_examples=70)
 @given(words=st.lists(WORD, min_size=2, max_size=4), data=st.data())
 def test_the_loader_and_the_score_mean_the_same_by_a_label(tmp_path_factory, capsys, words, data):
     """Lost if it fails: two classes are trained that the score counts as one, so one of them has recall 0."""

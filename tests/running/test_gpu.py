@@ -139,8 +139,13 @@ def differentiate_exactly(rank):
     return differentiate("cpu", torch.float64, rank)
 
 
+ON_GPU = [pytest.param("gpu", dtype, marks=pytest.mark.gpu) for dtype in LIMITS]
+# A CPU takes seconds for float16, in which nobody trains on one.
+ON_CPU = [("cpu", "float32"), ("cpu", "bfloat16"), pytest.param("cpu", "float16", marks=pytest.mark.slow)]
+
+
 @pytest.mark.parametrize("rank", [8, 0])
-@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("device, dtype", [*ON_CPU, *ON_GPU], indirect=["device"])
 def test_losses_and_gradients_are_those_of_float64(device, dtype, rank, note, monkeypatch):
     """Otherwise a GPU's own kernels lead a training astray, and nothing says so."""
     skip_without(device, dtype)
@@ -205,14 +210,11 @@ def small(tmp_path_factory):
     return flags
 
 
-ON_GPU = [pytest.param("gpu", dtype, marks=pytest.mark.gpu) for dtype in LIMITS]
-
-
 @pytest.mark.parametrize("device, dtype", [("cpu", "float16"), *ON_GPU], indirect=["device"])
 def test_a_resumed_run_ends_in_the_same_bits(device, dtype, small, any_dtype, tmp_path, monkeypatch, note):
     """Otherwise --deterministic=True is a word, and a run that Colab cut off ends elsewhere than it would have."""
     skip_without(device, dtype)
-    settings = {"device": device, "dtype": dtype, "deterministic": True, "dropout": 0.1}
+    settings = {"device": device, "dtype": dtype, "deterministic": True, "dropout": 0.1, "batch_size": 8}
     honest = train.evaluate
     try:
         whole = train.train(configure(small(out_dir=tmp_path / "whole", **settings)))

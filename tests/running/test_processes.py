@@ -149,7 +149,7 @@ def test_gradients_are_summed_in_pieces():
     """Lost if it fails: full tuning over several GPUs takes the memory of one more model than the table says, or a
     gradient is another one than in one sum."""
     common = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    for process in [start("-c", SUM, fresh=True, RANK=rank, LOCAL_RANK=rank, **common) for rank in range(2)]:
+    for process in [start("-c", SUM, RANK=rank, LOCAL_RANK=rank, **common) for rank in range(2)]:
         finish(process)
 
 

@@ -58,15 +58,14 @@ def break_and_resume(place, name, stops, **settings):
 @pytest.fixture(scope="module")
 def broken_lora(place):
     settings = {"rank": 4, "alpha": 16, "dropout": 0.1, "batch_size": 4, "gradient_accumulation_steps": 2}
-    settings |= {"max_iters": 112, "eval_interval": 16, "save_interval": 1, "lr": 5e-3}
-    return break_and_resume(
-        place, "lora", [(signal.SIGINT, 16), (signal.SIGTERM, 32), (signal.SIGKILL, 48)], **settings
-    )
+    settings |= {"max_iters": 80, "eval_interval": 10, "save_interval": 1, "lr": 5e-3}
+    stops = [(signal.SIGINT, 10), (signal.SIGTERM, 20), (signal.SIGKILL, 30)]
+    return break_and_resume(place, "lora", stops, **settings)
 
 
 @pytest.fixture(scope="module")
 def broken_full(place):
-    settings = {"rank": 0, "dropout": 0.1, "batch_size": 8, "max_iters": 64, "lr": 5e-3}
+    settings = {"rank": 0, "dropout": 0.1, "batch_size": 8, "max_iters": 48, "lr": 5e-3}
     settings |= {"eval_interval": 8, "save_interval": 4}
     return break_and_resume(place, "full", [(signal.SIGTERM, 8), (signal.SIGKILL, 16)], **settings)
 
@@ -82,7 +81,7 @@ def test_a_stopped_run_exits_as_the_shell_expects_and_tells_how_to_go_on(broken_
 def test_a_lora_run_that_was_interrupted_terminated_and_killed_equals_an_unbroken_one(place, broken_lora):
     """Otherwise a preempted machine costs its user the run, or silently another result."""
     assert differences(place / "lora", place / "lora-broken") == []
-    assert len(read_metrics(place / "lora")) == 8
+    assert len(read_metrics(place / "lora")) == 9
 
 
 def test_a_full_run_that_was_terminated_and_killed_equals_an_unbroken_one(place, broken_full):

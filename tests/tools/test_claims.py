@@ -102,8 +102,12 @@ def test_holms_levels():
     assert levels == pytest.approx([0.05 / 2, 0.05 / 4, 0.05 / 2, 0.05 / 3])
 
 
-@pytest.mark.parametrize("n_seeds", [2, 5, 8])
-@pytest.mark.parametrize("of_seed, of_example, rest", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0.03, 0.3, 1)])
+NOISES = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0.03, 0.3, 1)]
+SIMULATED = [*((5, *noise) for noise in NOISES), (2, *NOISES[-1]), (8, *NOISES[-1])]
+OTHERS = [pytest.param(n, *noise, marks=pytest.mark.slow) for n in (2, 8) for noise in NOISES[:-1]]
+
+
+@pytest.mark.parametrize("n_seeds, of_seed, of_example, rest", [*SIMULATED, *OTHERS])
 def test_intervals_miss_the_truth_one_time_in_twenty(of_seed, of_example, rest, n_seeds):
     """Lost if it fails: noise is counted twice, and nothing is ever told apart; or not at all, and chance is."""
     rng = np.random.default_rng(1)

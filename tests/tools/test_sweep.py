@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 import numpy as np
@@ -176,17 +177,25 @@ def test_done_runs_are_kept(place, whole):
 
 def test_killed_and_started_again(place, whole):
     """Lost if it fails: a sweep that was stopped gives another report than one that was not."""
-    argv = ["-m", "tools.sweep", *flags(place, "killed", ranks="2", only="lora")]
-    process = start(*argv)
+    argv = flags(place, "killed", ranks="2", only="lora")
     folder = place / "killed-sweep"
-    while not (folder / "lora-r2-seed2" / "checkpoint.pt").exists():
-        time.sleep(0.05)
-        assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    finish(process, 143)
+
+    def stop():
+        while not (folder / "lora-r2-seed2" / "checkpoint.pt").exists():
+            time.sleep(0.02)
+        signal.raise_signal(signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    threading.Thread(target=stop, daemon=True).start()
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            sweep_here(argv)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert stopped.value.code == 143
     assert not (folder / "report.html").exists()
     before = {p: p.stat().st_mtime_ns for p in folder.glob("*/accuracy.json")}
-    finish(start(*argv))
+    sweep_here(argv)
     assert before.keys() and all(p.stat().st_mtime_ns == t for p, t in before.items())
     (row,) = table(folder, "2.6")
     (other,) = (row for row in table(whole, "2.6") if row["r"] == "2")
