@@ -101,7 +101,7 @@ class Config:
     top_k: int | None = setting(None, least=1)  # sample among the k likeliest tokens; None: all
 
     # Facts about the run in out_dir, if init_from=resume; not a setting. Then init_from is that run's own base.
-    run: Facts | None = dataclasses.field(default=None, metadata={"is_fact": True})
+    facts: Facts | None = dataclasses.field(default=None, metadata={"is_fact": True})
 
 
 def configure(argv: list[str], cls: type = Config, trains: bool = True):
@@ -114,7 +114,7 @@ def configure(argv: list[str], cls: type = Config, trains: bool = True):
         path, typed = parse_flags(argv, cls, about=__doc__ if cls is Config else cls.__doc__)
         from_file = read_config_file(find_config_file(path), fields_of(cls)) if path else {}
         config = combine(typed, from_file, cls, trains)
-    if "rank" in typed and "alpha" not in typed and config.run is None:
+    if "rank" in typed and "alpha" not in typed and config.facts is None:
         note_scale(config, rank_before=from_file.get("rank", cls.rank))
     return config
 
@@ -148,9 +148,9 @@ def combine(typed, from_file, cls, trains):
         refuse_another_run(cls(**values), stored, out_dir)
     config = cls(**values | {"init_from": stored["init_from"]})
     facts = facts | {"seed": stored.get("seed")}
-    config.run = Facts(**{field.name: facts.get(field.name) for field in dataclasses.fields(Facts)})
+    config.facts = Facts(**{field.name: facts.get(field.name) for field in dataclasses.fields(Facts)})
     if config.dataset != stored.get("dataset"):
-        config.run.data = None
+        config.facts.data = None
     if config.label_names != stored.get("label_names"):  # typed now: they say what the labels of other data mean
-        config.run.word_of = None
+        config.facts.word_of = None
     return config

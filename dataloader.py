@@ -333,10 +333,10 @@ def make_loader(config, block_size: int, wanted: Collection[str] = ("train", "va
     """The CustomDataLoader of a config, for labels as text or as classes, with the wanted splits. options: others of
     its arguments. Raises ValueError or OSError for data that cannot be used."""
     settings = {key: getattr(config, key) for key in READ_FROM_CONFIG}
-    if config.run:  # what the run in out_dir has found out
-        settings |= {"learned": config.run.label_names, "word_of": config.run.word_of}
-    if config.run and config.run.data:  # the run's own data: the seed with which it drew their splits
-        settings["seed"] = config.run.seed
+    if config.facts:  # what the run in out_dir has found out
+        settings |= {"learned": config.facts.label_names, "word_of": config.facts.word_of}
+    if config.facts and config.facts.data:  # the run's own data: the seed with which it drew their splits
+        settings["seed"] = config.facts.seed
     return CustomDataLoader(
         template=read_template(config),
         block_size=block_size,

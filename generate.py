@@ -76,7 +76,7 @@ class ModelSampler:
         self.config = config or make_config(out_dir=out_dir, init_from=init_from, **settings)
         self.device = pick_device(self.config.device)
         self.block_size = context_size(model_of(self.config))
-        if not self.config.run:
+        if not self.config.facts:
             check_vocabulary(self.config.init_from)
         self.loader: CustomDataLoader | None = None  # the split that is scored
         self.prompt: Prompt | None = None  # its prompts, or those of new texts
@@ -211,7 +211,7 @@ class ModelSampler:
         untrained classification head, which may only be scored, as a baseline."""
         config = self.config
         classify = config.task == "classify"
-        if classify and not config.run and not read_model_config(find_model(config.init_from)[0]).get("n_classes"):
+        if classify and not config.facts and not read_model_config(find_model(config.init_from)[0]).get("n_classes"):
             raise ValueError(f"init_from={config.init_from}: a language model has no classes; train.py adds them")
         if self.prompt is None:
             options = {"is_answered": True, "max_new_tokens": config.max_new_tokens}
@@ -221,9 +221,9 @@ class ModelSampler:
     def find_label_names(self) -> list[str]:
         """Those that the run has learned, in its order, those that were typed, or the data's own."""
         config = self.config
-        if config.run and config.run.label_names:
-            refuse_unlearned(config.label_names, config.run.label_names)
-            return config.run.label_names
+        if config.facts and config.facts.label_names:
+            refuse_unlearned(config.label_names, config.facts.label_names)
+            return config.facts.label_names
         if config.label_names:
             return split_names(config.label_names)
         self.load_data()
@@ -245,9 +245,9 @@ class ModelSampler:
 
 def open_model(config: Config, device: str, dtype: torch.dtype, n_classes: int = 0) -> GPT:
     """The model of a config, ready to generate: a base, or the best weights of the run in out_dir."""
-    has_adapter = config.run is not None and config.rank > 0
-    if config.run:
-        fingerprint = config.run.base if has_adapter else config.run.model
+    has_adapter = config.facts is not None and config.rank > 0
+    if config.facts:
+        fingerprint = config.facts.base if has_adapter else config.facts.model
         check_same_weights(model_of(config), fingerprint, config.out_dir)
     lora = lora_arguments(config) if has_adapter else {}
     model = GPT.from_pretrained(model_of(config), dtype=dtype, n_classes=n_classes, **lora)
@@ -259,7 +259,7 @@ def open_model(config: Config, device: str, dtype: torch.dtype, n_classes: int =
 
 def model_of(config):
     """Where a config's full weights are stored: the base's, or those of a run that trained them all."""
-    return config.out_dir if config.run and config.rank == 0 else config.init_from
+    return config.out_dir if config.facts and config.rank == 0 else config.init_from
 
 
 # --- the command line ------------------------------------------------------------------------------
@@ -290,10 +290,10 @@ def score_split(config: Config) -> None:
     sampler.get_accuracy()
     seconds = time.perf_counter() - began
     result = sampler.result | {key: getattr(config, key) for key in SCORED}
-    result |= {"tuned": config.run is not None, "seconds": round(seconds, 2)}
+    result |= {"tuned": config.facts is not None, "seconds": round(seconds, 2)}
     answers = (sampler.loader.splits[config.split], sampler.generated, sampler.found, sampler.loader.label_names)
     write_score(folder, result, *answers)
-    if config.run:
+    if config.facts:
         write_card(make_config(init_from="resume", out_dir=config.out_dir), sampler.loader, result)
     print_score(folder, result, *answers)
 
@@ -312,7 +312,7 @@ def write_on(config: Config) -> None:
 
 
 def score_folder(config):
-    return config.out_dir if config.run else os.path.join(config.out_dir, "untuned")
+    return config.out_dir if config.facts else os.path.join(config.out_dir, "untuned")
 
 
 if __name__ == "__main__":

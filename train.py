@@ -325,7 +325,7 @@ def open_folder(run: Run) -> Progress:
 
 def write_config(run: Run, model: dict[str, str] | None = None) -> None:
     """train_config.json: the run's settings, and what it has found out."""
-    before = run.config.run  # check_base has compared a resumed run's base with this
+    before = run.config.facts  # check_base has compared a resumed run's base with this
     base = before.base if before and before.base else fingerprint_base(run.config.init_from)
     dtype = str(run.dtype).removeprefix("torch.")
     facts = Facts(base, model, run.loader.digest, dtype, run.loader.label_names, run.loader.word_of)

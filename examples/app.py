@@ -39,7 +39,7 @@ def load(folder):
     tuned.load_prompt()
     models = {"after tuning": tuned}
     if not tuned.prompt.classify:
-        models = {"before tuning": ModelSampler(config=replace(tuned.config, run=None))} | models
+        models = {"before tuning": ModelSampler(config=replace(tuned.config, facts=None))} | models
     for sampler in models.values():
         sampler.prompt = tuned.prompt
         sampler.load_model()

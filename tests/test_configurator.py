@@ -485,7 +485,7 @@ def test_help_prints_every_key_with_default_and_comment(capsys):
     comments = {t.start[0]: t.string.removeprefix("# ") for t in tokens if t.type == tokenize.COMMENT}
     body = next(n.body for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "Config")
     fields = [node for node in body if isinstance(node, ast.AnnAssign)]
-    assert [node.target.id for node in fields] == [*FIELDS, "run"]  # what the resumed run has found out: no setting
+    assert [node.target.id for node in fields] == [*FIELDS, "facts"]  # what the resumed run has found out: no setting
     for node in fields[:-1]:
         comment = " ".join(comments[n] for n in range(node.lineno, node.end_lineno + 1) if n in comments)
         line = [line for line in lines if re.match(rf"\s*--{node.target.id}\b", line)]
@@ -557,7 +557,7 @@ def run_dir(tmp_path):
 def test_resume_takes_the_config_of_the_run(run_dir, capsys, typed):
     """Lost if it fails: a resumed run goes on with other settings than it began with."""
     config = configure([typed, f"--out_dir={run_dir}"])
-    assert config.run is not None and configure([]).run is None
+    assert config.facts is not None and configure([]).facts is None
     assert (config.init_from, config.rank, config.alpha, config.dataset) == ("gpt2", 8, 4.0, "mine.csv")
     assert (config.max_iters, config.out_dir) == (70, run_dir)  # also where the directory was moved
     assert configure([typed, f"--out_dir={run_dir}", "--max_iters=90", "--rank=8"]).max_iters == 90
@@ -568,9 +568,9 @@ def test_resume_in_a_config_file(run_dir, tmp_path):
     """Lost if it fails: a config file that resumes starts again, over the run's files."""
     path = config_file(tmp_path, f"init_from = 'resume'\nout_dir = {run_dir!r}\nlr = 1e-5")
     config = configure([path])
-    assert config.run and config.out_dir == run_dir
+    assert config.facts and config.out_dir == run_dir
     assert (config.init_from, config.rank, config.lr) == ("gpt2", 8, FIELDS["lr"])
-    assert not configure([path, "--init_from=gpt2-mini"]).run
+    assert not configure([path, "--init_from=gpt2-mini"]).facts
 
 
 @pytest.mark.parametrize("flag, key, value", [("--rank=16", "rank", 8), ("--lora_alpha=1", "alpha", 4.0)])
@@ -631,7 +631,7 @@ def test_a_program_makes_the_config_that_flags_make(run_dir):
     )
     argv = ["--init_from=resume", f"--out_dir={run_dir}", "--dataset=other.csv"]
     run = make_config(init_from="resume", out_dir=run_dir, dataset="other.csv")
-    assert run == configure(argv, trains=False) and run.run and run.rank == 8
+    assert run == configure(argv, trains=False) and run.facts and run.rank == 8
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def main(config: SweepConfig) -> None:
 
 def check(config):
     """Raises ValueError or OSError for settings with which every run would fail."""
-    if config.run or config.task != "instruct":
+    if config.facts or config.task != "instruct":
         raise ValueError("a sweep fine-tunes a base model by instructions: type another --init_from or --task")
     if unknown := set(config.only.split(",")) - {*KINDS.split(","), "claims"}:
         raise ValueError(f"only={config.only}: no part {min(unknown)!r}; type some of {KINDS},claims")

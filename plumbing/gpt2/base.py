@@ -17,8 +17,8 @@ PADDED = 50304  # nanoGPT's vocabulary: the next multiple of 64
 
 def check_base(config) -> None:
     """Raises ValueError for a base that a run cannot begin with, or that is no longer the one it began with."""
-    if config.run:
-        check_same_weights(config.init_from, config.run.base, config.out_dir)
+    if config.facts:
+        check_same_weights(config.init_from, config.facts.base, config.out_dir)
     else:
         check_vocabulary(config.init_from)
         check_base_stays(config)
@@ -61,7 +61,7 @@ def is_gpt2s(path):
 
 def check_base_stays(config) -> None:
     """Raises ValueError where a run that trains all weights would write them over its base."""
-    if config.run or config.rank or config.init_from == "scratch" or not os.path.isdir(config.out_dir):
+    if config.facts or config.rank or config.init_from == "scratch" or not os.path.isdir(config.out_dir):
         return
     config_path, files = find_model(config.init_from)
     for path in (config_path, *files, *map(os.path.realpath, files)):

@@ -28,7 +28,7 @@ def read_run(out_dir: str) -> tuple[dict, dict]:
             raise UserError(f"{path} was changed or damaged; to change a setting, type it as a flag")
         if "init_from" not in stored:
             raise UserError(f"{path} is damaged: no init_from in it")
-        return stored, stored.pop("facts", {})
+        return stored, stored.pop("facts", None) or {}
     except FileNotFoundError:
         folder = os.path.dirname(os.path.normpath(out_dir))
         paths = glob.glob(os.path.join(glob.escape(folder), "*", RUN_CONFIG))

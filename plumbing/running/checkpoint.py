@@ -64,9 +64,9 @@ def begin_or_resume(run) -> Progress:
     is_first = run.processes.is_first
     path = os.path.join(config.out_dir, CHECKPOINT)
     # The first process decides and reads for all: another machine may not see its disk.
-    file = run.processes.share_file(path if config.run else None)
+    file = run.processes.share_file(path if config.facts else None)
     progress = load_checkpoint(run, path, file) if file else Progress()
-    if is_first and config.run is None:
+    if is_first and config.facts is None:
         # A resume would go on with an earlier run's, and a score be that of its weights.
         best = "adapter_model.safetensors" if config.rank else "model.safetensors"
         for old in (CHECKPOINT, "metrics.jsonl", best):
@@ -88,7 +88,7 @@ def begin_or_resume(run) -> Progress:
 def check_same_data(config, loader, scored: str | None = None) -> None:
     """Raises ValueError if the data of a resumed run are no longer those that it was trained on. A split that is only
     `scored` may have changed if the data set names it itself; then a line says so."""
-    if config.run is None or config.run.data in (None, loader.digest):
+    if config.facts is None or config.facts.data in (None, loader.digest):
         return
     changed = f"dataset={config.dataset} has changed since the run in {config.out_dir} began"
     if scored is None:

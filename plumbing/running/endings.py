@@ -65,7 +65,7 @@ def explain_failure(config):
         except RuntimeError as e:
             if not is_out_of_memory(e):
                 raise
-            again = "" if config.run is None else "start another run, with another --out_dir; "
+            again = "" if config.facts is None else "start another run, with another --out_dir; "
             # A smaller batch with the same global batch: of the largest divisor up to its half.
             sizes = range(config.batch_size // 2, 0, -1)
             batch_size = next((n for n in sizes if config.batch_size % n == 0), 1)

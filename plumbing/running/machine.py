@@ -261,7 +261,7 @@ def start_machine(config, layer) -> tuple[Processes, torch.dtype]:
     if config.deterministic:
         compute_deterministically()
     processes = Processes(config)
-    before = config.run.dtype if config.run else None
+    before = config.facts.dtype if config.facts else None
     # What a resumed run computed in stays, unless another is typed or this machine does not have it.
     stays = before is not None and config.dtype in ("auto", before)
     try:

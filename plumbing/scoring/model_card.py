@@ -79,7 +79,7 @@ def data_section(config, loader):
     name = config.dataset
     if os.path.exists(name):  # the way there is the owner's own
         name = os.path.basename(os.path.normpath(name))
-    digest = (config.run and config.run.data) or loader.digest
+    digest = (config.facts and config.facts.data) or loader.digest
     labels = ", ".join(f"`{label}`" for label in label_names(config, loader))
     section = f"""## Data
 
@@ -94,7 +94,7 @@ def data_section(config, loader):
 
 def label_names(config, loader):
     """Those of the run; the loader may be of other data."""
-    return (config.run and config.run.label_names) or loader.label_names
+    return (config.facts and config.facts.label_names) or loader.label_names
 
 
 def settings_section(config):

@@ -359,11 +359,11 @@ def test_a_run_is_scored_on_other_files_by_its_own_words(tmp_path_factory, task,
         ModelSampler(out, device="cpu", label_names="approve,reject").predict(texts)
     # It goes on with the same classes, and a run that was made before, without these facts, is read as it was.
     train(configure(["--init_from=resume", f"--out_dir={out}", "--max_iters=41"]))
-    assert make_config(init_from="resume", out_dir=out).run.word_of == stored["word_of"]
+    assert make_config(init_from="resume", out_dir=out).facts.word_of == stored["word_of"]
     stored = json.loads((folder / "out" / RUN_CONFIG).read_text())
     del stored["facts"]["word_of"], stored["sha256"]
     (folder / "out" / RUN_CONFIG).write_text(json.dumps(stored))
-    assert make_config(init_from="resume", out_dir=out).run.word_of is None
+    assert make_config(init_from="resume", out_dir=out).facts.word_of is None
     assert score(out, "--split=validation")["accuracy"] > 0.6
 
 

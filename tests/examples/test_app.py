@@ -140,7 +140,7 @@ def of_positive(answer):
 
 def untuned(run):
     config = ModelSampler(str(run)).config
-    return replace(config, run=None)
+    return replace(config, facts=None)
 
 
 def test_no_text_is_one_line(browser):

@@ -360,7 +360,7 @@ def test_a_base_is_not_written_over(base, tmp_path, monkeypatch):
     before = sorted(os.walk(tmp_path))
     for init_from in names:
         for out_dir in (*names, str(tmp_path / "linked" / "files")):
-            config = SimpleNamespace(init_from=init_from, out_dir=out_dir, rank=0, run=None)
+            config = SimpleNamespace(init_from=init_from, out_dir=out_dir, rank=0, facts=None)
             assert out_dir in error_line(partial(check_base_stays, config))
     assert sorted(os.walk(tmp_path)) == before
     goes_on = [{"out_dir": f"{base}/out"}, {"out_dir": str(tmp_path / "linked")}, {"out_dir": str(tmp_path)}]
@@ -429,7 +429,7 @@ def test_a_run_that_trained_all_weights_knows_its_own(place, capsys):
     sampler = ModelSampler(str(folder), device="cpu")
     with pytest.raises(ValueError, match=str(folder)):
         sampler.get_accuracy()
-    assert make_config(init_from="resume", out_dir=str(folder)).run.base
+    assert make_config(init_from="resume", out_dir=str(folder)).facts.base
 
 
 def test_full_fine_tuning_into_the_bases_folder_is_refused(place, capfd):
