@@ -115,7 +115,8 @@ def name_labels(tally, class_names, places, asked: Asked) -> tuple:
             word = label
             if names and is_whole(spelling):
                 if not 0 <= int(spelling) < len(names):
-                    raise ValueError(f"{place()}: no word for the label {spelling} among {','.join(names)}")
+                    own = f"{','.join(names)}, from 0 on"
+                    raise ValueError(f"{place()}: the label {spelling} has no word among the file's own ({own})")
                 word = names[int(spelling)]
                 own_words.add(word)
             meant[part, label] = word
@@ -150,13 +151,15 @@ def choose_words(counts, own_words, places, class_names, asked):
         told = ", ".join(f"{label} is {counted[plain_number(label)]}" for label in sorted(new))
         note = f"the run's own data has words for labels, and these are numbers: by label_names {told}"
         return learned | counted, [note]
-    if class_names and not pairs:
-        pairs = pair_words(class_names, counts, asked)
     if pairs:  # of the data's words or, where it has such, of their numbers
         for i, name in enumerate(() if has_numbers(class_names or ()) else class_names or ()):
             if word := pairs.get(plain_number(name), pairs.get(str(i))):
-                pairs = {plain_number(name): word, str(i): word} | pairs
+                pairs |= {plain_number(name): word, str(i): word}
         return pairs, []
+    if class_names:
+        word_of = pair_words(class_names, counts, asked)
+        numbers = {str(i): word_of.get(plain_number(name), name) for i, name in enumerate(class_names)}
+        return ({} if has_numbers(word_of) else numbers) | word_of, []
     words = {plain_number(name) for name in asked.words or []}
     if are_numbers and not words.issuperset(map(plain_number, new)):
         return name_numbers(new, places, asked)
@@ -170,16 +173,19 @@ def pair_words(class_names, counts, asked):
     pairs = {plain_number(name): name for name in words}
     if not asked.label_names or pairs.keys() >= set(map(plain_number, counts)):
         return pairs
-    pairs = dict(zip(map(plain_number, class_names), words))
     if len(words) != len(class_names):
-        problem = f"{len(words)} words, and {asked.dataset} has {len(class_names)} labels "
-        problem += f"({', '.join(class_names)}): type one for each, in order"
-    elif taken := [name for name in words if pairs.get(plain_number(name), name) != name]:
-        problem = f"{taken[0]} is what {asked.dataset} calls another of its labels; type the word of each, such as "
-        problem += f"--label_names={','.join(f'{name}={name}' for name in class_names)}"
-    else:
-        return pairs
-    raise ValueError(f"label_names={asked.label_names}: {problem}")
+        raise ValueError(
+            f"label_names={asked.label_names}: {len(words)} words, and {asked.dataset} has {len(class_names)} labels "
+            f"({', '.join(class_names)}): type one for each, in order"
+        )
+    pairs = dict(zip(map(plain_number, class_names), words))
+    if taken := [name for name in words if pairs.get(plain_number(name), name) != name]:
+        typed = ",".join(f"{name}={name}" for name in class_names)
+        raise ValueError(
+            f"label_names={asked.label_names}: {taken[0]} is what {asked.dataset} calls another of its labels; type "
+            f"the word of each, such as --label_names={typed}"
+        )
+    return pairs
 
 
 def name_numbers(labels, places, asked):
@@ -235,12 +241,12 @@ def name_words(counts, places, asked):
         names = sorted({plain_number(word): word for word in ranked[::-1]}.values())
     word_of = {plain_number(name): name for name in names}
     spellings = collections.defaultdict(list)
-    for label in sorted(counts):
+    for label in counts:
         spellings[plain_number(label)].append(label)
     notes = []
     for spelling, group in spellings.items():
         if len({label.strip() for label in group}) > 1:
-            found = ", ".join(f"{label!r} ({counts[label]} rows)" for label in group)
+            found = ", ".join(f"{label!r} ({counts[label]} rows)" for label in sorted(group))
             notes.append(f"{found} are one label: {word_of.get(spelling)!r}")
     return word_of, notes
 

@@ -27,6 +27,7 @@ MARKS = {  # UTF-32's first: UTF-16's is its beginning
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+ROW = 'each row is an object, such as {"text": ..., "label": ...}'
 BREAK = r"\r\n|\r|\n"
 BATCH = 10_000  # rows in memory at once
 csv.field_size_limit(2**31 - 1)
@@ -57,10 +58,10 @@ def read_rows(path: str, needed: tuple[str, ...] = (), read=None) -> Iterator[tu
         for number, row in (read or READERS.get(kind_of(path), read_txt))(path, needed):
             where = f"{path}, {unit} {number}"
             if not isinstance(row, dict):
-                raise UserError(f'{where}: each row is an object, such as {{"text": ..., "label": ...}}')
-            if row and [*row] != columns:
-                columns = [*row]
-                check_columns(where, columns, needed)
+                raise UserError(f"{where}: {ROW}")
+            if row and row.keys() != columns:
+                columns = row.keys()
+                check_columns(where, [*columns], needed)
             yield where, row
 
 
@@ -103,7 +104,10 @@ def check_columns(where, columns, needed):
     for key, column in zip(KEYS, needed):
         if column not in columns:
             raise UserError(f"{key}={column}: no such column in {where}; it has {', '.join(map(str, columns))}")
-    for column, n in [(name, columns.count(name)) for name in needed] + [("split", sum(map(is_split, columns)))]:
+    counts = {name: columns.count(name) for name in needed}
+    if len(needed) > 1:  # new texts have no splits
+        counts["split"] = sum(map(is_split, columns))
+    for column, n in counts.items():
         if n > 1:
             name = column or "without a name"
             raise UserError(f"{where}: the column {name} stands {n} times in it; rename all of them but one")
@@ -149,25 +153,27 @@ def pick_columns(batches, needed, place):
     """`read_columns` of pyarrow batches. place(row): where a row stands."""
     n = 0  # rows so far
     for batch in batches:
-        read = functools.partial(as_text, batch, place=lambda row, n=n: place(n + row))
-        split = next((name for name in batch.schema.names if is_split(name) and name not in needed), None)
-        yield [*map(read, needed, KEYS), split and read(split, "split")]
+        names = batch.schema.names
+        if not {*needed} <= {*names}:
+            check_columns(place(n), names, needed)
+        columns = [as_text(batch[column], key, column, place, n) for key, column in zip(KEYS, needed)]
+        split = next((name for name in names if is_split(name) and name not in needed), None)
+        yield [*columns, split and as_text(batch[split], "split", split, place, n)]
         n += batch.num_rows
 
 
-def as_text(batch, column, key, place):
-    """A column of a pyarrow batch as text, each value written as Python writes it."""
+def as_text(values, key, column, place, n):
+    """A pyarrow array as text, each value written as Python writes it. place(n): where its first row stands."""
     import pyarrow
     from pyarrow import types
 
-    values = batch[column]
     kind = values.type
     if types.is_null(kind) or types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
         return values.cast(pyarrow.string())
     if types.is_nested(kind):  # an error, unless none of them is there
-        return text_array([to_text(value, key, column, place(i)) for i, value in enumerate(values.to_pylist())])
+        return text_array(to_text(value.as_py(), key, column, place(n + i)) for i, value in enumerate(values))
     coded = values if types.is_dictionary(kind) else values.dictionary_encode()
-    words = text_array([to_text(value, key, column, place(0)) for value in coded.dictionary.to_pylist()])
+    words = text_array([to_text(value, key, column, place(n)) for value in coded.dictionary.to_pylist()])
     return words.take(coded.indices)
 
 
@@ -224,14 +230,14 @@ def read_format(path, needed=()):
         before = header if marked else ""
         header = f.readline() if marked else header
     found = {}
-    for separator in marked[1] if marked else ("\t" if kind_of(path) == "tsv" else ",", *SEPARATORS):
-        fields = next(csv.reader([header], delimiter=separator), [])
+    for separator in (marked[1],) if marked else ("\t" if kind_of(path) == "tsv" else ",", *SEPARATORS):
+        fields = next(csv.reader([header], delimiter=separator), []) if header.strip() else []
         found.setdefault(separator, [name.strip() for name in fields])
     # The first that gives the columns that are asked for. If none does, an error shows those best told apart.
     fitting = [separator for separator, columns in found.items() if set(needed) <= set(columns)]
     separator = fitting[0] if fitting else max(found, key=lambda separator: len(found[separator]))
     columns = found[separator]
-    check_columns(path, columns or needed, needed)
+    check_columns(path, columns, [name for name in needed if name in columns])  # a missing one: where a row stands
     return CsvFormat(columns, separator, before, "\r\n" if header.endswith("\r\n") else "\n")
 
 
@@ -252,11 +258,13 @@ def read_csv_batches(path, needed):
         with open_bytes(path) as f, contextlib.suppress(ArrowInvalid):
             for batch in arrow.open_csv(f, read, parse, convert):
                 n += batch.num_rows
-                yield batch.rename_columns(form.columns)
+                batch = batch.rename_columns(form.columns)
+                yield from (batch.slice(i, BATCH) for i in range(0, batch.num_rows, BATCH))
             return
     rows = itertools.islice(read_csv(path, needed), n, None)
     while part := [row for _, row in itertools.islice(rows, BATCH)]:
-        yield RecordBatch.from_pydict({name: text_array([row[name] for row in part]) for name in form.columns})
+        columns = [text_array([row[name] for row in part]) for name in form.columns]
+        yield RecordBatch.from_arrays(columns, names=form.columns)
 
 
 def quotes_are_plain(path, separator):
@@ -294,7 +302,7 @@ def read_csv(path, needed=()):
         try:
             for fields in rows:
                 begin = reader.line_num + 1
-                if fields and len(fields) == n:
+                if fields and len(fields) == n:  # without a header n is 0, as a blank line's fields are
                     yield reader.line_num, dict(zip(form.columns, (field or None for field in fields)))
                 elif len(fields) > 1 or "".join(fields).strip():  # not a blank line
                     remedy = "write the row with all of them, an empty one for what is not known"
@@ -326,7 +334,7 @@ def refuse_swallowed_rows(path, needed):
     n = 0
     for batch in read_csv_batches(path, needed):
         width = batch.num_columns
-        for place in [batch.schema.names.index(name) for name in needed[1:]]:
+        for place in [batch.schema.names.index(name) for name in needed[1:] if name in batch.schema.names]:
             labels.update(str(label).strip() for label in batch.column(place)[:1000].unique().to_pylist())
             for i, column in enumerate(batch.columns):
                 rows = compute.indices_nonzero(compute.match_substring_regex(column, "[\r\n]"))
@@ -337,12 +345,15 @@ def refuse_swallowed_rows(path, needed):
                     # The field begins within its first line's row, and ends within its last line's.
                     lines = re.split(BREAK, separator * i + text + separator * (width - 1 - i))
                     cells = [line.split(separator) for line in lines]
-                    if all(len(fields) == width for fields in cells) and len(suspects) < 1000:
-                        suspects.append((n + row, {fields[place].strip() for fields in cells} - {""}))
+                    found = set()
+                    if all(len(fields) == width for fields in cells):
+                        found = {fields[place].strip() for fields in cells} - {""}
+                    if found and len(suspects) < 1000:
+                        suspects.append((n + row, found))
         n += batch.num_rows
         yield batch
     for row, found in suspects:
-        if found and found <= labels:
+        if found <= labels:
             line, fields = next(itertools.islice(read_csv(path, needed), row, None))
             first = line - sum(len(re.findall(BREAK, field or "")) for field in fields.values())
             raise UserError(
@@ -360,6 +371,8 @@ def read_jsonl(path, needed=()):
             if text.strip():
                 try:
                     row = JSON.decode(text)
+                    if not isinstance(row, dict):
+                        raise ValueError(ROW)
                 except (ValueError, RecursionError) as e:
                     raise UserError(f"{path}, line {line}: damaged, or no {kind_of(path)} ({first_line(e)})") from e
                 yield line, row
@@ -453,7 +466,7 @@ def read_xlsx(path, needed=()):
         raise UserError(f"{path} has the sheets {', '.join(filled)}: save the one that you mean as a file of its own")
     rows = sheets[filled[0]] if filled else []
     columns = ["" if name is None else str(name).strip() for _, header in rows[:1] for name in header]
-    check_columns(path, columns or needed, needed)
+    check_columns(path, columns, [name for name in needed if name in columns])
     for line, row in rows[1:]:
         yield line, dict(itertools.zip_longest(columns, row[: len(columns)]))
 

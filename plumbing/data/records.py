@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 
-from plumbing.data.sources import SPLIT_OF_WORD, split_of_share
+from plumbing.data.sources import SPLIT_OF_WORD, SPLITS, split_of_share
 from plumbing.program.errors import UserError
 
 
@@ -49,7 +49,7 @@ def survey_rows(source, fields: tuple[str, str]) -> dict:
             unread |= {part.name} if part.split and words is not None else set()
     entries = sorted(([*key, *entry] for key, entry in tally.items()), key=lambda entry: (entry[0], entry[4]))
     train = hashes.pop("train", [])
-    repeated = {split: int(np.isin(found, train).sum()) for split, found in hashes.items()}
+    repeated = {split: int(np.isin(hashes[split], train).sum()) for split in SPLITS if split in hashes}
     class_names = [part.class_names().get(fields[1]) for part in source.parts]
     return {"tally": entries, "repeated": repeated, "unread": sorted(unread), "class_names": class_names}
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from plumbing.data.readers import (
     BATCH,
     KINDS,
-    check_columns,
     kind_of,
     pick_columns,
     place_of,
@@ -126,7 +125,8 @@ def name_files(files):
             # The split's word, the kind, and the way that they are numbered.
             shared = match[1].lower(), match[3].lower(), numbered.groups()[:2] if numbered else file
             series.setdefault(split, {}).setdefault(shared, file)
-    for split, firsts in series.items():
+    for split in SPLITS:
+        firsts = series.get(split, {})
         if len(firsts) > 1:
             one, other, *_ = sorted(firsts.values())
             raise UserError(
@@ -170,8 +170,6 @@ def open_dataset(name, needed):
 
 
 def dataset_part(name, word, data, needed):
-    check_columns(f"{name}'s split {word}", data.column_names, needed)
-
     def place(row):
         return f"row {row + 1} of {name}'s split {word}"
 

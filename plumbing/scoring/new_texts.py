@@ -119,7 +119,9 @@ def read_parts(path: str, text_field: str, size: int, columns: tuple[str, ...] =
                 yield batch, [readers.to_text(value, "text_field", text_field, path) for value in values]
         return
     read = readers.read_lines if readers.kind_of(path) == "txt" else None
-    rows = read_stdin(text_field) if path == STDIN else readers.read_rows(path, (text_field,), read)
+    # Of answers to jsonl some may have no text: those to an empty row.
+    needed = () if columns and readers.kind_of(path) == "jsonl" else (text_field,)
+    rows = read_stdin(text_field) if path == STDIN else readers.read_rows(path, needed, read)
     while part := list(itertools.islice(rows, size)):
         texts = []
         for where, row in part:

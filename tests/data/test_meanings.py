@@ -218,6 +218,22 @@ def test_numbers_whose_words_are_not_sure_are_one_line(tmp_path, numbers, names,
         load(path, label_names=typed.rstrip(".,"))
 
 
+def test_words_that_are_numbers_are_not_the_numbers_of_classes(tmp_path):
+    """Lost if it fails: a run that learned 1 for neg and 0 for pos takes neg, the data's class 0, for its own 0."""
+    rows = rows_of("train", ("neg", "pos"), 60)
+    with_names(rows, ["neg", "pos"]).to_parquet(tmp_path / "a.parquet")
+    told = refusal(tmp_path / "a.parquet", learned=["1", "0"])
+    assert "the label 'neg'" in told and "the run has learned 1,0" in told
+
+
+def test_a_word_that_is_typed_goes_before_a_number(tmp_path):
+    """Lost if it fails: of a word and its number, typed with two words, the number decides for later files."""
+    rows = rows_of("train", ("neg", "pos"), 60)
+    with_names(rows, ["neg", "pos"]).to_parquet(tmp_path / "a.parquet")
+    loader = load(tmp_path / "a.parquet", label_names="neg=bad,0=good,pos=good")
+    assert loader.word_of["0"] == "bad" and words_of(loader)["train 0"] == "bad"
+
+
 # --- a run's own classes -------------------------------------------------------------------------
 
 

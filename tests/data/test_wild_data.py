@@ -311,6 +311,32 @@ def test_texts_of_several_lines_are_read_as_they_stand(tmp_path):
     assert pairs(load(tmp_path / "pandas.csv")) == plain_pairs(rows)
 
 
+def test_swallowed_rows_are_told_behind_a_thousand_poems(tmp_path):
+    """Lost if it fails: texts of several lines that are meant so hide the one that has swallowed rows."""
+    path = tmp_path / "poems.csv"
+    path.write_text(
+        "text,label\nx,bad\n" + '"Roses are red,\nViolets are blue",good\n' * 1000 + '"a,good\nb,bad\nc",good\n'
+    )
+    assert "lines 2003 to 2005: a quoted text holds what look like rows" in refusal(path)
+
+
+def test_swallowed_rows_are_told_where_columns_have_no_names(tmp_path):
+    """Lost if it fails: in the SMS file as it is downloaded, of five columns without three names, rows are lost."""
+    path = tmp_path / "spam.csv"
+    rows = "".join(f'ham,he said "hi" {i},,,\n' for i in range(10))
+    path.write_text("v1,v2,,,\nspam,win,,,\n" + rows + 'ham,"so,,,\nspam,free entry,,,\nham,fine",,,\n')
+    assert "lines 13 to 15" in refusal(path, text_field="v2", label_field="v1")
+
+
+@pytest.mark.parametrize("content", ["id,review\n", "   \n", "\n", ""])
+def test_a_file_without_rows_is_named_and_not_read(tmp_path, content, capsys):
+    """Lost if it fails: a test.csv that has a header alone stops a training that does not need it."""
+    write_csv(tmp_path / "train.csv", some_rows(100))
+    (tmp_path / "test.csv").write_text(content)
+    load(tmp_path)
+    assert "test.csv (no row in it)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "wrong, told",
     [

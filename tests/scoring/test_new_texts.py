@@ -263,6 +263,7 @@ def test_a_row_with_nothing_in_it_comes_back(tiny, tmp_path):
     rows = [json.loads(line) for line in lines]
     assert [row.get("n") for row in rows] == [1, None, None, 4]
     assert [row["generated"] is None for row in rows] == [False, True, True, False]
+    predict(tiny[1], tmp_path, tmp_path / "new.jsonl")  # the same again
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "txt"])
