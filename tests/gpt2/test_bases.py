@@ -364,10 +364,10 @@ def test_a_base_is_not_written_over(base, tmp_path, monkeypatch):
             assert out_dir in error_line(partial(check_base_stays, config))
     assert sorted(os.walk(tmp_path)) == before
     goes_on = [{"out_dir": f"{base}/out"}, {"out_dir": str(tmp_path / "linked")}, {"out_dir": str(tmp_path)}]
-    goes_on += [{"rank": 4, "out_dir": str(base)}, {"run": Facts(), "out_dir": str(base)}]
+    goes_on += [{"rank": 4, "out_dir": str(base)}, {"facts": Facts(), "out_dir": str(base)}]
     goes_on += [{"init_from": "scratch", "out_dir": str(base)}]
     for values in goes_on:
-        check_base_stays(SimpleNamespace(**{"rank": 0, "run": None, "init_from": str(base)} | values))
+        check_base_stays(SimpleNamespace(**{"rank": 0, "facts": None, "init_from": str(base)} | values))
 
 
 # --- in the programs -----------------------------------------------------------------------------
