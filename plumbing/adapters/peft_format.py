@@ -62,6 +62,10 @@ def save_adapter(model, directory, base_model="", bias="none", also=None, rslora
     rank, alpha, dropout = kinds.pop()
     state = lora_state_dict(model, bias, also)
     whole = _whole_modules(model, find_others(model, bias, also))
+    left_out = {name: p.requires_grad for name, p in model.named_parameters() if name not in state}
+    if any(left_out.values()) and not all(left_out.values()):  # all: nobody has marked what trains
+        name = next(name for name, trains in left_out.items() if trains)
+        print(f"note: {name} trains, and the adapter's file is written without it; `also` names what belongs there")
     state |= {n: t for n, t in model.state_dict().items() if any(n.startswith(f"{m}.") for m in whole)}
     brought = {f"{name}.{leaf}" for name, m in model.named_modules() for leaf in m.__dict__.get("_put_aside", ())}
     lost = sorted(brought - state.keys())

@@ -1,7 +1,5 @@
 """Which parameters train beside the adapters, and how many."""
 
-import re
-
 import torch
 from torch import nn
 
@@ -11,7 +9,7 @@ from plumbing.program.errors import compile_pattern
 
 def adapter_names(model: nn.Module, bias: str = "none", also: str | None = None) -> set[str]:
     """Names of the parameters that are an adapter's: A and B, and those that `bias` ("none", "all" or "lora_only", as
-    in loralib and PEFT) and `also` (a regular expression) name."""
+    in loralib and PEFT) and `also` (a regular expression) name. Raises ValueError if `also` finds nothing."""
     names = [name for name, _ in model.named_parameters()]  # a module under several names has one name here
     biases = {
         "none": set(),
@@ -21,17 +19,15 @@ def adapter_names(model: nn.Module, bias: str = "none", also: str | None = None)
     if bias not in biases:
         raise ValueError(f"bias={bias!r}: type {', '.join(biases)}")
     pattern = compile_pattern("trainable", also or "lora_")
+    if also and not any(map(pattern.search, names)):
+        some = ", ".join([*names[:2], *names[-2:]])
+        raise ValueError(f"trainable={also}: matches no parameter's name, such as {some}")
     return biases[bias] | {name for name in names if "lora_" in name or pattern.search(name)}
 
 
 def trainable_names(model: nn.Module, bias: str = "none", also: str | None = None) -> set[str]:
-    """Names of the parameters that train: the adapter's. Raises ValueError if `also` finds nothing."""
-    trainable = adapter_names(model, bias, also)
-    names = [name for name, _ in model.named_parameters()]
-    if also and not any(re.search(also, name) for name in names):
-        some = ", ".join([*names[:2], *names[-2:]])
-        raise ValueError(f"trainable={also}: matches no parameter's name, such as {some}")
-    return trainable
+    """Names of the parameters that train: the adapter's. (The homework leaves this function out.)"""
+    return adapter_names(model, bias, also)
 
 
 def train_also(model: nn.Module, bias: str = "none", also: str | None = None) -> None:
@@ -46,8 +42,8 @@ def train_also(model: nn.Module, bias: str = "none", also: str | None = None) ->
 
 def find_others(model: nn.Module, bias: str, also: str | None) -> set[str]:
     """Names of the parameters that `also` alone names. Raises ValueError for one that an adapter's file has no place
-    for. It has a layer whole or its adapter, not both. And it has a parameter that several modules hold once: who
-    loads it would change them all, or one alone."""
+    for. It has whole modules, but not the whole model. It has a layer whole or its adapter, not both. And it has a
+    parameter that several modules hold once: who loads it would change them all, or one alone."""
     others = adapter_names(model, bias, also) - adapter_names(model, bias)
     adapted = lora_layers(model)
     tied = shared_parameters(model)
@@ -55,6 +51,8 @@ def find_others(model: nn.Module, bias: str, also: str | None) -> set[str]:
         if name in tied:
             twin = next(n for n in tied[name] if n != name)
             problem = f"is one tensor with {twin}, which no adapter's file can hold; name other parameters"
+        elif "." not in name:
+            problem = "is the model's own, in no module that an adapter's file could hold; name other parameters"
         elif name.rpartition(".")[0] in adapted:
             problem = "belongs to a layer with an adapter, and PEFT's files hold no layer twice; "
             problem += "name other parameters (--lora_bias trains biases)"

@@ -408,3 +408,29 @@ def test_trainable_that_finds_nothing_is_named():
     attach_lora(model, "query", rank=2, alpha=2)
     with pytest.raises(ValueError, match="trainable=clasifier: matches no parameter's name"):
         mark_only_lora_as_trainable(model, also="clasifier")
+
+
+def test_what_trains_and_is_not_saved_is_told(tmp_path, capsys):
+    """Lost if it fails: a trained classifier is not in the adapter's file, by a typo or because nobody named it."""
+    model = lively(roberta())
+    attach_lora(model, "query", 4, 16)
+    mark_only_lora_as_trainable(model, also="classifier")
+    with pytest.raises(ValueError, match="trainable=clasifier: matches no parameter's name"):
+        save_adapter(model, str(tmp_path / "typo"), also="clasifier")
+    save_adapter(model, str(tmp_path / "without"))
+    assert (
+        "note: classifier.dense.weight trains, and the adapter's file is written without it"
+        in capsys.readouterr().out
+    )
+    save_adapter(model, str(tmp_path / "with"), also="classifier")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_parameter_of_the_model_itself_has_no_place_in_a_file(tmp_path):
+    """Lost if it fails: the file of a model with a class token of its own opens nowhere."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    model.cls_token = nn.Parameter(torch.zeros(8))
+    attach_lora(model, "^0$", 2, 4)
+    with pytest.raises(ValueError, match="cls_token is the model's own"):
+        save_adapter(model, str(tmp_path), also="cls_token")
+    assert not list(tmp_path.iterdir())
