@@ -252,6 +252,18 @@ def test_a_file_that_grows_when_it_is_unpacked_is_one_line(tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "bomb.zip: lora.py" in done.stderr
 
 
+def test_a_damaged_zip_file_is_one_line(tmp_path):
+    """Lost if it fails: one upload that was cut or changed on its way ends the grading of all in a traceback."""
+    path = tmp_path / "cut.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("lora.py", "x = 1\n" * 1000)
+    content = bytearray(path.read_bytes())
+    content[40:60] = bytes(20)  # within the packed file
+    path.write_bytes(content)
+    done = run(GRADE, path, f"--out={tmp_path}/g.csv", "--parts=1")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cut.zip: " in done.stderr
+
+
 def test_gradescope(tmp_path):
     """Lost if it fails: what is uploaded to Gradescope gives no grades, or has the solution in it."""
     archive = tmp_path / "autograder.zip"

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator
 from functools import partial
 from multiprocessing.connection import wait
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+from plumbing.program.files import find_cache
 from tools.grading.child import run_student, way_to_shut_in
 
 HERE = Path(__file__).resolve().parents[2]
@@ -60,7 +62,7 @@ def read_files(submission: Path) -> dict[str, bytes]:
             raise ValueError(f"{submission}: {path} has {size:,} bytes, and an exercise has at most {LARGEST:,}")
         try:
             files[path.name] = read()
-        except (zipfile.BadZipFile, RuntimeError) as e:  # such as one with a password
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:  # damaged, or with a password
             raise ValueError(f"{submission}: {e}") from e
     return files
 
@@ -198,7 +200,7 @@ def prepare_base(base: Path, hidden: list[Path]) -> str:
         (base / name).mkdir(parents=True)
     (base / "jobs").chmod(0o711)  # nobody finds another job's folder in it
     (base / "empty.txt").touch()
-    reviews = Path(os.environ.get("NANOLORA_CACHE", Path.home() / ".cache" / "nanolora"), "rt_reviews")
+    reviews = Path(find_cache(), "rt_reviews")
     if reviews.exists():
         shutil.copytree(reviews, base / "cache" / "rt_reviews")
     way = way_to_shut_in(base / "jobs" / "trial", hidden)
