@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 
-from plumbing.program.files import find_cache
 from tools.grading.child import run_student, way_to_shut_in
 
 HERE = Path(__file__).resolve().parents[2]
@@ -200,7 +199,7 @@ def prepare_base(base: Path, hidden: list[Path]) -> str:
         (base / name).mkdir(parents=True)
     (base / "jobs").chmod(0o711)  # nobody finds another job's folder in it
     (base / "empty.txt").touch()
-    reviews = Path(find_cache(), "rt_reviews")
+    reviews = Path(os.environ.get("NANOLORA_CACHE") or Path.home() / ".cache" / "nanolora", "rt_reviews")
     if reviews.exists():
         shutil.copytree(reviews, base / "cache" / "rt_reviews")
     way = way_to_shut_in(base / "jobs" / "trial", hidden)
