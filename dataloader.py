@@ -53,8 +53,8 @@ class Prompt:
         self.template = template
         self.label_names = label_names
         self.classify = classify
-        # The handout's method, below, fills every prompt, those of new texts too. There a Prompt stands in for the
-        # loader: it has the template and the words, which is all that the method reads.
+        # The assignment's method, below, fills every prompt. For new texts there is no loader: the Prompt stands in,
+        # since it has the template and the words, which is all that the method reads.
         self.add_instruction = add_instruction or partial(CustomDataLoader._add_instruction_finetuning, self)
         self.encoding = gpt2_encoding()
         check_template(template)
@@ -162,8 +162,8 @@ class CustomDataLoader:
     such as ["terrible", "great"] and {"0": "terrible", "1": "great"}. The other arguments are settings, which
     configurator.py explains.
 
-    After that `splits[name]` is a sequence of Example (tokens, n_prompt, label, text), `prefixes[name]` the first
-    tokens that all prompts of the split have in common, `label_names` and `word_of` as above, `prompt` the Prompt,
+    After that `splits[name]` is a sequence of Example (tokens, n_prompt, label, text), `prefixes[name]` what all
+    prompts of the split begin with (less than one prompt), `label_names` and `word_of` as above, `prompt` the Prompt,
     `digest` a hash of the data set's content, `drawn` the splits whose examples the seed chooses, since the data set
     does not name them. The same arguments and content give the same batches in the same order.
 
@@ -208,12 +208,12 @@ class CustomDataLoader:
             fill = self._add_instruction_finetuning
             self.prompt = Prompt(template, data.label_names, block_size, classify, is_answered, max_new_tokens, fill)
             self._load(data, wanted)
-        if held_out and "train" in wanted:
+        if held_out and "train" in wanted:  # not in generate.py --split=validation, which scores the data's own
             n = max(1, round(held_out * len(self.splits["train"])))
             if n == len(self.splits["train"]):
                 raise ValueError(f"held_out={held_out}: of {n} training examples none is left; type a smaller share")
             held, self.splits["train"] = self.splits["train"].divide(n, seed)
-            if "validation" in wanted:  # generate.py, which scores one split, takes the data's own
+            if "validation" in wanted:
                 self.splits["validation"] = held
                 self.prefixes["validation"] = self.prefixes["train"]
         if "train" in wanted and 0 < train_examples < len(self.splits["train"]):
@@ -307,9 +307,9 @@ class CustomDataLoader:
     def _load(self, data: DataSet, wanted: Collection[str]):
         """Sets splits and prefixes. The examples come from the cache if it has them."""
         prompt = self.prompt
-        # Everything that determines the tokens. Filled samples of all kinds show an edited template or method.
+        # Everything that determines the tokens. Samples show an edited template or method, which may cut texts too.
         every_kind = ' \n<br /> "Who\u2019s", 2,000 U.S. FILMS...;\thttp://a.b/c  (caf\u00e9) \U0001f600!? '
-        texts = ("A joy.", "", 400 * every_kind)  # the last is longer than any context
+        texts = ("A joy.", "", 400 * every_kind)
         sample = [prompt.fill(text, label) for text in texts for label in range(len(self.label_names))]
         key = [self.template, self.label_names, self.loss_on, prompt.room, self.classify, sample]
         # Where every token is scored, the prefix is scored in each row, so it stays there. A classifier's input has

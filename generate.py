@@ -96,7 +96,7 @@ class ModelSampler:
         labels = self.loader.splits[self.config.split].labels.tolist()  # [1, 0, ...]
         names = self.loader.label_names  # ["negative", "positive"]
         self.generated = self.answer_split()  # [" positive", " a film", ...]
-        # The label that comes first, as a whole word, in any capitals, within about 40 characters; None if none does.
+        # The label that comes first, as a whole word, in upper or lower case, within about 40 characters; or None.
         self.found = [find_label(text, names) for text in self.generated]  # [1, None, ...]
         self.result = tabulate(self.found, labels, names)  # accuracy = sum(found == label) / n, and more
         return self.result["accuracy"]
@@ -294,7 +294,7 @@ def score_split(config: Config) -> None:
     answers = (sampler.loader.splits[config.split], sampler.generated, sampler.found, sampler.loader.label_names)
     write_score(folder, result, *answers)
     if config.facts:
-        write_card(make_config(init_from="resume", out_dir=config.out_dir), sampler.loader, result)
+        write_card(make_config(init_from="resume", out_dir=config.out_dir), sampler.loader, result)  # as trained
     print_score(folder, result, *answers)
 
 

@@ -71,8 +71,8 @@ class LoRALinear(MergeableLinear):  # nn.Linear with merge: weight = W0 + delta,
     # task
     def train(self, mode: bool = True):  # model.train() unmerges every layer, model.eval() merges it
         super().train(mode)
-        # merge puts W0 aside, unmerge brings it back. (If has_weights_merged was set by hand, nothing is aside: then
-        # unmerge subtracts delta_weight.)
+        # merge puts W0 aside, unmerge brings it back. (If has_weights_merged was set by hand, as graders do, none is
+        # aside: then unmerge subtracts delta_weight.)
         if self.is_lora() and mode:
             self.unmerge(self.delta_weight)  # weight = W0
         elif self.is_lora():

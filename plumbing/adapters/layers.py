@@ -124,6 +124,9 @@ def merged_weight(layer) -> torch.Tensor:
     if w0 is None and getattr(layer, "has_weights_merged", False):
         return layer.weight.detach()  # merged in place, by a lora.py of one's own
     w0 = layer.weight if w0 is None else w0
-    delta = layer.lora_scaling * (layer.lora_B @ layer.lora_A)
+    if hasattr(layer, "delta_weight"):
+        delta = layer.delta_weight()
+    else:
+        delta = layer.lora_scaling * layer.lora_B @ layer.lora_A
     delta = delta.t() if is_conv1d(layer) else delta
     return (w0 + delta).to(w0.dtype)

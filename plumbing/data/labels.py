@@ -24,7 +24,9 @@ def check_words(names: list[str]) -> None:
     """Raises ValueError for words that a score cannot tell apart."""
     spellings = {normalise_label(name) for name in names}
     if len(names) < 2 or len(spellings) < len(names) or "" in spellings:
-        raise ValueError(f"label_names={','.join(names)}: at least two different words are needed, in any capitals")
+        raise ValueError(
+            f"label_names={','.join(names)}: at least two different words are needed, whatever their case"
+        )
 
 
 def check_template(template: str) -> None:
