@@ -55,7 +55,7 @@ class MergeableLinear(nn.Linear):
         if self._w0 is None:
             yield
             return
-        self.unmerge(None)  # with a W0 aside no delta is needed
+        MergeableLinear.unmerge(self, None)  # with a W0 aside no delta is needed
         try:
             yield
         finally:

@@ -62,10 +62,10 @@ def save_adapter(model, directory, base_model="", bias="none", also=None, rslora
     rank, alpha, dropout = kinds.pop()
     state = lora_state_dict(model, bias, also)
     whole = _whole_modules(model, find_others(model, bias, also))
-    left_out = {name: p.requires_grad for name, p in model.named_parameters() if name not in state}
-    if any(left_out.values()) and not all(left_out.values()):  # all: nobody has marked what trains
-        name = next(name for name, trains in left_out.items() if trains)
-        print(f"note: {name} trains, and the adapter's file is written without it; `also` names what belongs there")
+    left_out = [name for name, p in model.named_parameters() if p.requires_grad and name not in state]
+    is_marked = not any(layer.weight.requires_grad for layer in layers.values())
+    if is_marked and left_out:
+        print(f"note: {left_out[0]} trains, and the file is written without it; `also` names what belongs there")
     state |= {n: t for n, t in model.state_dict().items() if any(n.startswith(f"{m}.") for m in whole)}
     brought = {f"{name}.{leaf}" for name, m in model.named_modules() for leaf in m.__dict__.get("_put_aside", ())}
     lost = sorted(brought - state.keys())
@@ -126,7 +126,7 @@ STARTS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")  # t
 
 def find_adapter(directory):
     """The directory of the adapter: this one, or the only one in it, where PEFT puts an adapter with a name."""
-    if os.path.exists(os.path.join(directory, ADAPTER_CONFIG)):
+    if not os.path.isdir(directory) or os.path.exists(os.path.join(directory, ADAPTER_CONFIG)):
         return directory
     inside = sorted(str(path.parent) for path in Path(directory).glob(f"*/{ADAPTER_CONFIG}"))
     if len(inside) > 1:
@@ -152,20 +152,20 @@ def read_adapter_config(directory):
             raise ValueError("r and lora_alpha must be numbers")
         if not 0 <= config.get("lora_dropout", 0.0) < 1:
             raise ValueError(f"lora_dropout={config['lora_dropout']} is no share")
-        start = config.get("init_lora_weights", True)
-        if str(start).lower() not in STARTS:
-            raise ValueError(
-                f"init_lora_weights={start!r} changed the base model's weights too. In PEFT, model.save_pretrained("
-                "DIRECTORY, path_initial_model_for_weight_conversion=...) makes plain LoRA of it"
-            )
-        for key, value in config.items():
-            if value and key not in KNOWN:
-                raise ValueError(
-                    f"{key}={value!r} is more than plain LoRA, and is not read here. In PEFT, "
-                    "model.merge_and_unload() gives a model with the adapter in its weights"
-                )
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as e:
         raise ValueError(f"{path} is damaged or no config of a LoRA adapter: {e}") from e
+    start = config.get("init_lora_weights", True)
+    if str(start).lower() not in STARTS:
+        raise ValueError(
+            f"{path}: init_lora_weights={start!r} changed the base model's weights too. In PEFT, "
+            "model.save_pretrained(DIRECTORY, path_initial_model_for_weight_conversion=...) makes plain LoRA of it"
+        )
+    for key, value in config.items():
+        if value and key not in KNOWN:
+            raise ValueError(
+                f"{path}: {key}={value!r} is more than plain LoRA, and is not read here. In PEFT, "
+                "model.merge_and_unload() gives a model with the adapter in its weights"
+            )
     return config
 
 
@@ -221,22 +221,27 @@ def load_adapter(model, directory):
     adapted = {name.rpartition(".")[0] for name in tensors if name.endswith((".lora_A", ".lora_B"))}
     _check_tensors(model, config, tensors, adapted, where)
     put_aside(model, (name for name in tensors if "lora_" not in name))
-    for name in adapted | adapter.lora_layers(model).keys():
+    modes = {}
+    for name in sorted(adapted | adapter.lora_layers(model).keys()):
         layer = model.get_submodule(name)
+        modes[layer] = layer.training
+        layer.train()  # a merged layer takes its W0 back
         rank, alpha = rank_and_alpha(config, name)
         if "lora_A" not in layer._parameters or (len(layer.lora_A), layer.lora_scaling) != (rank, alpha / rank):
             add_adapter(layer, rank, alpha)
         nn.init.zeros_(layer.lora_B)  # no change, where the file does not name this layer
-        layer.lora_dropout = nn.Dropout(config.get("lora_dropout", 0.0)).train(layer.training)
+        dropout = config.get("lora_dropout", 0.0)
+        is_number = isinstance(getattr(layer, "lora_dropout", None), (int, float))  # in a lora.py of one's own
+        layer.lora_dropout = dropout if is_number else nn.Dropout(dropout)
     model.load_state_dict(tensors, strict=False)
+    for layer, training in modes.items():
+        layer.train(training)
     return config
 
 
 def _check_tensors(model, config, tensors, adapted, where):
     """Raises ValueError unless each tensor has a place in the model, in its shape, each adapted layer A and B, and no
     tensor goes into two modules at once, such as a head of its own into a head that is the word embedding too."""
-    if not adapted:
-        raise ValueError(f"{where} is not whole: any lora_A is missing")
     saved = tuple(f".{name}." for name in config.get("modules_to_save") or ())
     shapes = {
         name: tuple(tensor.shape)
@@ -255,9 +260,11 @@ def _check_tensors(model, config, tensors, adapted, where):
     shapes |= needed
     for name in sorted(tensors.keys() | needed.keys()):
         found = tuple(tensors[name].shape) if name in tensors else "missing"
-        here = shapes.get(name, "no place for it")
+        here = shapes.get(name, "nothing")
         if found != here:
-            raise ValueError(f"{where} was cut, or made for another model: {name} is {found}; this model has {here}")
+            raise ValueError(f"{where} was cut, or made for another model: {name} is {found}, expected {here}")
+    if not adapted:
+        raise ValueError(f"{where} is not whole: any lora_A is missing")
     tied = adapter.shared_parameters(model)
     for name in (name for name in tensors if "lora_" not in name):
         for other in tied.get(name, ()):

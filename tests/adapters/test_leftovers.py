@@ -10,6 +10,7 @@ import math
 import shutil
 
 import pytest
+import student_lora
 import torch
 from conftest import tokens
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -352,3 +353,37 @@ def test_a_start_that_leaves_the_base_is_read_and_no_other(base, tmp_path, start
             with pytest.raises(ValueError, match="init_lora_weights"):
                 load_adapter(model, str(tmp_path))
     assert leaves_base == (str(start).lower().split("_")[0] not in ("pissa", "olora"))
+
+
+@pytest.mark.parametrize("dropout", ["a module", "a number"])
+def test_a_students_merged_layer_takes_its_base_back_first(tmp_path, dropout):
+    """Lost if it fails: a second adapter on a layer that merges in place is added to the first one, for good."""
+
+    class Layer(student_lora.LoRALinear):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            if dropout == "a number":
+                del self.lora_dropout
+                self.lora_dropout = 0.0
+
+        def forward(self, x):
+            p = self.lora_dropout if dropout == "a number" else self.lora_dropout.p
+            return x @ self.weight.T + self.bias + (0 if p or self.has_weights_merged else self.update(x))
+
+        def update(self, x):
+            return self.lora_scaling * (x @ self.lora_A.T @ self.lora_B.T)
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(Layer(8, 8, lora_rank=2, lora_alpha=4))
+    w0 = model[0].weight.detach().clone()
+    for name in ("one", "two"):
+        torch.nn.init.normal_(model[0].lora_B)
+        save_adapter(model, str(tmp_path / name))
+    for name in ("one", "two"):
+        load_adapter(model, str(tmp_path / name))
+        model.eval()
+        tensors = load_file(tmp_path / name / "adapter_model.safetensors")
+        delta = 2 * tensors["base_model.model.0.lora_B.weight"] @ tensors["base_model.model.0.lora_A.weight"]
+        x = torch.randn(3, 8)
+        torch.testing.assert_close(model(x), x @ (w0 + delta).T + model[0].bias, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.train()[0].weight, w0, atol=1e-5, rtol=0)
