@@ -126,6 +126,12 @@ def put_aside(model: nn.Module, names: Iterable[str]) -> None:
         model.get_submodule(module).__dict__.setdefault("_put_aside", {})[leaf] = state[name].clone()
 
 
+def names_aside(model: nn.Module) -> set[str]:
+    """The names of what an adapter's file has replaced."""
+    modules = model.named_modules()
+    return {f"{name}.{leaf}" for name, module in modules for leaf in module.__dict__.get("_put_aside", ())}
+
+
 def put_back(model: nn.Module) -> None:
     """The base's own biases and modules, in the place of an adapter's."""
     for module in model.modules():

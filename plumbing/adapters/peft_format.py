@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from plumbing.adapters import layers as adapter
-from plumbing.adapters.attach import add_adapter, check_layer, put_aside
+from plumbing.adapters.attach import add_adapter, check_layer, names_aside, put_aside
 from plumbing.adapters.trainable import find_others, lora_state_dict
 from plumbing.program.errors import compile_pattern
 from plumbing.program.files import check_finite, read_tensors, write_weights
@@ -67,8 +67,7 @@ def save_adapter(model, directory, base_model="", bias="none", also=None, rslora
     if is_marked and left_out:
         print(f"note: {left_out[0]} trains, and the file is written without it; `also` names what belongs there")
     state |= {n: t for n, t in model.state_dict().items() if any(n.startswith(f"{m}.") for m in whole)}
-    brought = {f"{name}.{leaf}" for name, m in model.named_modules() for leaf in m.__dict__.get("_put_aside", ())}
-    lost = sorted(brought - state.keys())
+    lost = sorted(names_aside(model) - state.keys())
     if lost:
         raise ValueError(f'the adapter on this model brought {lost[0]} along: type bias="all", or name it in `also`')
     tensors = {}

@@ -18,11 +18,11 @@ def adapter_names(model: nn.Module, bias: str = "none", also: str | None = None)
     }
     if bias not in biases:
         raise ValueError(f"bias={bias!r}: type {', '.join(biases)}")
-    pattern = compile_pattern("trainable", also or "lora_")
-    if also and not any(map(pattern.search, names)):
+    found = set(filter(compile_pattern("trainable", also).search, names)) if also else set()
+    if also and not found:
         some = ", ".join([*names[:2], *names[-2:]])
         raise ValueError(f"trainable={also}: matches no parameter's name, such as {some}")
-    return biases[bias] | {name for name in names if "lora_" in name or pattern.search(name)}
+    return biases[bias] | found | {name for name in names if "lora_" in name}
 
 
 def trainable_names(model: nn.Module, bias: str = "none", also: str | None = None) -> set[str]:
