@@ -32,14 +32,12 @@ from plumbing.program.terminal import forgiving_output
 from plumbing.running.checkpoint import check_same_data
 from plumbing.running.machine import keep_memory, pick_device, pick_dtype
 from plumbing.scoring.accuracy import SCORED, print_score, tabulate, write_score
-from plumbing.scoring.answers import decode, in_parts, read_batches, score_labels, share_classes
+from plumbing.scoring.answers import PART, decode, in_parts, read_batches, score_labels, share_classes
 from plumbing.scoring.model_card import write_card
 from plumbing.scoring.new_texts import predict_file
 
 with one_line_errors(ImportError):  # a lora.py of your own may need a package
     from model import GPT, LoRALinear
-
-PART = 50  # batches of prompts that are sorted by length together
 
 
 class ModelSampler:

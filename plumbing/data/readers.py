@@ -39,7 +39,7 @@ def read_columns(path: str, needed: tuple[str, ...]) -> Iterator[list]:
     None. What is missing is null. Raises ValueError that names file and line."""
     if is_csv(path):
         batches = refuse_swallowed_rows(path, needed)
-    elif READERS.get(kind_of(path), read_txt) is None:
+    elif reader_of(path) is None:
         batches = read_batches(path, needed)
     else:
         batches = batch_rows(read_rows(path, needed), needed)
@@ -55,7 +55,7 @@ def read_rows(path: str, needed: tuple[str, ...] = (), read=None) -> Iterator[tu
     unit = "line" if kind_of(path) in ("csv", "tsv", "jsonl", "txt") else "row"
     columns = None
     with name_damage(path):
-        for number, row in (read or READERS.get(kind_of(path), read_txt))(path, needed):
+        for number, row in (read or reader_of(path))(path, needed):
             where = f"{path}, {unit} {number}"
             if not isinstance(row, dict):
                 raise UserError(f"{where}: {ROW}")
@@ -73,8 +73,7 @@ def name_damage(path):
     except UserError:
         raise
     except (ValueError, csv.Error, OSError, EOFError, zlib.error, RecursionError) as e:
-        is_text = READERS.get(kind_of(path), read_txt) is not None
-        if isinstance(e, UnicodeDecodeError) and is_text:
+        if isinstance(e, UnicodeDecodeError) and reader_of(path):  # what Arrow reads is no text
             raise UserError(name_encoding(path)) from e
         raise UserError(f"{path} is damaged or no {kind_of(path)}: {first_line(e)}") from e
 
@@ -84,13 +83,18 @@ def kind_of(path):
     return os.path.splitext(path.lower().removesuffix(".gz"))[1].removeprefix(".")
 
 
+def reader_of(path):
+    """What reads a file's rows; None: Arrow does, by batches."""
+    return READERS.get(kind_of(path), read_txt)
+
+
 def is_csv(path):
     return kind_of(path) in ("csv", "tsv")
 
 
 def place_of(path, needed, row):
     """Where a row (0, 1, ...) of a file stands, for messages: it is read again for that."""
-    if READERS[kind_of(path)] is None:
+    if reader_of(path) is None:
         return f"{path}, row {row + 1}"
     where, _ = next(itertools.islice(read_rows(path, needed), row, None))
     return where
@@ -435,7 +439,7 @@ def read_batches(path, needed=(), size=BATCH):
 
 def read_class_names(path):
     """The words of the labels that the library `datasets` notes in parquet and Arrow files: {column: [word, ...]}."""
-    if READERS[kind_of(path)] is not None:
+    if reader_of(path):
         return {}
     with contextlib.suppress(ValueError, OSError, EOFError, TypeError, AttributeError, zlib.error):
         with open_table(path) as (schema, _):

@@ -129,7 +129,7 @@ def take_turns(dataset):
     """Of several processes that want a data set at once, one tokenises it; the others wait, and find it done. Where
     there are no locks, or in ten minutes no turn comes, each does it for itself."""
     lock = FileLock(cache_folder("turn", dataset) + ".lock", timeout=600)
-    with contextlib.suppress(OSError, NotImplementedError, Timeout):
+    with contextlib.suppress(OSError, NotImplementedError, Timeout):  # no locks here, or no turn
         os.makedirs(CACHE, exist_ok=True)
         lock.acquire()
     try:

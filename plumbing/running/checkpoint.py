@@ -186,7 +186,7 @@ def locked_folder(out_dir: str):
         reason = None
         try:
             lock.acquire(blocking=False)
-        except (OSError, NotImplementedError) as e:
+        except (OSError, NotImplementedError) as e:  # filelock's, where the file system or the system has no locks
             reason = first_line(e)
             if isinstance(e, Timeout) and not isinstance(lock, SoftFileLock):
                 raise ValueError(f"out_dir={out_dir}: another run is writing there; type another --out_dir") from e

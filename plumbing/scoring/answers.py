@@ -11,6 +11,8 @@ from plumbing.data.tokenizer import end_of_text, gpt2_encoding
 from plumbing.gpt2.batch import IGNORE, pad
 from plumbing.gpt2.kv_cache import KVCache
 
+PART = 50  # batches of prompts that are sorted by length together, so that little is padding
+
 
 def order_by_length(prompts: list[list[int]], size: int) -> list[np.ndarray]:
     """The indices of each batch: prompts of like length together, so that little is padding."""

@@ -22,6 +22,7 @@ from plumbing.data import readers
 from plumbing.program.errors import UserError
 from plumbing.program.files import make_folder, whole_file
 from plumbing.program.terminal import reader_has_gone
+from plumbing.scoring.answers import PART
 
 ANSWER = ("predicted", "generated", "share")  # the columns that are added
 KINDS = ("csv", "tsv", "jsonl", "parquet", "txt")
@@ -42,7 +43,7 @@ def predict_file(config, folder: str, load: Callable) -> None:
         sampler = load()
         sampler.load_prompt()
         sampler.load_model()
-    size = 50 * config.batch_size  # texts in memory: sorted by length, they make 50 batches of little padding
+    size = PART * config.batch_size  # texts in memory
     found = collections.Counter()
     began = time.monotonic()
     bar = tqdm(total=n, disable=None, unit="text", leave=path != STDIN)
